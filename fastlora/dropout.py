@@ -1,0 +1,97 @@
+"""The dropout mask: a pure function of (seed, row, column), never stored, the same bits on every backend and device.
+
+One Philox4x32-7 call (Salmon et al., SC 2011, "Parallel random numbers: as easy as 1, 2, 3") decides eight
+neighbouring columns. With seed = (key, offset), two 64-bit integers:
+
+    words[0..3] = philox(key, counter=(column // 8, row, offset low, offset high))
+    lane        = the signed 16-bit half (column % 8) of the words, low half first
+    keep        = lane >= threshold,  threshold = round(65536 p) - 32768
+
+so p is realised to 1/65536, and D(x) = keep ⊙ x / (1 - realised p).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+COLUMNS_PER_CALL = 8
+ROUNDS = 7
+_MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEP = (0x9E3779B9, 0xBB67AE85)
+_LOW = 0xFFFFFFFF
+
+# Elements whose bits are made at a time: on a CPU about what the caches hold, on a GPU enough to fill it.
+_CHUNK = {"cpu": 1 << 19}
+_CHUNK_DEFAULT = 1 << 24
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """Draws (key, offset) int64 [2] from the device's generator, so ``manual_seed`` and checkpointing replay it."""
+    return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=device)
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """One layer's dropout in one step.
+
+    Args:
+        p: probability of dropping, 0 <= p < 1.
+        seed: int64 [2] on the device of the masked tensor, from :func:`draw_seed`.
+    """
+
+    p: float
+    seed: Tensor
+
+    @property
+    def drop_lanes(self) -> int:
+        """How many of the 65536 lane values drop."""
+        return min(round(self.p * 65536), 65535)
+
+    @property
+    def threshold(self) -> int:
+        """The smallest signed 16-bit lane that keeps."""
+        return self.drop_lanes - 32768
+
+    @property
+    def rescale(self) -> float:
+        """1 / (1 - p), with p as realised."""
+        return 65536 / (65536 - self.drop_lanes)
+
+    def keep(self, rows: int, columns: int, first_row: int = 0) -> Tensor:
+        """The mask itself: bool [rows, columns] for the rows from ``first_row`` on."""
+        device = self.seed.device
+        calls = -(-columns // COLUMNS_PER_CALL)
+        row = torch.arange(first_row, first_row + rows, device=device).unsqueeze(1)
+        call = torch.arange(calls, device=device).unsqueeze(0)
+        key, offset = self.seed[0], self.seed[1]
+        words = _philox(call, row, offset & _LOW, (offset >> 32) & _LOW, key & _LOW, (key >> 32) & _LOW)
+        low = words[0] | (words[1] << 32)
+        high = words[2] | (words[3] << 32)
+        lanes = torch.stack(torch.broadcast_tensors(low, high), dim=-1).view(torch.int16).view(rows, -1)
+        return lanes[:, :columns] >= self.threshold
+
+    def chunks(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Walks x [M, C] by rows: yields (rows, keep) a few rows at a time, so that no [M, C] mask ever exists."""
+        m, columns = x.shape
+        step = max(1, _CHUNK.get(x.device.type, _CHUNK_DEFAULT) // max(columns, 1))
+        for first in range(0, m, step):
+            rows = slice(first, min(first + step, m))
+            yield rows, self.keep(rows.stop - first, columns, first)
+
+
+def _philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: Tensor, k1: Tensor) -> tuple[Tensor, ...]:
+    """Philox4x32 on unsigned 32-bit values held in int64; broadcasting keeps the first rounds narrow."""
+    for _ in range(ROUNDS):
+        product0 = c0 * _MULTIPLIER[0]
+        product1 = c2 * _MULTIPLIER[1]
+        c0 = ((product1 >> 32) ^ c1 ^ k0) & _LOW
+        c1 = product1 & _LOW
+        c2 = ((product0 >> 32) ^ c3 ^ k1) & _LOW
+        c3 = product0 & _LOW
+        k0 = (k0 + _KEY_STEP[0]) & _LOW
+        k1 = (k1 + _KEY_STEP[1]) & _LOW
+    return c0, c1, c2, c3

@@ -1,0 +1,63 @@
+"""The two verbs on the vendor's GEMM, with the low-rank product added in place: no M×N temporary.
+
+Runs on any device and never refuses: the default on a CPU and the safety net on a GPU. Against the frozen GEMM it
+costs one read of x (for z), and one read and one write of y (for z bᵀ). With dropout the masked operand exists a few
+rows at a time.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .dropout import Dropout
+from .request import Request
+
+
+def refuses(request: Request) -> str | None:
+    """Never: any device, any dtype, any shape."""
+    return None
+
+
+def lora_matmul(
+    x: Tensor,
+    w: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    *,
+    scale: float,
+    bias: Tensor | None = None,
+    dropout: Dropout | None = None,
+    on_product: bool = False,
+) -> tuple[Tensor | None, Tensor]:
+    """x [M, K], w [N, K] or None for z alone, a [R, K], b [N, R], bias [N] → y [M, N], z [M, R]."""
+    a, b = a.to(x.dtype), b.to(x.dtype)
+    z = x.new_empty(x.shape[0], a.shape[0])
+    if dropout is None or on_product:
+        z.addmm_(x, a.T, beta=0, alpha=scale)
+    else:
+        for rows, keep in dropout.chunks(x):
+            z[rows].addmm_(x[rows].where(keep, 0), a.T, beta=0, alpha=scale * dropout.rescale)
+    if w is None:
+        return None, z
+    y = F.linear(x, w, bias)
+    if dropout is None or not on_product:
+        y.addmm_(z, b.T)
+    else:
+        for rows, keep in dropout.chunks(y):
+            y[rows].add_((z[rows] @ b.T).where(keep, 0), alpha=dropout.rescale)
+    return y, z
+
+
+def rank_grad(p: Tensor, q: Tensor, *, dtype: torch.dtype, dropout: Dropout | None = None) -> Tensor:
+    """p [M, P], q [M, Q] → pᵀ D(q) [P, Q] in ``dtype``."""
+    if dropout is None:
+        if q.is_cuda and dtype is torch.float32 and q.dtype is not dtype:
+            return torch.mm(p.T, q, out_dtype=dtype)
+        return torch.mm(p.T, q).to(dtype)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    grad = torch.zeros(p.shape[1], q.shape[1], dtype=wide, device=q.device)
+    for rows, keep in dropout.chunks(q):
+        grad.add_(torch.mm(p[rows].T, q[rows].where(keep, 0)), alpha=dropout.rescale)
+    return grad.to(dtype)

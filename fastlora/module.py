@@ -1,0 +1,194 @@
+"""``LoRALinear``: a frozen linear layer with a trainable low-rank update."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .functional import lora_linear
+
+
+class LoRALinear(nn.Module):
+    """A drop-in for ``nn.Linear`` whose weight is frozen and whose update has rank r.
+
+    ``y = x Wᵀ + scale · D(x) Aᵀ Bᵀ + bias``, scale = lora_alpha / r, or lora_alpha / sqrt(r) with ``use_rslora``. The
+    update starts at zero: A is Kaiming-uniform and B zero.
+
+    Args:
+        in_features: width of the input, K.
+        out_features: width of the output, N.
+        r: rank, at least 1.
+        lora_alpha: numerator of the scale.
+        lora_dropout: probability of dropout on the adapter's input, 0 <= p < 1.
+        bias: whether the base has a bias; it is frozen.
+        use_rslora: rank-stabilised scale (Kalajdzievski, 2023, https://arxiv.org/abs/2312.03732).
+        device: device of the parameters.
+        dtype: dtype of the base.
+        adapter_dtype: dtype of A and B: that of the base (default), or float32 on a half-precision base.
+
+    Raises:
+        ValueError: r is below 1 or ``lora_dropout`` outside [0, 1).
+
+    Source: Hu et al., 2021, https://arxiv.org/abs/2106.09685.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    _base_weight: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 8,
+        lora_alpha: float = 8,
+        lora_dropout: float = 0.0,
+        bias: bool = True,
+        use_rslora: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if r < 1:
+            raise ValueError(f"r must be at least 1, got {r}")
+        if not 0 <= lora_dropout < 1:
+            raise ValueError(f"lora_dropout must be at least 0 and below 1, got {lora_dropout}")
+        self.in_features = in_features
+        self.out_features = out_features
+        self.r = r
+        self.lora_alpha = lora_alpha
+        self.lora_dropout = lora_dropout
+        self.use_rslora = use_rslora
+        weight = torch.empty(out_features, in_features, device=device, dtype=dtype)
+        adapter_dtype = weight.dtype if adapter_dtype is None else adapter_dtype
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        if bias:
+            self.bias = nn.Parameter(weight.new_empty(out_features), requires_grad=False)
+        else:
+            self.register_parameter("bias", None)
+        self.lora_A = nn.Parameter(weight.new_empty(r, in_features, dtype=adapter_dtype))
+        self.lora_B = nn.Parameter(weight.new_empty(out_features, r, dtype=adapter_dtype))
+        self.register_buffer("_base_weight", None, persistent=False)
+        self.reset_parameters()
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        r: int = 8,
+        lora_alpha: float = 8,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> LoRALinear:
+        """Wraps an ``nn.Linear``: shares the storage of its weight and bias, and leaves the layer itself untouched.
+
+        Raises:
+            TypeError: ``linear`` is no ``nn.Linear`` (a quantised subclass stores something else as its weight).
+        """
+        if type(linear) is not nn.Linear:
+            raise TypeError(f"linear must be an nn.Linear itself, got {type(linear).__name__}")
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            r=r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            bias=linear.bias is not None,
+            use_rslora=use_rslora,
+            device="meta",
+            dtype=linear.weight.dtype,
+            adapter_dtype=adapter_dtype,
+        )
+        layer.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
+        if linear.bias is not None:
+            layer.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
+        device = linear.weight.device
+        layer.lora_A = nn.Parameter(torch.empty_like(layer.lora_A, device=device))
+        layer.lora_B = nn.Parameter(torch.empty_like(layer.lora_B, device=device))
+        layer.reset_adapter()
+        return layer.train(linear.training)
+
+    def reset_parameters(self) -> None:
+        """Initialises the base as ``nn.Linear`` does, and the adapter."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_features) if self.in_features > 0 else 0
+            nn.init.uniform_(self.bias, -bound, bound)
+        self.reset_adapter()
+
+    def reset_adapter(self) -> None:
+        """Starts the adapter anew: A Kaiming-uniform, B zero."""
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+
+    @property
+    def scale(self) -> float:
+        """The factor on the update: lora_alpha / r, or lora_alpha / sqrt(r) with ``use_rslora``."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    @property
+    def merged(self) -> bool:
+        """Whether ``weight`` holds base and update in one."""
+        return self._base_weight is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> y [..., out_features]; merged, exactly one GEMM and no gradient to A and B."""
+        if self.merged:
+            return F.linear(x, self.weight, self.bias)
+        return lora_linear(
+            x,
+            self.weight,
+            self.lora_A,
+            self.lora_B,
+            scale=self.scale,
+            bias=self.bias,
+            dropout_p=self.lora_dropout,
+            training=self.training,
+        )
+
+    @torch.no_grad()
+    def merge(self) -> LoRALinear:
+        """Adds the update to ``weight``: W + scale · B A, computed in float32 and rounded once. Merged already: no-op.
+
+        The base weight is set aside, not overwritten: its storage may belong to somebody else.
+        """
+        if not self.merged:
+            wide = torch.promote_types(self.weight.dtype, torch.float32)
+            merged = torch.addmm(self.weight.to(wide), self.lora_B.to(wide), self.lora_A.to(wide), alpha=self.scale)
+            self._base_weight = self.weight.data
+            self.weight.data = merged.to(self.weight.dtype)
+        return self
+
+    def unmerge(self) -> LoRALinear:
+        """Puts the base weight back, bit for bit. Not merged: no-op."""
+        if self._base_weight is not None:
+            self.weight.data = self._base_weight
+            self._base_weight = None
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        # A state dict always holds the base weight, so that loading it never applies the update twice.
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._base_weight is not None:
+            destination[prefix + "weight"] = self._base_weight
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        merged = self.merged
+        self.unmerge()
+        super()._load_from_state_dict(*args, **kwargs)
+        if merged:
+            self.merge()
+
+    def extra_repr(self) -> str:
+        """The line inside ``LoRALinear(...)`` when printed."""
+        text = (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"
+        )
+        return text + (", use_rslora=True" if self.use_rslora else "") + (", merged=True" if self.merged else "")

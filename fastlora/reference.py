@@ -1,0 +1,58 @@
+"""The two verbs as plain torch: specification and oracle, never optimised.
+
+    lora_matmul   z = scale · D(x) aᵀ,   y = x wᵀ + z bᵀ + bias          the mask on the input
+                  z = scale · x aᵀ,      y = x wᵀ + D(z bᵀ) + bias       the mask on the product
+    rank_grad     g = pᵀ D(q)
+
+Forward:   (y, z)  = lora_matmul(x, w, a, b)               mask on the input
+Backward:  (dx, t) = lora_matmul(dy, wᵀ, bᵀ, aᵀ)           mask on the product
+           da = rank_grad(t, x)                            mask on x
+           db = rank_grad(dy, z)                           no mask
+
+Run in float64 on the same rounded inputs it is the oracle; run in the tested dtype, the baseline.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .dropout import Dropout
+from .request import Request
+
+
+def refuses(request: Request) -> str | None:
+    """Never: any device, any dtype, any shape."""
+    return None
+
+
+def lora_matmul(
+    x: Tensor,
+    w: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    *,
+    scale: float,
+    bias: Tensor | None = None,
+    dropout: Dropout | None = None,
+    on_product: bool = False,
+) -> tuple[Tensor | None, Tensor]:
+    """x [M, K], w [N, K] or None for z alone, a [R, K], b [N, R], bias [N] → y [M, N], z [M, R]."""
+    a, b = a.to(x.dtype), b.to(x.dtype)
+    z = scale * ((x if on_product else _dropped(x, dropout)) @ a.T)
+    if w is None:
+        return None, z
+    product = z @ b.T
+    y = x @ w.T + (_dropped(product, dropout) if on_product else product)
+    return (y if bias is None else y + bias), z
+
+
+def rank_grad(p: Tensor, q: Tensor, *, dtype: torch.dtype, dropout: Dropout | None = None) -> Tensor:
+    """p [M, P], q [M, Q] → pᵀ D(q) [P, Q] in ``dtype``."""
+    return (p.T @ _dropped(q, dropout)).to(dtype)
+
+
+def _dropped(x: Tensor, dropout: Dropout | None) -> Tensor:
+    if dropout is None:
+        return x
+    return torch.where(dropout.keep(*x.shape), x * dropout.rescale, 0)
