@@ -17,8 +17,8 @@ from torch import Tensor
 
 from .request import Request
 
-BACKENDS = ("reference", "library")
-AUTO = ("library",)
+BACKENDS = ("reference", "library", "triton")
+AUTO = ("triton", "library")
 
 # Backends proven and measured to win on a compute capability; each entry has its line in benchmarks/HARDWARE.md.
 PROVEN: dict[str, frozenset[tuple[int, int]]] = {"triton": frozenset()}

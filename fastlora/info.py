@@ -1,0 +1,55 @@
+"""``python -m fastlora.info``: the environment, and what would run here and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+
+import torch
+
+from . import __version__
+from .dispatch import explain
+
+_PACKAGES = ("torch", "triton", "numpy", "peft", "transformers")
+
+
+def report() -> str:
+    """The text that ``python -m fastlora.info`` prints."""
+    lines = [f"fastlora {__version__}, Python {platform.python_version()} on {platform.platform()}"]
+    lines += [f"  {package:<14}{_version(package)}" for package in _PACKAGES]
+    lines.append(f"  {'CUDA':<14}{torch.version.cuda or 'this torch has none'}")
+    for variable in ("FASTLORA_BACKEND", "FASTLORA_TRITON_DESIGN", "TRITON_INTERPRET"):
+        lines.append(f"  {variable:<24}{os.environ.get(variable, 'not set')}")
+    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    for device in devices:
+        major, minor = torch.cuda.get_device_capability(device)
+        lines.append(f"  {device!s:<14}{torch.cuda.get_device_name(device)}, sm_{major}{minor}")
+    if not devices:
+        lines.append("  no CUDA GPU: everything runs on the CPU")
+    lines.append("")
+    for device in [*devices, torch.device("cpu")]:
+        for dtype, dropout_p in ((torch.bfloat16, 0.0), (torch.bfloat16, 0.1), (torch.float32, 0.0)):
+            lines.append(_explained(device, dtype, dropout_p))
+    return "\n".join(lines)
+
+
+def _explained(device: torch.device, dtype: torch.dtype, dropout_p: float) -> str:
+    x = torch.empty(256, 1024, dtype=dtype, device=device)
+    weight = torch.empty(1024, 1024, dtype=dtype, device=device)
+    lora_a = torch.empty(16, 1024, dtype=dtype, device=device)
+    try:
+        return str(explain(x, weight, lora_a, lora_a.T, dropout_p=dropout_p))
+    except RuntimeError as error:
+        return str(error)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+if __name__ == "__main__":
+    print(report())

@@ -1,0 +1,97 @@
+"""The middle z = scale · D(x) aᵀ, a tall-skinny product: the first launch of the serial designs.
+
+    for each block of M, block of R:
+        acc_mr = 0
+        for k:  acc_mr += D(x_mk) · a_rkᵀ
+        z_mr = scale · acc_mr
+
+Operands: x [M, K] in bf16, fp16 or fp32, a [R, K] in that dtype or fp32, any strides; z [M, R] in the dtype of x, rounded
+once. Bytes: one read of x, which bounds it for R <= 64. In the backward x is dy, a is bᵀ, and z is t.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Launch
+from .philox import keep_mask
+from .tiles import middle_tile
+
+
+@triton.jit(do_not_specialize=["M", "threshold"])
+def _middle_kernel(
+    x_ptr,
+    a_ptr,
+    z_ptr,
+    seed_ptr,
+    threshold,
+    scale,
+    M,
+    K,
+    R,
+    stride_xm,
+    stride_xk,
+    stride_ar,
+    stride_ak,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    first_m = tl.program_id(0) * BLOCK_M
+    m = first_m + tl.arange(0, BLOCK_M)
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    k = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + m.to(tl.int64)[:, None] * stride_xm + k.to(tl.int64)[None, :] * stride_xk
+    a_ptrs = a_ptr + k.to(tl.int64)[:, None] * stride_ak + r.to(tl.int64)[None, :] * stride_ar
+
+    acc_mr = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    for first_k in range(0, K, BLOCK_K):
+        inside_k = first_k + k < K
+        x_mk = tl.load(x_ptrs, mask=(m < M)[:, None] & inside_k[None, :], other=0.0)
+        a_kr = tl.load(a_ptrs, mask=inside_k[:, None] & (r < R)[None, :], other=0.0)
+        if DROPOUT:
+            x_mk = tl.where(keep_mask(seed_ptr, first_m, first_k, threshold, BLOCK_M, BLOCK_K), x_mk, 0.0)
+        acc_mr = tl.dot(x_mk, a_kr.to(x_mk.dtype), acc_mr, input_precision=PRECISION)
+        x_ptrs += BLOCK_K * tl.cast(stride_xk, tl.int64)
+        a_ptrs += BLOCK_K * tl.cast(stride_ak, tl.int64)
+
+    z_ptrs = z_ptr + m.to(tl.int64)[:, None] * R + r[None, :]
+    tl.store(z_ptrs, (acc_mr * scale).to(z_ptr.dtype.element_ty), mask=(m < M)[:, None] & (r < R)[None, :])
+
+
+def launch(x: Tensor, a: Tensor, *, scale: float, precision: str, dropout: tuple | None) -> tuple[Tensor, Launch]:
+    """z's memory and the launch that fills it; ``dropout`` is (seed, threshold, rescale) on x, or None."""
+    (m, k), r = x.shape, a.shape[0]
+    z = torch.empty(m, r, dtype=x.dtype, device=x.device)
+    seed, threshold, rescale = (None, 0, 1.0) if dropout is None else dropout
+    tile = middle_tile(r)
+    return z, Launch(
+        _middle_kernel,
+        (triton.cdiv(m, tile.rows), triton.cdiv(r, tile.columns)),
+        dict(
+            x_ptr=x,
+            a_ptr=a,
+            z_ptr=z,
+            seed_ptr=seed,
+            threshold=threshold,
+            scale=scale * rescale,
+            M=m,
+            K=k,
+            R=r,
+            stride_xm=x.stride(0),
+            stride_xk=x.stride(1),
+            stride_ar=a.stride(0),
+            stride_ak=a.stride(1),
+            DROPOUT=dropout is not None,
+            PRECISION=precision,
+            BLOCK_M=tile.rows,
+            BLOCK_R=tile.columns,
+            BLOCK_K=tile.depth,
+        ),
+        tile.options,
+    )

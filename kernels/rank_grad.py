@@ -1,0 +1,162 @@
+"""rank_grad: g = pᵀ D(q), the gradient of an adapter; a tall-skinny reduction over the M tokens.
+
+    wide, narrow = the wider and the narrower of p and q       wide [M, C], narrow [M, R]
+    for each block of C, block of R, split of M:
+        acc_rc = 0
+        for m in split:  acc_rc += narrow_mrᵀ · D(wide_mc)
+        partial[split] = acc_rc
+    g = sum of partial over splits, in order
+
+Operands: p [M, P], q [M, Q] in bf16, fp16 or fp32, any strides; g [P, Q] in the parameter's dtype. The mask sits on q and
+is made anew from (seed, row, column). Bytes: one read of p and q, plus 4 · splits · P · Q written and read. Memory-bound
+for R <= 64. Used for da = rank_grad(t, x) and db = rank_grad(dy, z). The same bits run after run: no atomics, and the
+number of splits depends on the shapes alone.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Launch
+from .philox import keep_mask
+from .tiles import rank_grad_tile
+
+# CTAs that fill the largest GPUs about twice; a constant, so that the sum is the same on every GPU.
+_TARGET_CTAS = 264
+
+
+@triton.jit(do_not_specialize=["M", "threshold", "tokens_per_split"])
+def _rank_grad_kernel(
+    wide_ptr,
+    narrow_ptr,
+    grad_ptr,
+    seed_ptr,
+    threshold,
+    rescale,
+    M,
+    C,
+    R,
+    tokens_per_split,
+    stride_wide_m,
+    stride_wide_c,
+    stride_narrow_m,
+    stride_narrow_r,
+    stride_grad_s,
+    stride_grad_r,
+    stride_grad_c,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    first_c = tl.program_id(0) * BLOCK_C
+    first_m = tl.program_id(1) * tokens_per_split
+    last_m = min(M, first_m + tokens_per_split)
+    m = tl.arange(0, BLOCK_M)
+    c = first_c + tl.arange(0, BLOCK_C)
+    r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    wide_ptrs = wide_ptr + (first_m + m).to(tl.int64)[:, None] * stride_wide_m + c.to(tl.int64)[None, :] * stride_wide_c
+    narrow_ptrs = (
+        narrow_ptr + (first_m + m).to(tl.int64)[:, None] * stride_narrow_m + r.to(tl.int64)[None, :] * stride_narrow_r
+    )
+
+    acc_rc = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
+    for block_m in range(first_m, last_m, BLOCK_M):
+        inside_m = (block_m + m < last_m)[:, None]
+        wide_mc = tl.load(wide_ptrs, mask=inside_m & (c < C)[None, :], other=0.0)
+        narrow_mr = tl.load(narrow_ptrs, mask=inside_m & (r < R)[None, :], other=0.0)
+        if DROPOUT:
+            wide_mc = tl.where(keep_mask(seed_ptr, block_m, first_c, threshold, BLOCK_M, BLOCK_C), wide_mc, 0.0)
+        # The narrow side first: what the mask touches is then operand B, which wgmma always takes from shared memory.
+        acc_rc = tl.dot(narrow_mr.T, wide_mc, acc_rc, input_precision=PRECISION)
+        wide_ptrs += BLOCK_M * tl.cast(stride_wide_m, tl.int64)
+        narrow_ptrs += BLOCK_M * tl.cast(stride_narrow_m, tl.int64)
+
+    grad_ptrs = (
+        grad_ptr
+        + tl.program_id(1).to(tl.int64) * stride_grad_s
+        + r.to(tl.int64)[:, None] * stride_grad_r
+        + c.to(tl.int64)[None, :] * stride_grad_c
+    )
+    tl.store(grad_ptrs, (acc_rc * rescale).to(grad_ptr.dtype.element_ty), mask=(r < R)[:, None] & (c < C)[None, :])
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _sum_splits_kernel(partial_ptr, grad_ptr, size, splits, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for _ in range(splits):
+        total += tl.load(partial_ptr + i, mask=i < size, other=0.0)
+        partial_ptr += size
+    tl.store(grad_ptr + i, total.to(grad_ptr.dtype.element_ty), mask=i < size)
+
+
+def launches(
+    p: Tensor, q: Tensor, *, dtype: torch.dtype, precision: str, dropout: tuple | None = None
+) -> tuple[Tensor, list[Launch]]:
+    """The gradient's memory and the launches that fill it.
+
+    Args:
+        p: [M, P], M >= 1.
+        q: [M, Q]; the mask is on it.
+        dtype: dtype of the gradient.
+        precision: Triton's ``input_precision`` for fp32 operands.
+        dropout: (seed int64 [2], threshold, rescale), or None.
+    """
+    q_is_wide = dropout is not None or q.shape[1] >= p.shape[1]
+    wide, narrow = (q, p) if q_is_wide else (p, q)
+    (m, c), r = wide.shape, narrow.shape[1]
+    tile = rank_grad_tile(r, precision if q.dtype is torch.float32 else None)
+    blocks = triton.cdiv(c, tile.columns) * triton.cdiv(r, tile.rows)
+    most = triton.cdiv(m, 4 * tile.depth)
+    splits = max(1, min(_TARGET_CTAS // blocks, most))
+    tokens_per_split = triton.cdiv(triton.cdiv(m, splits), tile.depth) * tile.depth
+    splits = triton.cdiv(m, tokens_per_split)
+
+    grad = torch.empty(p.shape[1], q.shape[1], dtype=dtype, device=q.device)
+    partial = grad if splits == 1 else torch.empty(splits, *grad.shape, dtype=torch.float32, device=q.device)
+    stride_r, stride_c = grad.stride() if q_is_wide else grad.stride()[::-1]
+    seed, threshold, rescale = (None, 0, 1.0) if dropout is None else dropout
+    product = Launch(
+        _rank_grad_kernel,
+        (triton.cdiv(c, tile.columns), splits, triton.cdiv(r, tile.rows)),
+        dict(
+            wide_ptr=wide,
+            narrow_ptr=narrow,
+            grad_ptr=partial,
+            seed_ptr=seed,
+            threshold=threshold,
+            rescale=rescale,
+            M=m,
+            C=c,
+            R=r,
+            tokens_per_split=tokens_per_split,
+            stride_wide_m=wide.stride(0),
+            stride_wide_c=wide.stride(1),
+            stride_narrow_m=narrow.stride(0),
+            stride_narrow_r=narrow.stride(1),
+            stride_grad_s=grad.numel(),
+            stride_grad_r=stride_r,
+            stride_grad_c=stride_c,
+            DROPOUT=dropout is not None,
+            PRECISION=precision,
+            BLOCK_M=tile.depth,
+            BLOCK_C=tile.columns,
+            BLOCK_R=tile.rows,
+        ),
+        tile.options,
+    )
+    if splits == 1:
+        return grad, [product]
+    block = 1024
+    total = Launch(
+        _sum_splits_kernel,
+        (triton.cdiv(grad.numel(), block),),
+        dict(partial_ptr=partial, grad_ptr=grad, size=grad.numel(), splits=splits, BLOCK=block),
+        dict(num_warps=4, num_stages=1),
+    )
+    return grad, [product, total]

@@ -1,0 +1,125 @@
+"""The tile table, and how much shared memory a row of it may take.
+
+Rows are choices by arithmetic (accumulator registers, shared memory, waves), not yet by measurement; what has been
+measured stands in benchmarks/HARDWARE.md. ``tests/compile_gate.py`` compiles every row for every architecture it is
+meant for.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+# Bytes of shared memory one CTA may have, by compute capability (CUDA C++ Programming Guide, technical specifications).
+SHARED_MEMORY = {
+    80: 163 << 10,
+    86: 99 << 10,
+    87: 163 << 10,
+    89: 99 << 10,
+    90: 227 << 10,
+    100: 227 << 10,
+    103: 227 << 10,
+    120: 99 << 10,
+    121: 99 << 10,
+}
+
+
+class Tile(NamedTuple):
+    """rows × columns of one fp32 accumulator, and the depth of a trip of its loop.
+
+    lora_matmul: rows of M, columns of N, depth of K. Its middle z: M, R, K. rank_grad: R, C, M.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Compiler options of this row."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+# The pointer kernel, largest first. "small" holds what fits the 99 KiB of the consumer GPUs; "ragged" is for strides
+# that no vector load can follow: every element then holds an address.
+PORTABLE = {
+    "large": (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 3)),
+    "small": (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 4), Tile(64, 64, 64, 4, 3)),
+    "tf32": (Tile(128, 128, 32, 8, 2), Tile(64, 64, 32, 4, 3)),
+    "ieee": (Tile(64, 64, 32, 4, 2),),
+    "ragged": (Tile(64, 64, 32, 4, 2),),
+}
+
+# The TMA kernels, largest first. sm_120 has TMA too, but little shared memory, and spills there: it stays portable.
+TMA = (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 8, 4))
+TMA_CAPABILITIES = (90, 100, 103)
+
+_LARGE = 160 << 10
+
+# Accumulator registers a thread may hold; with more of them ptxas spills at 255 (seen in the compile gate).
+_ACCUMULATOR_BUDGET = 160
+
+# Row blocks that walk the columns together, so that their w stays in L2.
+GROUP_M = 8
+
+# As many tiles as occupy a large GPU once; below it a smaller tile uses more of the machine.
+_ONE_WAVE = 108
+
+
+def matmul_tile(rows: tuple[Tile, ...], m: int, n: int) -> Tile:
+    """The row for an [m, n] output: the largest tile that still gives every SM one, else the smallest."""
+    for tile in rows:
+        if -(-m // tile.rows) * -(-n // tile.columns) >= _ONE_WAVE:
+            return tile
+    return rows[-1]
+
+
+def portable_rows(capability: int, kind: str | None, masked: bool) -> tuple[Tile, ...]:
+    """Rows of the pointer kernel.
+
+    ``kind`` is "ragged", or Triton's ``input_precision`` for fp32 operands, or None for aligned 16-bit ones; ``masked``
+    says that the product is, whose Philox words take half an accumulator.
+    """
+    rows = PORTABLE[kind or ("large" if shared_memory(capability) > _LARGE else "small")]
+    return tuple(tile for tile in rows if _fits(tile, tile.columns // 2 if masked else 0))
+
+
+def tma_rows(extra_columns: int = 0) -> tuple[Tile, ...]:
+    """Rows of the TMA kernels that have registers for ``extra_columns`` more accumulator columns."""
+    return tuple(tile for tile in TMA if _fits(tile, extra_columns))
+
+
+def _fits(tile: Tile, extra_columns: int) -> bool:
+    return tile.rows * (tile.columns + extra_columns) <= 32 * tile.warps * _ACCUMULATOR_BUDGET
+
+
+def middle_tile(r: int) -> Tile:
+    """The row for z [M, r]: 32 tokens a CTA, so that few tokens still fill the machine.
+
+    With 32 rows the product is mma.sync, not wgmma: its masked operand comes from registers, which is what wgmma must not
+    be given (reference: ptxas before 13.3 may reuse those registers too early).
+    """
+    return Tile(32, min(padded_rank(r), 64), 64, 4, 4)
+
+
+def rank_grad_tile(r: int, precision: str | None) -> Tile:
+    """The row for an adapter gradient with narrow side r; ``precision`` as Triton's for fp32 operands, None for 16-bit."""
+    if precision == "ieee":
+        return Tile(16, 64, 32, 4, 2)
+    return Tile(min(padded_rank(r), 64), 64, 64, 4, 3)
+
+
+def rank_trip(r: int, itemsize: int) -> int:
+    """Depth of one trip of the low-rank product: at most 32, and 16 for fp32 adapters, whose cast holds registers."""
+    return min(padded_rank(r), 32 if itemsize == 2 else 16)
+
+
+def padded_rank(r: int) -> int:
+    """The rank inside a kernel: a power of two, at least the 16 that the matrix instructions need."""
+    return max(16, 1 << (r - 1).bit_length())
+
+
+def shared_memory(capability: int) -> int:
+    """Bytes of shared memory a CTA may have; an architecture not in the table gets the smallest of all."""
+    return SHARED_MEMORY.get(capability, min(SHARED_MEMORY.values()))

@@ -1,0 +1,281 @@
+"""The compile gate: every row of the tile table, compiled without a GPU and read back.
+
+For each kernel, tile, architecture and feature it prints registers, spills, shared memory and matrix instructions, and
+fails on a spill, on shared memory beyond the architecture's limit, on a missing matrix instruction, and on a wgmma that
+takes an operand from registers (ptxas before 13.3 may reuse those registers too early). What is compiled is the very
+``Launch`` that the launchers would run.
+
+    python tests/compile_gate.py [--arch 90 ...] [--jobs N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import itertools
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from fastlora.dropout import Dropout
+from fastlora.kernels import lora_matmul, lora_matmul_tma, rank_grad, tiles
+from fastlora.kernels.launch import Launch
+
+ARCHITECTURES = (80, 90, 100, 120)
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class Case(NamedTuple):
+    """One launcher call: what is asked of it, not how it answers."""
+
+    verb: str
+    design: str
+    capability: int
+    m: int
+    k: int
+    n: int
+    r: int
+    dtype: torch.dtype
+    adapter_dtype: torch.dtype
+    mask: str
+    backward: bool
+    precision: str = "ieee"
+
+    def launches(self) -> list[Launch]:
+        """The launches this call would run."""
+        dropout = None
+        if self.mask != "none":
+            options = Dropout(0.1, torch.zeros(2, dtype=torch.int64))
+            dropout = (options.seed, options.threshold, options.rescale)
+        if self.verb == "rank_grad":
+            p = torch.empty(self.m, self.r, dtype=self.dtype)
+            q = torch.empty(self.m, self.n, dtype=self.dtype)
+            if self.backward:
+                p, q = q, p
+            return rank_grad.launches(p, q, dtype=self.adapter_dtype, precision=self.precision, dropout=dropout)[1]
+        x = torch.empty(self.m, self.k, dtype=self.dtype)
+        w = _matrix(self.n, self.k, self.dtype, self.backward)
+        a = _matrix(self.r, self.k, self.adapter_dtype, self.backward)
+        b = _matrix(self.n, self.r, self.adapter_dtype, self.backward)
+        bias = None if self.backward else torch.empty(self.n, dtype=self.dtype)
+        return lora_matmul.launches(
+            x,
+            w,
+            a,
+            b,
+            scale=2.0,
+            bias=bias,
+            dropout=dropout,
+            on_product=self.mask == "product",
+            capability=self.capability,
+            precision=self.precision,
+            design=self.design,
+        )[2]
+
+
+class Finding(NamedTuple):
+    """One compiled kernel, read back; ``faults`` is empty when it passes."""
+
+    kernel: str
+    tile: str
+    capability: int
+    features: str
+    registers: int
+    spills: int
+    shared: int
+    matrix: str
+    faults: tuple[str, ...]
+
+
+class _NoGpuDriver:
+    """Tells Triton's own launch path that a GPU of this architecture is there, up to the launch itself."""
+
+    def __init__(self, capability: int) -> None:
+        self._target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return self._target.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def cases(architectures: tuple[int, ...]) -> Iterator[Case]:
+    """Every tile row on every architecture it is meant for, with the features that change its code."""
+    half, other, full = torch.bfloat16, torch.float16, torch.float32
+    for capability in architectures:
+        for kind, (r, dtype, adapter_dtype, mask) in itertools.product(
+            (None, "ragged"),
+            (
+                (16, half, half, "none"),
+                (64, other, full, "none"),
+                (64, half, half, "product"),
+                (16, half, full, "product"),
+            ),
+        ):
+            for tile in tiles.portable_rows(capability, kind, masked=mask == "product"):
+                shape = _shape_for(tile, kind == "ragged")
+                backward = mask == "product"
+                yield Case("lora_matmul", "portable", capability, *shape, r, dtype, adapter_dtype, mask, backward)
+        for precision, mask in itertools.product(("tf32", "ieee"), ("none", "product")):
+            for tile in tiles.portable_rows(capability, precision, masked=mask == "product"):
+                shape = _shape_for(tile)
+                yield Case(
+                    "lora_matmul", "portable", capability, *shape, 64, full, full, mask, mask == "product", precision
+                )
+        for r, dtype, adapter_dtype, mask in itertools.product((16, 64), (half, full), (half, full), ("none", "input")):
+            if adapter_dtype is full or dtype is half:
+                # One tile row and w=None: only the middle kernel is new here.
+                yield Case("lora_matmul", "portable", capability, 64, 512, 64, r, dtype, adapter_dtype, mask, False)
+        for r, dtype, mask, backward in itertools.product((16, 64), (half, full), ("none", "input"), (False, True)):
+            if not (mask == "input" and backward):
+                yield Case("rank_grad", "-", capability, 8192, 0, 1024, r, dtype, full, mask, backward)
+        if capability not in tiles.TMA_CAPABILITIES:
+            continue
+        for tile in tiles.tma_rows():
+            shape = _shape_for(tile)
+            for r, adapter_dtype, mask in itertools.product((16, 128), (half, full), ("none", "product")):
+                backward = mask == "product"
+                yield Case("lora_matmul", "serial", capability, *shape, r, half, adapter_dtype, mask, backward)
+            yield Case("lora_matmul", "serial", capability, *shape, 16, other, other, "none", False)
+        for r, adapter_dtype, mask in itertools.product((16, 64, 128), (half, full), ("none", "input", "product")):
+            if lora_matmul_tma.refuses_one_launch(torch.empty(r, 8, dtype=adapter_dtype)):
+                continue
+            for tile in tiles.tma_rows(tiles.padded_rank(r)):
+                shape = _shape_for(tile)
+                backward = mask == "product"
+                yield Case("lora_matmul", "one_launch", capability, *shape, r, half, adapter_dtype, mask, backward)
+
+
+def _shape_for(tile: tiles.Tile, ragged: bool = False) -> tuple[int, int, int]:
+    """M, K, N for which the table answers with this row: one wave of its tiles, half a wave of the next larger."""
+    m, n = 12 * tile.rows, 9 * tile.columns
+    return (m - 1, 511, n - 1) if ragged else (m, 512, n)
+
+
+def _matrix(rows: int, columns: int, dtype: torch.dtype, transposed: bool) -> torch.Tensor:
+    """[rows, columns]; in the backward the operands are transposed views."""
+    return torch.empty(columns, rows, dtype=dtype).T if transposed else torch.empty(rows, columns, dtype=dtype)
+
+
+def examine(case: Case) -> list[Finding]:
+    """Compiles every launch of a case and reads the machine code."""
+    driver.set_active(_NoGpuDriver(case.capability))
+    return [_examine(case, launch) for launch in case.launches()]
+
+
+def _examine(case: Case, launch: Launch) -> Finding:
+    arguments = launch.arguments
+    compiled = launch.kernel.run(grid=launch.grid, warmup=True, **arguments, **launch.options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        sass = _tool("nvdisasm", "-c", file.name)
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    shared = compiled.metadata.shared
+    ptx = compiled.asm["ptx"]
+    instructions = [
+        name
+        for name, pattern in (("wgmma", r"wgmma\.mma_async"), ("tcgen05", r"tcgen05\.mma"), ("mma", r"\bmma\.sync"))
+        if re.search(pattern, ptx)
+    ]
+
+    faults = []
+    if stack or spills:
+        faults.append(f"spills: {stack} B of stack, {spills} loads and stores of local memory")
+    limit = tiles.shared_memory(case.capability)
+    if shared > limit:
+        faults.append(f"shared memory {shared} B, limit {limit} B")
+    expected = _expected_instruction(case, launch)
+    if expected and expected not in instructions:
+        faults.append(f"no {expected}")
+    if re.search(r"HGMMA\S* R\d+, R\d+,", sass):
+        faults.append("wgmma with an operand in registers")
+    blocks = [
+        str(arguments[name])
+        for name in ("BLOCK_M", "BLOCK_N", "BLOCK_C", "BLOCK_K", "BLOCK_R", "BLOCK")
+        if name in arguments
+    ]
+    features = [f"R={case.r}", str(case.dtype).removeprefix("torch.")]
+    if case.adapter_dtype != case.dtype:
+        features.append("fp32 adapters")
+    if case.dtype is torch.float32:
+        features.append(case.precision)
+    features += [f"mask on {case.mask}"] if case.mask != "none" else []
+    features += ["backward"] if case.backward else []
+    features += ["ragged"] if case.k % 2 else []
+    return Finding(
+        launch.kernel.fn.__name__.strip("_"),
+        "x".join(blocks),
+        case.capability,
+        ", ".join(features),
+        registers,
+        spills,
+        shared,
+        "+".join(instructions) or "fma",
+        tuple(faults),
+    )
+
+
+def _expected_instruction(case: Case, launch: Launch) -> str | None:
+    """The matrix instruction that a product of this kernel must have become."""
+    name = launch.kernel.fn.__name__
+    if "sum_splits" in name or (case.dtype is torch.float32 and case.precision == "ieee"):
+        return None
+    if "middle" in name or "rank_grad" in name:
+        # Fewer than 64 rows or memory-bound: any matrix instruction will do.
+        return "mma" if case.r < 64 else None
+    return {90: "wgmma", 100: "tcgen05"}.get(case.capability, "mma")
+
+
+def _tool(name: str, *arguments: str) -> str:
+    return subprocess.run([str(_TOOLS / name), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def main() -> int:
+    """Runs the gate, prints its table, and returns the number of faulty kernels as an exit status of 0 or 1."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
+    options = parser.parse_args()
+
+    work = list(dict.fromkeys(cases(tuple(options.arch))))
+    context = multiprocessing.get_context("spawn")
+    findings: dict[tuple, Finding] = {}
+    with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
+        for done, batch in enumerate(pool.map(examine, work, chunksize=4), 1):
+            findings |= {finding[:4]: finding for finding in batch}
+            if sys.stderr.isatty():
+                print(f"\r{done}/{len(work)} compiled", end="", file=sys.stderr)
+    rows = sorted(findings.values(), key=lambda f: (f.kernel, f.capability))
+    print(f"{'kernel':<18}{'tile':<16}{'arch':<8}{'regs':>5}{'spills':>7}{'shared':>8}  {'matrix':<10}features")
+    for f in rows:
+        print(
+            f"{f.kernel:<18}{f.tile:<16}{f'sm_{f.capability}':<8}{f.registers:>5}{f.spills:>7}{f.shared:>8}  "
+            f"{f.matrix:<10}{f.features}{''.join(f'  FAULT: {fault}' for fault in f.faults)}"
+        )
+    faulty = sum(bool(f.faults) for f in rows)
+    print(f"{len(rows)} kernels compiled with Triton {triton.__version__}: {len(rows) - faulty} pass, {faulty} faulty")
+    return 1 if faulty else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
