@@ -81,8 +81,10 @@ def _explain(request: Request, forced: str) -> Explanation:
 
 def unproven(backend: str, device: torch.device) -> str | None:
     """Why ``auto`` passes over a backend that could run here: no hardware line for this GPU. None where proven."""
-    if backend not in PROVEN or device.type != "cuda":
+    if backend not in PROVEN:
         return None
+    if device.type != "cuda":
+        return f"can run in the interpreter, but auto keeps it for GPUs; FASTLORA_BACKEND={backend} forces it"
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) in PROVEN[backend]:
         return None
@@ -112,6 +114,8 @@ def explain(
         TypeError, ValueError, RuntimeError: as ``lora_linear`` does.
     """
     check(x, weight, lora_a, lora_b, scale, bias, dropout_p)
+    x, weight, lora_a, lora_b, bias = autocast(x, weight, lora_a, lora_b, bias)
+    check_dtypes(x, weight, lora_a, lora_b, bias)
     rows = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
     request = Request.of_lora_matmul(rows, lora_a, lora_b, training and dropout_p > 0)
     return _explain(request, os.environ.get("FASTLORA_BACKEND", "auto"))
@@ -159,6 +163,27 @@ def check(
             raise RuntimeError(f"{name} is on {tensor.device} and x on {x.device}: move them to one device")
     if x.device.type == "meta":
         raise RuntimeError("x is on the meta device, which holds no data: create the inputs on a real device")
+
+
+def autocast(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """The operands as ``torch.autocast`` has them: the base in its dtype, float32 adapters as they are."""
+    device_type = x.device.type
+    if not torch.is_autocast_enabled(device_type) or not _castable(x):
+        return x, weight, lora_a, lora_b, bias
+    dtype = torch.get_autocast_dtype(device_type)
+
+    def cast(t: Tensor) -> Tensor:
+        return t.to(dtype) if _castable(t) else t
+
+    lora_a = lora_a if lora_a.dtype is torch.float32 else cast(lora_a)
+    lora_b = lora_b if lora_b.dtype is torch.float32 else cast(lora_b)
+    return cast(x), cast(weight), lora_a, lora_b, None if bias is None else cast(bias)
+
+
+def _castable(t: Tensor) -> bool:
+    return t.is_floating_point() and t.dtype is not torch.float64
 
 
 def check_dtypes(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> None:

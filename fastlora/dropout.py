@@ -12,8 +12,10 @@ so p is realised to 1/65536, and D(x) = keep ⊙ x / (1 - realised p).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +25,8 @@ ROUNDS = 7
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEP = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # Elements whose bits are made at a time: on a CPU about what the caches hold, on a GPU enough to fill it.
 _CHUNK = {"cpu": 1 << 19}
@@ -63,28 +67,57 @@ class Dropout:
 
     def keep(self, rows: int, columns: int, first_row: int = 0) -> Tensor:
         """The mask itself: bool [rows, columns] for the rows from ``first_row`` on."""
-        device = self.seed.device
-        calls = -(-columns // COLUMNS_PER_CALL)
-        row = torch.arange(first_row, first_row + rows, device=device).unsqueeze(1)
-        call = torch.arange(calls, device=device).unsqueeze(0)
-        key, offset = self.seed[0], self.seed[1]
-        words = _philox(call, row, offset & _LOW, (offset >> 32) & _LOW, key & _LOW, (key >> 32) & _LOW)
-        low = words[0] | (words[1] << 32)
-        high = words[2] | (words[3] << 32)
-        lanes = torch.stack(torch.broadcast_tensors(low, high), dim=-1).view(torch.int16).view(rows, -1)
-        return lanes[:, :columns] >= self.threshold
+        return self._bits(first_row, rows, columns).bool()
 
     def chunks(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Walks x [M, C] by rows: yields (rows, keep) a few rows at a time, so that no [M, C] mask ever exists."""
+        """Walks x [M, C] a few rows at a time: (rows, their mask for :func:`kept`), so no [M, C] mask ever exists."""
         m, columns = x.shape
         step = max(1, _CHUNK.get(x.device.type, _CHUNK_DEFAULT) // max(columns, 1))
         for first in range(0, m, step):
             rows = slice(first, min(first + step, m))
-            yield rows, self.keep(rows.stop - first, columns, first)
+            yield rows, self._bits(first, rows.stop - first, columns)
+
+    def _bits(self, first_row: int, rows: int, columns: int) -> Tensor:
+        """int16 [rows, columns]: all bits set where kept, none where dropped."""
+        if self.seed.is_cpu:
+            key, offset = self.seed.tolist()
+            return _bits_on_cpu(key, offset, self.threshold, first_row, rows, columns)
+        return _bits(self.seed[0], self.seed[1], self.threshold, first_row, rows, columns, self.seed.device)
 
 
-def _philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: Tensor, k1: Tensor) -> tuple[Tensor, ...]:
-    """Philox4x32 on unsigned 32-bit values held in int64; broadcasting keeps the first rounds narrow."""
+def kept(x: Tensor, mask: Tensor) -> Tensor:
+    """x where the mask keeps and zero elsewhere; on bits, which a CPU does ten times faster than ``where``."""
+    bits = _BITS[x.element_size()]
+    return x.view(bits).bitwise_and(mask.to(bits)).view(x.dtype)
+
+
+def _bits(
+    key: Tensor | int,
+    offset: Tensor | int,
+    threshold: int,
+    first_row: int,
+    rows: int,
+    columns: int,
+    device: torch.device,
+) -> Tensor:
+    calls = -(-columns // COLUMNS_PER_CALL)
+    row = torch.arange(first_row, first_row + rows, device=device).unsqueeze(1)
+    call = torch.arange(calls, device=device).unsqueeze(0)
+    words = _philox(call, row, offset & _LOW, (offset >> 32) & _LOW, key & _LOW, (key >> 32) & _LOW)
+    low = words[0] | (words[1] << 32)
+    high = words[2] | (words[3] << 32)
+    lanes = torch.stack((low, high), dim=-1).view(torch.int16).flatten(1)
+    return lanes.ge_(threshold).neg_()[:, :columns]
+
+
+@functools.lru_cache(maxsize=8)
+def _bits_on_cpu(key: int, offset: int, threshold: int, first_row: int, rows: int, columns: int) -> Tensor:
+    # A pure function of numbers, so the backward, which masks both dx and x, may find the last few chunks here.
+    return _bits(key, offset, threshold, first_row, rows, columns, torch.device("cpu"))
+
+
+def _philox(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> tuple[Tensor, ...]:
+    """Philox4x32 on 32-bit values in int64 tensors or plain ints; broadcasting keeps the first rounds narrow."""
     for _ in range(ROUNDS):
         product0 = c0 * _MULTIPLIER[0]
         product1 = c2 * _MULTIPLIER[1]

@@ -78,6 +78,7 @@ torch.library.register_fake("fastlora::lora_matmul", _lora_matmul_fake, lib=_ops
 torch.library.register_fake("fastlora::rank_grad", _rank_grad_fake, lib=_ops)
 lora_matmul_op = torch.ops.fastlora.lora_matmul.default
 rank_grad_op = torch.ops.fastlora.rank_grad.default
+_unsafe_view = torch.ops.aten._unsafe_view.default
 
 
 def lora_linear(
@@ -118,20 +119,16 @@ def lora_linear(
     Source: Hu et al., 2021, https://arxiv.org/abs/2106.09685, equation (3).
     """
     dispatch.check(x, weight, lora_a, lora_b, scale, bias, dropout_p)
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.is_floating_point() and x.dtype is not torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-        if lora_a.dtype is not torch.float32:
-            lora_a = lora_a.to(dtype)
-        if lora_b.dtype is not torch.float32:
-            lora_b = lora_b.to(dtype)
+    x, weight, lora_a, lora_b, bias = dispatch.autocast(x, weight, lora_a, lora_b, bias)
     dispatch.check_dtypes(x, weight, lora_a, lora_b, bias)
 
-    dropped = training and dropout_p > 0
-    y: Tensor = _LoRALinear.apply(
-        x, weight, lora_a, lora_b, bias, float(scale), float(dropout_p), draw_seed(x.device) if dropped else None
+    seed = draw_seed(x.device) if training and dropout_p > 0 else None
+    if not torch.is_grad_enabled():
+        return _unrows(
+            lora_matmul_op(_rows(x), weight, lora_a, lora_b, float(scale), bias, float(dropout_p), seed, False)[0], x
+        )
+    y: Tensor = _LoRALinear.apply(  # type: ignore[no-untyped-call]
+        x, weight, lora_a, lora_b, bias, float(scale), float(dropout_p), seed
     )
     return y
 
@@ -164,31 +161,47 @@ class _LoRALinear(torch.autograd.Function):
         )
         ctx.scale, ctx.dropout_p = scale, dropout_p
         ctx.x_shape, ctx.adapter_dtype = x.shape, lora_a.dtype
-        return y_mn.view(*x.shape[:-1], weight.shape[0])
+        return _unrows(y_mn, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, lora_a, lora_b, z_mr, seed = ctx.saved_tensors
-        need_x, need_weight, need_a, need_b, need_bias = ctx.needs_input_grad[:5]
-        p = ctx.dropout_p
-        dx = dweight = da = db = dbias = None
-        dy_mn = _rows(dy)
-        x_mk = None if x is None else _rows(x)
-        if need_x or need_a:
-            # The forward's verb with the operands turned; without need_x only its rank-R middle is made.
-            w = weight.T if need_x else None
-            dx_mk, t_mr = lora_matmul_op(dy_mn, w, lora_b.T, lora_a.T, ctx.scale, None, p, seed, True)
-            dx = dx_mk.view(ctx.x_shape) if need_x else None
-        if need_a:
-            da = rank_grad_op(t_mr, x_mk, ctx.adapter_dtype, p, seed)
-        if need_b:
-            db = rank_grad_op(dy_mn, z_mr, ctx.adapter_dtype, 0.0, None)
-        if need_weight:
-            dweight = torch.mm(dy_mn.T, x_mk)
-        if need_bias:
-            dbias = dy_mn.sum(0)
-        return dx, dweight, da, db, dbias, None, None, None
+        if torch.is_autocast_enabled(dy.device.type):
+            # The operands got their dtypes in the forward; autocast would change some of them and not others.
+            with torch.autocast(dy.device.type, enabled=False):
+                return _gradients(ctx, dy)
+        return _gradients(ctx, dy)
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, lora_a, lora_b, z_mr, seed = ctx.saved_tensors
+    need_x, need_weight, need_a, need_b, need_bias = ctx.needs_input_grad[:5]
+    p = ctx.dropout_p
+    dx = dweight = da = db = dbias = None
+    dy_mn = _rows(dy)
+    if need_x or need_a:
+        # The forward's verb with the operands turned; without need_x only its rank-R middle is made.
+        w = weight.T if need_x else None
+        dx_mk, t_mr = lora_matmul_op(dy_mn, w, lora_b.T, lora_a.T, ctx.scale, None, p, seed, True)
+        dx = dx_mk.view(ctx.x_shape) if need_x else None
+    if need_a:
+        da = rank_grad_op(t_mr, _rows(x), ctx.adapter_dtype, p, seed)
+    if need_b:
+        db = rank_grad_op(dy_mn, z_mr, ctx.adapter_dtype, 0.0, None)
+    if need_weight:
+        dweight = torch.mm(dy_mn.T, _rows(x))
+    if need_bias:
+        dbias = dy_mn.sum(0)
+    return dx, dweight, da, db, dbias, None, None, None
+
+
+def _unrows(y_mn: Tensor, x: Tensor) -> Tensor:
+    """[M, N] with the leading dimensions of x."""
+    if x.dim() == 2:
+        return y_mn
+    # Not y_mn.view: autograd forbids in-place operations on a view that a custom Function returns.
+    y: Tensor = _unsafe_view(y_mn, [*x.shape[:-1], y_mn.shape[1]])
+    return y
 
 
 def _rows(x: Tensor) -> Tensor:

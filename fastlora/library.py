@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dropout import Dropout
+from .dropout import Dropout, kept
 from .request import Request
 
 
@@ -32,21 +32,21 @@ def lora_matmul(
     on_product: bool = False,
 ) -> tuple[Tensor | None, Tensor]:
     """x [M, K], w [N, K] or None for z alone, a [R, K], b [N, R], bias [N] → y [M, N], z [M, R]."""
-    a, b = a.to(x.dtype), b.to(x.dtype)
+    a, b = _cast(a, x), _cast(b, x)
     z = x.new_empty(x.shape[0], a.shape[0])
     if dropout is None or on_product:
         z.addmm_(x, a.T, beta=0, alpha=scale)
     else:
-        for rows, keep in dropout.chunks(x):
-            z[rows].addmm_(x[rows].where(keep, 0), a.T, beta=0, alpha=scale * dropout.rescale)
+        for rows, mask in dropout.chunks(x):
+            z[rows].addmm_(kept(x[rows], mask), a.T, beta=0, alpha=scale * dropout.rescale)
     if w is None:
         return None, z
     y = F.linear(x, w, bias)
     if dropout is None or not on_product:
         y.addmm_(z, b.T)
     else:
-        for rows, keep in dropout.chunks(y):
-            y[rows].add_((z[rows] @ b.T).where(keep, 0), alpha=dropout.rescale)
+        for rows, mask in dropout.chunks(y):
+            y[rows].add_(kept(z[rows] @ b.T, mask), alpha=dropout.rescale)
     return y, z
 
 
@@ -55,9 +55,19 @@ def rank_grad(p: Tensor, q: Tensor, *, dtype: torch.dtype, dropout: Dropout | No
     if dropout is None:
         if q.is_cuda and dtype is torch.float32 and q.dtype is not dtype:
             return torch.mm(p.T, q, out_dtype=dtype)
+        if p.is_cpu and p.shape[1] > q.shape[1]:
+            # A CPU's GEMM is up to four times faster with the narrow side first.
+            return torch.mm(q.T, p).T.contiguous().to(dtype)
         return torch.mm(p.T, q).to(dtype)
     wide = torch.promote_types(q.dtype, torch.float32)
     grad = torch.zeros(p.shape[1], q.shape[1], dtype=wide, device=q.device)
-    for rows, keep in dropout.chunks(q):
-        grad.add_(torch.mm(p[rows].T, q[rows].where(keep, 0)), alpha=dropout.rescale)
+    for rows, mask in dropout.chunks(q):
+        grad.add_(torch.mm(p[rows].T, kept(q[rows], mask)), alpha=dropout.rescale)
     return grad.to(dtype)
+
+
+def _cast(adapter: Tensor, x: Tensor) -> Tensor:
+    """The adapter in the dtype of x, and on a CPU contiguous: its GEMM is slow on the small operand's transpose."""
+    if adapter.dtype is not x.dtype:
+        adapter = adapter.to(x.dtype)
+    return adapter.contiguous() if x.is_cpu else adapter

@@ -28,7 +28,8 @@ class Request(NamedTuple):
     @staticmethod
     def of_lora_matmul(x: Tensor, a: Tensor, b: Tensor, dropout: bool) -> Request:
         """The request of ``lora_matmul`` on these tensors."""
-        return Request("lora_matmul", x.device, x.dtype, a.dtype, *x.shape, b.shape[0], a.shape[0], dropout)
+        m, k = x.shape
+        return Request("lora_matmul", x.device, x.dtype, a.dtype, m, k, b.shape[0], a.shape[0], dropout)
 
     @staticmethod
     def of_rank_grad(p: Tensor, q: Tensor, dtype: torch.dtype, dropout: bool) -> Request:

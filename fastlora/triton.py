@@ -103,14 +103,16 @@ def _design(x: Tensor, w: Tensor, a: Tensor, capability: int) -> str:
     if forced != "portable":
         reason = tma.refuses(x, w, capability)
     if forced == "one_launch":
-        reason = reason or tma.refuses_one_launch(a)
+        reason = reason or tma.refuses_one_launch(a, capability)
     if reason:
         raise RuntimeError(f"FASTLORA_TRITON_DESIGN={forced} cannot run this call: {reason}")
     return forced
 
 
-def _mask(dropout: Dropout | None) -> tuple[Tensor, int, float] | None:
-    return None if dropout is None else (dropout.seed, dropout.threshold, dropout.rescale)
+def _mask(dropout: Dropout | None) -> Any:
+    from .kernels.philox import Mask
+
+    return None if dropout is None else Mask(dropout.seed, dropout.threshold, dropout.rescale)
 
 
 def _precision() -> str:

@@ -5,11 +5,11 @@
         for k:  acc_mn += x_mk · w_nkᵀ
         y_mn = acc_mn + bias_n
 
-Operands: x [M, K], w [N, K], bias [N] in bf16, fp16 or fp32; a [R, K], b [N, R] in that dtype or fp32, cast tile by tile;
-z [M, R] and y [M, N] in the dtype of x. In the backward the same kernels make dx and t: x is dy, w is wᵀ, a is bᵀ, b is
-aᵀ, all strided views, and the mask sits on the product instead of the input. Bytes: the frozen GEMM's, plus one read of
-x for z; y is stored once. Portable means masked pointer loads, any strides, sm_80 and newer: used where TMA cannot go.
-``lora_matmul_tma.py`` holds the other two designs, serial and one_launch.
+Operands: x [M, K], w [N, K], bias [N] in bf16, fp16 or fp32; a [R, K], b [N, R] in that dtype or fp32, cast tile by
+tile; z [M, R] and y [M, N] in the dtype of x. In the backward the same kernels make dx and t: x is dy, w is wᵀ, a is
+bᵀ, b is aᵀ, all strided views, and the mask sits on the product instead of the input. Bytes: the frozen GEMM's, plus
+one read of x for z; y is stored once. Portable means masked pointer loads, any strides, sm_80 and newer: used where TMA
+cannot go. ``lora_matmul_tma.py`` holds the other two designs, serial and one_launch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from . import lora_matmul_tma, middle
 from .indexing import load_tile, tile_position
 from .launch import Launch
-from .philox import keep_mask
+from .philox import NO_MASK, Mask, keep_mask
 from .tiles import GROUP_M, matmul_tile, portable_rows, rank_trip
 
 DESIGNS = ("portable", "serial", "one_launch")
@@ -99,7 +99,7 @@ def launches(
     *,
     scale: float,
     bias: Tensor | None,
-    dropout: tuple | None,
+    dropout: Mask | None,
     on_product: bool,
     capability: int,
     precision: str,
@@ -114,7 +114,7 @@ def launches(
         b: [N, R].
         scale: factor on z.
         bias: [N] contiguous, or None.
-        dropout: (seed int64 [2], threshold, rescale), or None.
+        dropout: the mask, or None.
         on_product: the mask sits on z bᵀ instead of x.
         capability: compute capability as a number, 90 for sm_90; picks the tile.
         precision: Triton's ``input_precision`` for fp32 operands.
@@ -141,13 +141,13 @@ def _portable(
     b: Tensor,
     *,
     bias: Tensor | None,
-    dropout: tuple | None,
+    dropout: Mask | None,
     capability: int,
     precision: str,
 ) -> tuple[Tensor, Launch]:
     (m, k), (n, r) = x.shape, b.shape
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    seed, threshold, rescale = (None, 0, 1.0) if dropout is None else dropout
+    seed, threshold, rescale = dropout or NO_MASK
     # Triton vectorises a load only along strides and extents that it knows to be multiples of 16.
     ragged = any(size % 16 for size in (k, n, *x.stride(), *w.stride()) if size != 1)
     kind = precision if x.dtype is torch.float32 else "ragged" if ragged else None

@@ -4,13 +4,14 @@
                       acc_mn = Σ_k x_mk · w_nkᵀ + z_mr · b_nrᵀ          one more trip of the same accumulator
                       y_mn   = acc_mn + bias_n
     one_launch    z is made inside. Tiles come from an atomic counter, column 0 of every row block first:
-                      column 0:  acc_mr = Σ_k D(x_mk) · a_rkᵀ beside acc_mn;  z_mr = scale · acc_mr;  release flag[m]
+                      column 0:  acc_mr = Σ_k D(x_mk) · a_rkᵀ beside acc_mn
+                                 z_mr = scale · acc_mr;  release flag[m]
                       others:    acc_mn = Σ_k x_mk · w_nkᵀ;  acquire flag[m]
                       all:       acc_mn += z_mr · b_nrᵀ;  y_mn = acc_mn + bias_n
 
 Operands: x [M, K], w [N, K] or its transposed view, y [M, N] through TMA (rows a multiple of 16 bytes); a [R, K], b
-[N, R] in the dtype of x or fp32, any strides, and z [M, R] through masked pointer loads (any rank). With the mask on the
-product, the masked product starts the accumulator (serial) or is added to it in column quarters (one_launch).
+[N, R] in the dtype of x or fp32, any strides, and z [M, R] through masked pointer loads (any rank). With the mask on
+the product, the masked product starts the accumulator (serial) or is added to it in column quarters (one_launch).
 Bytes: the frozen GEMM's, plus one read of x (serial) or none (one_launch). Used where ``refuses`` finds no reason
 against it. Which of the two is kept is open until both have been measured: benchmarks/HARDWARE.md.
 
@@ -31,7 +32,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .indexing import load_tile, tile_position
 from .launch import Launch
-from .philox import keep_mask
+from .philox import NO_MASK, Mask, keep_mask
 from .tiles import GROUP_M, TMA_CAPABILITIES, Tile, matmul_tile, padded_rank, rank_trip, tma_rows
 
 
@@ -39,10 +40,7 @@ from .tiles import GROUP_M, TMA_CAPABILITIES, Tile, matmul_tile, padded_rank, ra
 def _load_x_w(x_desc, w_desc, first_m, first_n, first_k, W_K_BY_N: tl.constexpr):
     """x_mk and w_kn of one trip; TMA fills with zeros past the edges."""
     x_mk = x_desc.load([first_m, first_k])
-    if W_K_BY_N:
-        w_kn = w_desc.load([first_k, first_n])
-    else:
-        w_kn = w_desc.load([first_n, first_k]).T
+    w_kn = w_desc.load([first_k, first_n]) if W_K_BY_N else w_desc.load([first_n, first_k]).T
     return x_mk, w_kn
 
 
@@ -131,8 +129,8 @@ def _serial_kernel(
 
 @triton.jit
 def _store_masked_sum(
-    y_desc, bias_ptr, acc_mn, z_ptr, b_ptr, seed_ptr, threshold, rescale, first_m, first_n, M, N, R, stride_bn, stride_br,
-    BLOCK_R: tl.constexpr,
+    y_desc, bias_ptr, acc_mn, z_ptr, b_ptr, seed_ptr, threshold, rescale, first_m, first_n, M, N, R,
+    stride_bn, stride_br, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """y_mn = acc_mn + D'(z_mr · b_nrᵀ), a quarter of the columns at a time: the product is a second accumulator."""
     left, right = _split_columns(acc_mn)
@@ -247,32 +245,35 @@ def refuses(x: Tensor, w: Tensor, capability: int) -> str | None:
         return f"the TMA designs are for {', '.join(f'sm_{c}' for c in TMA_CAPABILITIES)}, this is sm_{capability}"
     if x.element_size() != 2:
         return f"TMA designs are for 16-bit operands, x is {x.dtype}"
-    for name, matrix in (("x", x), ("w", w)):
-        rows = matrix if matrix.stride(1) == 1 else matrix.T
-        if rows.stride(1) != 1 or rows.stride(0) * 2 % 16 or rows.data_ptr() % 16 or (name == "x" and rows is not x):
-            return f"{name} has strides {matrix.stride()}: TMA needs rows that are contiguous and start on 16 bytes"
+    # w may also come as the transposed view of such a matrix: its columns are then the rows.
+    for name, rows in (("x", x), ("w", w if w.stride(1) == 1 else w.T)):
+        stride, step = rows.stride()
+        if step != 1 or stride < rows.shape[1] or stride * 2 % 16 or rows.data_ptr() % 16:
+            return f"{name} has strides {rows.stride()}: TMA needs rows that are contiguous and start on 16 bytes"
     if w.shape[0] * 2 % 16:
         return f"N = {w.shape[0]}: TMA needs rows of y to be a multiple of 16 bytes"
     return None
 
 
-def refuses_one_launch(a: Tensor) -> str | None:
+def refuses_one_launch(a: Tensor, capability: int) -> str | None:
     """Why, beyond :func:`refuses`, the one_launch design cannot make z from these adapters, or None."""
     padded_r = padded_rank(a.shape[0])
-    if not tma_rows(padded_r):
-        return f"rank {a.shape[0]} leaves no registers for z beside y"
+    if capability != 90:
+        return f"one_launch is for sm_90: on sm_{capability} it spills"
+    if padded_r > 128:
+        return f"rank {a.shape[0]}: z would crowd y out of the registers; at most 128"
     if a.element_size() == 4 and padded_r > 16:
         return f"fp32 adapters of rank {a.shape[0]}: casting them in the loop spills registers"
     return None
 
 
 def serial(
-    x: Tensor, w: Tensor, z: Tensor, b: Tensor, *, bias: Tensor | None, dropout: tuple | None
+    x: Tensor, w: Tensor, z: Tensor, b: Tensor, *, bias: Tensor | None, dropout: Mask | None
 ) -> tuple[Tensor, Launch]:
     """y's memory and the launch that fills it from a finished z; ``dropout`` is on the product z bᵀ."""
     tile = matmul_tile(tma_rows(), x.shape[0], w.shape[0])
     y, common = _common(tile, 2, x, w, b, bias)
-    seed, threshold, rescale = (None, 0, 1.0) if dropout is None else dropout
+    seed, threshold, rescale = dropout or NO_MASK
     arguments = dict(
         z_ptr=z,
         seed_ptr=seed,
@@ -293,8 +294,8 @@ def one_launch(
     *,
     scale: float,
     bias: Tensor | None,
-    on_x: tuple | None,
-    on_low_rank: tuple | None,
+    on_x: Mask | None,
+    on_low_rank: Mask | None,
 ) -> tuple[Tensor, Tensor, list[Launch]]:
     """The memory of y and z and the one launch that fills both; the mask is on x or on the product z bᵀ."""
     r = b.shape[1]
@@ -303,7 +304,7 @@ def one_launch(
     z = torch.empty(x.shape[0], r, dtype=x.dtype, device=x.device)
     blocks_m = triton.cdiv(x.shape[0], tile.rows)
     sync = torch.zeros(1 + blocks_m, dtype=torch.int32, device=x.device)
-    seed, threshold, rescale = on_x or on_low_rank or (None, 0, 1.0)
+    seed, threshold, rescale = on_x or on_low_rank or NO_MASK
     arguments = dict(
         a_ptr=a,
         z_ptr=z,

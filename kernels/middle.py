@@ -5,8 +5,8 @@
         for k:  acc_mr += D(x_mk) · a_rkᵀ
         z_mr = scale · acc_mr
 
-Operands: x [M, K] in bf16, fp16 or fp32, a [R, K] in that dtype or fp32, any strides; z [M, R] in the dtype of x, rounded
-once. Bytes: one read of x, which bounds it for R <= 64. In the backward x is dy, a is bᵀ, and z is t.
+Operands: x [M, K] in bf16, fp16 or fp32, a [R, K] in that dtype or fp32, any strides; z [M, R] in the dtype of x,
+rounded once. Bytes: one read of x, which bounds it for R <= 64. In the backward x is dy, a is bᵀ, and z is t.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch
-from .philox import keep_mask
+from .philox import NO_MASK, Mask, keep_mask
 from .tiles import middle_tile
 
 
@@ -64,11 +64,11 @@ def _middle_kernel(
     tl.store(z_ptrs, (acc_mr * scale).to(z_ptr.dtype.element_ty), mask=(m < M)[:, None] & (r < R)[None, :])
 
 
-def launch(x: Tensor, a: Tensor, *, scale: float, precision: str, dropout: tuple | None) -> tuple[Tensor, Launch]:
-    """z's memory and the launch that fills it; ``dropout`` is (seed, threshold, rescale) on x, or None."""
+def launch(x: Tensor, a: Tensor, *, scale: float, precision: str, dropout: Mask | None) -> tuple[Tensor, Launch]:
+    """z's memory and the launch that fills it; ``dropout`` is the mask on x, or None."""
     (m, k), r = x.shape, a.shape[0]
     z = torch.empty(m, r, dtype=x.dtype, device=x.device)
-    seed, threshold, rescale = (None, 0, 1.0) if dropout is None else dropout
+    seed, threshold, rescale = dropout or NO_MASK
     tile = middle_tile(r)
     return z, Launch(
         _middle_kernel,

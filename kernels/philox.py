@@ -1,7 +1,23 @@
 """The dropout mask's bits in Triton: the same as ``fastlora/dropout.py``, whose docstring defines them."""
 
+from __future__ import annotations
+
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
+
+
+class Mask(NamedTuple):
+    """What a kernel needs to make a mask anew: (key, offset) int64 [2] on the device, threshold and rescale."""
+
+    seed: Tensor | None
+    threshold: int
+    rescale: float
+
+
+NO_MASK = Mask(None, 0, 1.0)
 
 
 @triton.jit
@@ -13,7 +29,7 @@ def keep_mask(seed_ptr, first_row, first_column, threshold, BLOCK_ROWS: tl.const
     call = (first_column // 8 + tl.arange(0, BLOCK_COLUMNS // 8))[None, :]
     row = (first_row + tl.arange(0, BLOCK_ROWS))[:, None]
     w0, w1, w2, w3 = tl.philox(key, call, row, offset.to(tl.int32), (offset >> 32).to(tl.int32), 7)
-    # word = 2 i + j, half h: joining (0, 2) with (1, 3) and low with high leaves [rows, calls, i, j, h] = the lane order.
+    # word = 2 i + j, half h: joining (0, 2) with (1, 3), then low with high, leaves [rows, calls, i, j, h]: lane order.
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).to(tl.int32, bitcast=True)
     lanes = tl.join((words << 16) >> 16, words >> 16)
     return tl.reshape(lanes, (BLOCK_ROWS, BLOCK_COLUMNS)) >= threshold

@@ -7,10 +7,10 @@
         partial[split] = acc_rc
     g = sum of partial over splits, in order
 
-Operands: p [M, P], q [M, Q] in bf16, fp16 or fp32, any strides; g [P, Q] in the parameter's dtype. The mask sits on q and
-is made anew from (seed, row, column). Bytes: one read of p and q, plus 4 · splits · P · Q written and read. Memory-bound
-for R <= 64. Used for da = rank_grad(t, x) and db = rank_grad(dy, z). The same bits run after run: no atomics, and the
-number of splits depends on the shapes alone.
+Operands: p [M, P], q [M, Q] in bf16, fp16 or fp32, any strides; g [P, Q] in the parameter's dtype. The mask sits on q
+and is made anew from (seed, row, column). Bytes: one read of p and q, plus 4 · splits · P · Q written and read.
+Memory-bound for R <= 64. Used for da = rank_grad(t, x) and db = rank_grad(dy, z). The same bits run after run: no
+atomics, and the number of splits depends on the shapes alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch
-from .philox import keep_mask
+from .philox import NO_MASK, Mask, keep_mask
 from .tiles import rank_grad_tile
 
 # CTAs that fill the largest GPUs about twice; a constant, so that the sum is the same on every GPU.
@@ -96,7 +96,7 @@ def _sum_splits_kernel(partial_ptr, grad_ptr, size, splits, BLOCK: tl.constexpr)
 
 
 def launches(
-    p: Tensor, q: Tensor, *, dtype: torch.dtype, precision: str, dropout: tuple | None = None
+    p: Tensor, q: Tensor, *, dtype: torch.dtype, precision: str, dropout: Mask | None = None
 ) -> tuple[Tensor, list[Launch]]:
     """The gradient's memory and the launches that fill it.
 
@@ -105,7 +105,7 @@ def launches(
         q: [M, Q]; the mask is on it.
         dtype: dtype of the gradient.
         precision: Triton's ``input_precision`` for fp32 operands.
-        dropout: (seed int64 [2], threshold, rescale), or None.
+        dropout: the mask, or None.
     """
     q_is_wide = dropout is not None or q.shape[1] >= p.shape[1]
     wide, narrow = (q, p) if q_is_wide else (p, q)
@@ -120,7 +120,7 @@ def launches(
     grad = torch.empty(p.shape[1], q.shape[1], dtype=dtype, device=q.device)
     partial = grad if splits == 1 else torch.empty(splits, *grad.shape, dtype=torch.float32, device=q.device)
     stride_r, stride_c = grad.stride() if q_is_wide else grad.stride()[::-1]
-    seed, threshold, rescale = (None, 0, 1.0) if dropout is None else dropout
+    seed, threshold, rescale = dropout or NO_MASK
     product = Launch(
         _rank_grad_kernel,
         (triton.cdiv(c, tile.columns), splits, triton.cdiv(r, tile.rows)),

@@ -41,8 +41,9 @@ class Tile(NamedTuple):
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-# The pointer kernel, largest first. "small" holds what fits the 99 KiB of the consumer GPUs; "ragged" is for strides
-# that no vector load can follow: every element then holds an address.
+# The pointer kernel, largest first. "large" is for the GPUs whose matrix instructions read shared memory; "small" for
+# those that hold operands in registers too, and have 99 KiB at the least; "ragged" for strides that no vector load can
+# follow, where every element holds an address.
 PORTABLE = {
     "large": (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 3)),
     "small": (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 4), Tile(64, 64, 64, 4, 3)),
@@ -54,8 +55,6 @@ PORTABLE = {
 # The TMA kernels, largest first. sm_120 has TMA too, but little shared memory, and spills there: it stays portable.
 TMA = (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 8, 4))
 TMA_CAPABILITIES = (90, 100, 103)
-
-_LARGE = 160 << 10
 
 # Accumulator registers a thread may hold; with more of them ptxas spills at 255 (seen in the compile gate).
 _ACCUMULATOR_BUDGET = 160
@@ -81,7 +80,7 @@ def portable_rows(capability: int, kind: str | None, masked: bool) -> tuple[Tile
     ``kind`` is "ragged", or Triton's ``input_precision`` for fp32 operands, or None for aligned 16-bit ones; ``masked``
     says that the product is, whose Philox words take half an accumulator.
     """
-    rows = PORTABLE[kind or ("large" if shared_memory(capability) > _LARGE else "small")]
+    rows = PORTABLE[kind or ("large" if capability in TMA_CAPABILITIES else "small")]
     return tuple(tile for tile in rows if _fits(tile, tile.columns // 2 if masked else 0))
 
 
@@ -97,14 +96,14 @@ def _fits(tile: Tile, extra_columns: int) -> bool:
 def middle_tile(r: int) -> Tile:
     """The row for z [M, r]: 32 tokens a CTA, so that few tokens still fill the machine.
 
-    With 32 rows the product is mma.sync, not wgmma: its masked operand comes from registers, which is what wgmma must not
-    be given (reference: ptxas before 13.3 may reuse those registers too early).
+    With 32 rows the product is mma.sync, not wgmma: the masked operand comes from registers, which wgmma must not be
+    given, since ptxas before 13.3 may reuse those registers too early.
     """
     return Tile(32, min(padded_rank(r), 64), 64, 4, 4)
 
 
 def rank_grad_tile(r: int, precision: str | None) -> Tile:
-    """The row for an adapter gradient with narrow side r; ``precision`` as Triton's for fp32 operands, None for 16-bit."""
+    """The row for an adapter gradient with narrow side r; ``precision`` is Triton's for fp32 operands, else None."""
     if precision == "ieee":
         return Tile(16, 64, 32, 4, 2)
     return Tile(min(padded_rank(r), 64), 64, 64, 4, 3)

@@ -33,6 +33,7 @@ from triton.runtime import driver
 from fastlora.dropout import Dropout
 from fastlora.kernels import lora_matmul, lora_matmul_tma, rank_grad, tiles
 from fastlora.kernels.launch import Launch
+from fastlora.kernels.philox import Mask
 
 ARCHITECTURES = (80, 90, 100, 120)
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -59,7 +60,7 @@ class Case(NamedTuple):
         dropout = None
         if self.mask != "none":
             options = Dropout(0.1, torch.zeros(2, dtype=torch.int64))
-            dropout = (options.seed, options.threshold, options.rescale)
+            dropout = Mask(options.seed, options.threshold, options.rescale)
         if self.verb == "rank_grad":
             p = torch.empty(self.m, self.r, dtype=self.dtype)
             q = torch.empty(self.m, self.n, dtype=self.dtype)
@@ -155,7 +156,7 @@ def cases(architectures: tuple[int, ...]) -> Iterator[Case]:
                 yield Case("lora_matmul", "serial", capability, *shape, r, half, adapter_dtype, mask, backward)
             yield Case("lora_matmul", "serial", capability, *shape, 16, other, other, "none", False)
         for r, adapter_dtype, mask in itertools.product((16, 64, 128), (half, full), ("none", "input", "product")):
-            if lora_matmul_tma.refuses_one_launch(torch.empty(r, 8, dtype=adapter_dtype)):
+            if lora_matmul_tma.refuses_one_launch(torch.empty(r, 8, dtype=adapter_dtype), capability):
                 continue
             for tile in tiles.tma_rows(tiles.padded_rank(r)):
                 shape = _shape_for(tile)
