@@ -1,0 +1,405 @@
+"""LoRALinear: parameters, start, wrapping, merging, and everything an nn.Linear lets its owner do."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import OpLog
+from torch import Tensor, nn
+
+from fastlora import LoRALinear, lora_linear
+from fastlora.testing import assert_close_to_oracle
+
+FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def trained(seed: int = 1, **options: object) -> LoRALinear:
+    """A layer with an update that is not zero, in eval mode."""
+    torch.manual_seed(seed)
+    layer = LoRALinear(48, 29, **({"r": 6, "lora_alpha": 10} | options))
+    nn.init.normal_(layer.lora_B, std=0.3)
+    return layer.eval()
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(5, 7, 48, generator=torch.Generator().manual_seed(3)).to(dtype)
+
+
+def effective_weight(layer: LoRALinear, dtype: torch.dtype = torch.float64) -> Tensor:
+    """W + scale · B A of an unmerged layer."""
+    return layer.weight.to(dtype) + layer.scale * layer.lora_B.to(dtype) @ layer.lora_A.to(dtype)
+
+
+def saved_and_loaded(layer: LoRALinear) -> LoRALinear:
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES: dict[str, Callable[[LoRALinear], LoRALinear]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda layer: pickle.loads(pickle.dumps(layer)),
+    "torch_save": saved_and_loaded,
+}
+
+
+def test_state_dict_keys_are_those_of_linear_and_peft() -> None:
+    shapes = {name: tuple(t.shape) for name, t in LoRALinear(48, 29, r=6).state_dict().items()}
+    assert shapes == {"weight": (29, 48), "bias": (29,), "lora_A": (6, 48), "lora_B": (29, 6)}
+    assert set(LoRALinear(48, 29, r=6, bias=False).state_dict()) == {"weight", "lora_A", "lora_B"}
+
+
+def test_only_the_adapter_trains() -> None:
+    assert [name for name, p in LoRALinear(48, 29).named_parameters() if p.requires_grad] == ["lora_A", "lora_B"]
+
+
+def test_base_starts_as_linear_and_update_at_zero() -> None:
+    torch.manual_seed(7)
+    linear = nn.Linear(48, 29)
+    a = nn.init.kaiming_uniform_(torch.empty(8, 48), a=math.sqrt(5))
+    torch.manual_seed(7)
+    layer = LoRALinear(48, 29)
+    assert torch.equal(layer.weight, linear.weight)
+    assert torch.equal(layer.bias, linear.bias)
+    assert torch.equal(layer.lora_A, a)
+    assert torch.equal(layer.lora_B, torch.zeros(29, 8))
+    assert torch.equal(layer(inputs()), linear(inputs()))
+
+
+@pytest.mark.parametrize("r", [1, 5, 12, 64])
+def test_rank_need_not_be_a_power_of_two_nor_small(r: int) -> None:
+    layer = trained(r=r)
+    expected = F.linear(inputs().double(), effective_weight(layer), layer.bias.double())
+    torch.testing.assert_close(layer(inputs()).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("use_rslora", "scale"), [(False, 2.5), (True, 5.0)], ids=["lora", "rslora"])
+def test_scale(use_rslora: bool, scale: float) -> None:
+    layer = trained(r=4, lora_alpha=10, use_rslora=use_rslora)
+    assert layer.scale == scale
+    expected = lora_linear(inputs(), layer.weight, layer.lora_A, layer.lora_B, scale=scale, bias=layer.bias)
+    assert torch.equal(layer(inputs()), expected)
+
+
+def test_scale_is_not_baked_into_the_adapter() -> None:
+    layer = trained(lora_alpha=12)
+    state = layer.state_dict()
+    doubled = trained(seed=2, lora_alpha=24)
+    doubled.load_state_dict(state)
+    base = F.linear(inputs(), layer.weight, layer.bias)
+    torch.testing.assert_close(doubled(inputs()) - base, 2 * (layer(inputs()) - base), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_adapter_may_be_wider_than_the_base(dtype: torch.dtype) -> None:
+    layer = trained(dtype=dtype, adapter_dtype=torch.float32)
+    assert {name: p.dtype for name, p in layer.named_parameters()} == {
+        "weight": dtype,
+        "bias": dtype,
+        "lora_A": torch.float32,
+        "lora_B": torch.float32,
+    }
+    y = layer(inputs(dtype))
+    y.sum().backward()
+    assert y.dtype is dtype
+    assert layer.lora_A.grad.dtype is layer.lora_B.grad.dtype is torch.float32
+
+
+def test_optimiser_step_moves_the_adapter_alone() -> None:
+    layer = trained()
+    before = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    layer(inputs()).square().sum().backward()
+    torch.optim.SGD(layer.parameters(), lr=0.1).step()
+    moved = [name for name, p in layer.named_parameters() if not torch.equal(p, before[name])]
+    assert moved == ["lora_A", "lora_B"]
+    assert layer.weight.grad is None
+    assert layer.bias.grad is None
+
+
+def test_unfrozen_base_trains_as_linear_does() -> None:
+    layer = trained().requires_grad_(True)
+    linear = nn.Linear(48, 29)
+    layer(inputs()).sum().backward()
+    linear(inputs()).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, linear.weight.grad)
+    torch.testing.assert_close(layer.bias.grad, linear.bias.grad)
+
+
+def test_eval_switches_dropout_off_and_train_on() -> None:
+    layer = trained(lora_dropout=0.5)
+    still = layer(inputs())
+    assert torch.equal(layer(inputs()), still)
+    layer.train()
+    assert not torch.equal(layer(inputs()), still)
+    layer.eval()
+    assert torch.equal(layer(inputs()), still)
+
+
+def test_train_and_eval_return_the_layer() -> None:
+    layer = LoRALinear(48, 29)
+    assert layer.eval() is layer
+    assert layer.train() is layer
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
+def test_from_linear_shares_storage_and_result(dtype: torch.dtype, bias: bool) -> None:
+    linear = nn.Linear(48, 29, bias=bias, dtype=dtype)
+    layer = LoRALinear.from_linear(linear, r=6, adapter_dtype=torch.float32)
+    assert layer.weight.data_ptr() == linear.weight.data_ptr()
+    assert (layer.bias is None) == (not bias)
+    if bias:
+        assert layer.bias.data_ptr() == linear.bias.data_ptr()
+    assert layer.lora_A.dtype is torch.float32
+    assert torch.equal(layer(inputs(dtype)), linear(inputs(dtype)))
+
+
+def test_from_linear_leaves_the_linear_untouched() -> None:
+    linear = nn.Linear(48, 29)
+    before = copy.deepcopy(linear.state_dict())
+    layer = LoRALinear.from_linear(linear, r=6)
+    nn.init.normal_(layer.lora_B)
+    layer(inputs()).sum().backward()
+    layer.merge()
+    assert linear.weight.requires_grad
+    assert linear.weight.grad is None
+    for name, tensor in linear.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_from_linear_keeps_the_mode(training: bool) -> None:
+    assert LoRALinear.from_linear(nn.Linear(48, 29).train(training)).training == training
+
+
+def test_from_linear_passes_its_options_on() -> None:
+    layer = LoRALinear.from_linear(nn.Linear(48, 29), r=5, lora_alpha=20, lora_dropout=0.1, use_rslora=True)
+    assert str(layer) == str(LoRALinear(48, 29, r=5, lora_alpha=20, lora_dropout=0.1, use_rslora=True))
+    assert layer.lora_A.abs().max() > 0
+    assert torch.equal(layer.lora_B, torch.zeros(29, 5))
+
+
+def test_from_linear_wraps_no_subclass() -> None:
+    class Quantised(nn.Linear):
+        pass
+
+    with pytest.raises(TypeError, match="Quantised"):
+        LoRALinear.from_linear(Quantised(48, 29))
+    with pytest.raises(TypeError, match="LoRALinear"):
+        LoRALinear.from_linear(LoRALinear(48, 29))
+
+
+def test_two_adapters_on_one_linear_are_independent() -> None:
+    linear = nn.Linear(48, 29)
+    first, second = (LoRALinear.from_linear(linear, r=6) for _ in range(2))
+    nn.init.normal_(first.lora_B)
+    expected = second(inputs())
+    first.merge()
+    assert torch.equal(second(inputs()), expected)
+
+
+@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
+def test_merged_weight_is_rounded_once(dtype: torch.dtype) -> None:
+    layer = trained(dtype=dtype, adapter_dtype=torch.float32)
+    oracle, baseline = effective_weight(layer), effective_weight(layer, torch.float32).to(dtype)
+    assert_close_to_oracle(layer.merge().weight, oracle=oracle, baseline=baseline, name="merged weight")
+
+
+@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
+def test_unmerge_restores_every_bit(dtype: torch.dtype) -> None:
+    layer = trained(dtype=dtype)
+    base = layer.weight.detach().clone()
+    layer.merge()
+    assert not torch.equal(layer.weight, base)
+    layer.unmerge()
+    assert torch.equal(layer.weight, base)
+
+
+def test_unmerge_restores_the_shared_storage() -> None:
+    linear = nn.Linear(48, 29)
+    layer = LoRALinear.from_linear(linear)
+    layer.merge().unmerge()
+    assert layer.weight.data_ptr() == linear.weight.data_ptr()
+
+
+def test_merge_and_unmerge_twice_are_once() -> None:
+    layer = trained()
+    base = layer.weight.detach().clone()
+    once = layer.merge().weight.detach().clone()
+    assert layer.merged
+    assert torch.equal(layer.merge().weight, once)
+    assert not layer.unmerge().merged
+    assert torch.equal(layer.unmerge().weight, base)
+
+
+def test_merge_keeps_the_parameter_an_optimiser_may_hold() -> None:
+    layer = trained()
+    weight = layer.weight
+    assert layer.merge().weight is weight
+    assert layer.unmerge().weight is weight
+    assert not weight.requires_grad
+
+
+def test_merged_is_one_gemm() -> None:
+    layer, x = trained().merge(), inputs().flatten(0, 1)
+    with OpLog() as log, torch.no_grad():
+        layer(x)
+    assert [name for name, _, _ in log.calls if name != "aten::t"] == ["aten::addmm"]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_merged_gives_the_output_without_dropout(training: bool) -> None:
+    layer = trained(lora_dropout=0.5)
+    expected = layer(inputs())
+    torch.testing.assert_close(layer.train(training).merge()(inputs()), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("into_merged", [True, False], ids=["into_merged", "into_unmerged"])
+@pytest.mark.parametrize("from_merged", [True, False], ids=["from_merged", "from_unmerged"])
+@pytest.mark.parametrize("assign", [True, False], ids=["assign", "copy"])
+def test_state_dict_means_the_same_merged_or_not(from_merged: bool, into_merged: bool, assign: bool) -> None:
+    source, target = trained(seed=1), trained(seed=2)
+    expected, state = source(inputs()), source.state_dict()
+    if from_merged:
+        state = source.merge().state_dict()
+    if into_merged:
+        target.merge()
+    target.load_state_dict(state, assign=assign)
+    assert target.merged == into_merged
+    torch.testing.assert_close(target(inputs()), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(target.unmerge()(inputs()), expected)
+
+
+def test_state_dict_of_a_model_holds_the_base_under_its_prefix() -> None:
+    model = nn.Sequential(nn.ReLU(), trained())
+    base = model[1].weight.detach().clone()
+    model[1].merge()
+    assert torch.equal(model.state_dict()["1.weight"], base)
+    assert set(model.state_dict()) == {"1.weight", "1.bias", "1.lora_A", "1.lora_B"}
+
+
+def test_loading_after_eval_gives_the_same_outputs() -> None:
+    source = trained()
+    target = LoRALinear(48, 29, r=6, lora_alpha=10).eval()
+    target(inputs())
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(target(inputs()), source(inputs()))
+
+
+def test_loads_the_checkpoint_of_a_linear() -> None:
+    linear, layer = nn.Linear(48, 29), LoRALinear(48, 29)
+    keys = layer.load_state_dict(linear.state_dict(), strict=False)
+    assert set(keys.missing_keys) == {"lora_A", "lora_B"}
+    assert not keys.unexpected_keys
+    assert torch.equal(layer(inputs()), linear(inputs()))
+
+
+def test_failed_load_leaves_a_merged_layer_merged_and_its_base_whole() -> None:
+    layer = trained()
+    base = layer.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        layer.merge().load_state_dict(LoRALinear(47, 29, r=6).state_dict())
+    assert layer.merged
+    assert torch.equal(layer.unmerge().weight, base)
+
+
+@pytest.mark.parametrize("merged", [True, False], ids=["merged", "unmerged"])
+@pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
+def test_copies_compute_the_same(duplicate: Callable[[LoRALinear], LoRALinear], merged: bool) -> None:
+    layer = trained(lora_dropout=0.3)
+    unmerged = layer(inputs())
+    if merged:
+        layer.merge()
+    twin = duplicate(layer)
+    assert twin.merged == merged
+    assert not twin.training
+    assert torch.equal(twin(inputs()), layer(inputs()))
+    assert torch.equal(twin.unmerge()(inputs()), unmerged)
+    assert [p.requires_grad for p in twin.parameters()] == [p.requires_grad for p in layer.parameters()]
+
+
+@pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
+def test_copies_own_their_storage(duplicate: Callable[[LoRALinear], LoRALinear]) -> None:
+    layer = trained()
+    expected = layer(inputs())
+    with torch.no_grad():
+        for parameter in duplicate(layer).parameters():
+            parameter.fill_(9)
+    assert torch.equal(layer(inputs()), expected)
+
+
+@pytest.mark.parametrize("merged", [True, False], ids=["merged", "unmerged"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=["bf16", "fp64"])
+def test_to_dtype_casts_every_tensor(dtype: torch.dtype, merged: bool) -> None:
+    layer = trained()
+    base = layer.weight.detach().to(dtype)
+    if merged:
+        layer.merge()
+    assert layer.to(dtype) is layer
+    assert layer(inputs(dtype)).dtype is dtype
+    layer.unmerge()
+    assert {p.dtype for p in layer.parameters()} == {dtype}
+    assert torch.equal(layer.weight, base)
+
+
+def test_to_device_moves_the_base_set_aside() -> None:
+    layer = trained().merge().to("meta").unmerge()
+    assert {p.device.type for p in layer.parameters()} == {"meta"}
+
+
+def test_starts_on_meta_and_is_materialised_later() -> None:
+    layer = LoRALinear(48, 29, r=6, device="meta").to_empty(device="cpu")
+    torch.manual_seed(4)
+    layer.reset_parameters()
+    torch.manual_seed(4)
+    assert torch.equal(layer(inputs()), LoRALinear(48, 29, r=6)(inputs()))
+
+
+def test_reset_adapter_forgets_the_update() -> None:
+    layer = trained()
+    layer.reset_adapter()
+    assert torch.equal(layer(inputs()), F.linear(inputs(), layer.weight, layer.bias))
+
+
+def test_prints_what_it_is() -> None:
+    layer = LoRALinear(48, 29, r=6, lora_alpha=12, lora_dropout=0.1)
+    line = "LoRALinear(in_features=48, out_features=29, bias=True, r=6, lora_alpha=12, lora_dropout=0.1)"
+    assert str(layer) == line
+    assert str(layer.merge()) == line.replace(")", ", merged=True)")
+    assert "bias=False" in str(LoRALinear(4, 3, bias=False))
+    assert "use_rslora=True" in str(LoRALinear(4, 3, use_rslora=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 0}, "r must be at least 1, got 0"),
+        ({"r": -3}, "r must be at least 1, got -3"),
+        ({"lora_dropout": 1.0}, r"lora_dropout must be .* got 1.0"),
+        ({"lora_dropout": -0.1}, r"lora_dropout must be .* got -0.1"),
+        ({"lora_dropout": math.nan}, r"lora_dropout must be .* got nan"),
+    ],
+    ids=str,
+)
+def test_constructor_names_the_bad_argument(options: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LoRALinear(48, 29, **options)
+    with pytest.raises(ValueError, match=message):
+        LoRALinear.from_linear(nn.Linear(48, 29), **options)
+
+
+@pytest.mark.parametrize("merged", [True, False], ids=["merged", "unmerged"])
+def test_wrong_input_raises_as_linear_does(merged: bool) -> None:
+    layer = trained().merge() if merged else trained()
+    with pytest.raises(RuntimeError):
+        layer(torch.randn(5, 47))
+    with pytest.raises(RuntimeError):
+        layer(torch.randn(5, 48, dtype=torch.float64))

@@ -1,0 +1,174 @@
+"""What must stay true of the tree itself: what imports what, what an import costs, and what the ledger proves."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+from fastlora.dispatch import BACKENDS, PROVEN
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "fastlora"
+KERNELS = ROOT / "kernels"
+LEDGER = ROOT / "benchmarks" / "HARDWARE.md"
+
+# Top to bottom; a file may import from lower floors only.
+FLOORS = (
+    {"module"},
+    {"functional"},
+    {"dispatch"},
+    set(BACKENDS) | {"reference"},
+    {"request", "dropout"},
+)
+
+
+def run_python(code: str) -> str:
+    """What a fresh interpreter, started at the root of the repository, prints."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def imported_modules(path: Path, package: str) -> set[str]:
+    """Full names of everything the file imports, anywhere in it, relative imports resolved."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            names |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    return names
+
+
+def siblings_imported(path: Path) -> set[str]:
+    """The files of fastlora/ that a file of fastlora/ imports, by stem."""
+    stems = {file.stem for file in PACKAGE.glob("*.py")}
+    return {
+        parts[1]
+        for parts in (name.split(".") for name in imported_modules(path, "fastlora"))
+        if parts[0] == "fastlora" and len(parts) > 1 and parts[1] in stems
+    }
+
+
+PACKAGE_FILES = sorted(PACKAGE.glob("*.py"))
+KERNEL_FILES = sorted(KERNELS.glob("*.py"))
+
+
+def test_the_tests_look_at_files_that_exist() -> None:
+    assert {"__init__", "module", "functional", "dispatch", "reference"} <= {file.stem for file in PACKAGE_FILES}
+
+
+def test_kernels_is_a_namespace_folder_reached_through_a_symlink() -> None:
+    """With an ``__init__.py`` it would be a top-level package that shadows the one of Hugging Face."""
+    assert not (KERNELS / "__init__.py").exists()
+    assert (PACKAGE / "kernels").is_symlink()
+    assert (PACKAGE / "kernels").resolve() == KERNELS
+    paths = run_python("import fastlora.kernels as k; print(k.__file__, *k.__path__)").split()
+    assert paths == ["None", str(PACKAGE / "kernels")]
+
+
+def test_import_brings_nothing_but_torch_and_touches_no_gpu() -> None:
+    printed = run_python(
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import fastlora\n"
+        "print(*sorted(name for name in set(sys.modules) - before if not name.startswith('fastlora')))\n"
+        "print('triton' in sys.modules, torch.cuda.is_initialized())\n"
+    )
+    extra, facts = printed.split("\n")[:2]
+    assert [name for name in extra.split() if name.split(".")[0] not in {*sys.stdlib_module_names, "torch"}] == []
+    assert facts == "False False"
+
+
+def test_public_names() -> None:
+    import fastlora
+
+    assert fastlora.__all__ == ["LoRALinear", "__version__", "explain", "lora_linear"]
+    assert all(hasattr(fastlora, name) for name in fastlora.__all__)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
+def test_transformers_imports_from_the_root() -> None:
+    printed = run_python("from transformers import LlamaConfig, LlamaForCausalLM; print(LlamaForCausalLM.__name__)")
+    assert printed.split() == ["LlamaForCausalLM"]
+
+
+@pytest.mark.parametrize("floor", range(len(FLOORS)), ids=lambda floor: "+".join(sorted(FLOORS[floor])))
+def test_imports_go_down_only(floor: int) -> None:
+    forbidden = set().union(*FLOORS[: floor + 1])
+    for name in FLOORS[floor]:
+        assert siblings_imported(PACKAGE / f"{name}.py") & forbidden == set(), name
+
+
+def test_no_import_cycles() -> None:
+    graph = {file.stem: siblings_imported(file) for file in PACKAGE_FILES}
+    TopologicalSorter(graph).prepare()
+
+
+@pytest.mark.parametrize("file", PACKAGE_FILES + KERNEL_FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_package_imports_neither_tests_nor_benchmarks(file: Path) -> None:
+    tops = {name.split(".")[0] for name in imported_modules(file, "fastlora")}
+    assert tops & {"benchmarks", "tests", "cases", "conftest", "pytest", "hypothesis", "numpy"} == set()
+
+
+@pytest.mark.parametrize("file", KERNEL_FILES, ids=lambda file: file.stem)
+def test_kernels_import_nothing_above_them(file: Path) -> None:
+    ours = {name for name in imported_modules(file, "fastlora.kernels") if name.split(".")[0] == "fastlora"}
+    assert all(name.startswith("fastlora.kernels") for name in ours), ours
+
+
+@pytest.mark.parametrize("file", PACKAGE_FILES, ids=lambda file: file.stem)
+def test_optional_dependencies_are_not_imported_at_the_top(file: Path) -> None:
+    """A backend imports its compiler inside a function or under ``try``, never on the way to ``import fastlora``."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    top = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module or "" for node in top if isinstance(node, ast.ImportFrom) and node.level == 0}
+    roots = {name.split(".")[0] for name in names}
+    assert roots <= {*sys.stdlib_module_names, "torch", "fastlora"}
+
+
+def proofs() -> list[tuple[str, tuple[int, int]]]:
+    return [(backend, capability) for backend, proven in sorted(PROVEN.items()) for capability in sorted(proven)]
+
+
+def is_proven(ledger: str, backend: str, capability: tuple[int, int]) -> bool:
+    """Whether a row of the ledger names the backend and the architecture, and the run it reports took place."""
+    architecture = rf"\bsm_{capability[0]}{capability[1]}\b"
+    return any(
+        line.startswith("|") and backend in line and re.search(architecture, line) and "not yet run" not in line
+        for line in ledger.splitlines()
+    )
+
+
+def test_every_proven_backend_has_its_line_in_the_ledger() -> None:
+    ledger = LEDGER.read_text(encoding="utf-8") if LEDGER.exists() else ""
+    assert [proof for proof in proofs() if not is_proven(ledger, *proof)] == []
+
+
+@pytest.mark.parametrize(
+    ("row", "proven"),
+    [
+        ("| triton lora_matmul | NVIDIA H200, sm_90 | 1a2b3c4 | passed |", True),
+        ("| triton lora_matmul | NVIDIA H200, sm_90 | | not yet run |", False),
+        ("| cuda lora_matmul | NVIDIA H200, sm_90 | 1a2b3c4 | passed |", False),
+        ("| triton lora_matmul | RTX 4090, sm_89 | 1a2b3c4 | passed |", False),
+        ("triton on sm_90 is mentioned in passing", False),
+    ],
+)
+def test_what_counts_as_a_line(row: str, proven: bool) -> None:
+    assert is_proven(f"# Ledger\n\n{row}\n", "triton", (9, 0)) == proven
+
+
+def test_what_is_proven_is_a_backend_that_auto_may_pass_over() -> None:
+    from fastlora import dispatch
+
+    assert {backend for backend, _ in proofs()} <= set(dispatch.BACKENDS)
