@@ -1,0 +1,164 @@
+"""One case, start to end: admit each provider through the gate, then time those admitted, round by round."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from .cases import Case
+from .clocks import Clock, Spread, no_garbage_collection, prepare, rotated
+from .gate import Gate
+from .memory import kept_bytes, peak_bytes
+from .operands import Operands, make_operands
+from .providers import FLOOR, AbsentError, Built, Provider
+from .results import Row
+
+WARM_UP = 2
+
+# However little time there is, so many rounds are run.
+MIN_ROUNDS = 5
+
+# A host-sized call takes microseconds: more rounds cost nothing and steady its median.
+HOST_ROUNDS = 20
+
+
+@dataclass
+class _Entrant:
+    """A provider past the gate, its row in this mode, and its samples in milliseconds."""
+
+    provider: Provider
+    built: Built
+    row: Row
+    wall: list[float] = field(default_factory=list)
+    device: list[float] = field(default_factory=list)
+
+    def sample(self, clock: Clock, operands: Operands, turn: int) -> None:
+        """Times one call; on CUDA a second one for the device's time. A failure ends up in the row."""
+        with self.provider.turn(), _failures_into([self.row]):
+            mode = self.row.mode
+            self.wall.append(clock.wall(prepare(mode, self.built, operands, turn)))
+            if (ms := clock.device(prepare(mode, self.built, operands, turn))) is not None:
+                self.device.append(ms)
+
+    def warm_up(self, operands: Operands) -> None:
+        """Calls often enough for lazy set-up and compilation to be over."""
+        with self.provider.turn(), _failures_into([self.row]):
+            for turn in range(WARM_UP):
+                prepare(self.row.mode, self.built, operands, turn)()
+
+    @property
+    def median(self) -> float:
+        """Of device time where there is any, else of wall time."""
+        return Spread.of(self.device or self.wall).p50
+
+
+def run_case(
+    case: Case,
+    arms: Sequence[Provider],
+    modes: Sequence[str],
+    rounds: int,
+    seconds: float,
+    clock: Clock,
+    device: torch.device,
+    progress: Callable[[str], None] = lambda doing: None,
+) -> list[Row]:
+    """Every arm in every mode of one case; the floor must be among the arms. Failures are rows, never exceptions.
+
+    A mode is over after ``rounds``, or after ``seconds`` where MIN_ROUNDS are done by then.
+    """
+    rows = {arm.name: [Row.of(case, arm.name, mode) for mode in modes] for arm in arms}
+    everything = [row for group in rows.values() for row in group]
+    operands = admitted = None
+    with _failures_into(everything):
+        operands = make_operands(case, device)
+        admitted = _admit(case, arms, rows, operands, progress)
+    if operands is not None and admitted is not None:
+        rounds *= HOST_ROUNDS if case.is_host else 1
+        for i, mode in enumerate(modes):
+            progress(mode)
+            entrants = [_Entrant(arm, built, rows[arm.name][i]) for arm, built in admitted]
+            _time(entrants, rounds, seconds, clock, operands)
+    return everything
+
+
+def _admit(
+    case: Case,
+    arms: Sequence[Provider],
+    rows: dict[str, list[Row]],
+    operands: Operands,
+    progress: Callable[[str], None],
+) -> list[tuple[Provider, Built]]:
+    """Builds each arm, holds it to the oracle and measures its memory; returns those that may be timed."""
+    gate = Gate(case, operands)
+    admitted = []
+    for arm in arms:
+        progress(f"{arm.name}: accuracy and memory")
+        group = rows[arm.name]
+        with arm.turn(), _failures_into(group):
+            errors = gate.check(arm)
+            for row in group:
+                row.record_errors(errors)
+                row.gate_dropout = gate.dropout_of(arm)
+            if any(row.status != "ok" for row in group):
+                continue
+            built = arm.build(case, operands, case.dropout)
+            kept, peak = kept_bytes(built, operands), peak_bytes(built, operands)
+            for row in group:
+                row.backend, row.kept_bytes, row.peak_bytes = built.backend, kept, peak
+            admitted.append((arm, built))
+    return admitted
+
+
+def _time(entrants: list[_Entrant], rounds: int, seconds: float, clock: Clock, operands: Operands) -> None:
+    """Times all entrants in turn and writes times, ratios and noise into their rows. The floor runs twice a round."""
+    floor = next((e for e in entrants if e.provider.name == FLOOR), None)
+    again = None if floor is None else _Entrant(floor.provider, floor.built, floor.row)
+    arms = [*entrants, *([] if again is None else [again])]
+    for arm in arms:
+        arm.warm_up(operands)
+    torch.manual_seed(0)
+    deadline = time.perf_counter() + seconds
+    with no_garbage_collection():
+        for turn in range(rounds):
+            if turn >= MIN_ROUNDS and time.perf_counter() > deadline:
+                break
+            for arm in rotated(arms, turn):
+                if arm.row.status == "ok":
+                    arm.sample(clock, operands, turn)
+    floor_ms = noise = None
+    if floor is not None and again is not None and floor.row.status == "ok":
+        floor_ms, noise = floor.median, abs(again.median / floor.median - 1)
+    for arm in entrants:
+        if arm.row.status == "ok":
+            arm.row.rounds = len(arm.wall)
+            arm.row.wall_ms = Spread.of(arm.wall)
+            arm.row.device_ms = Spread.of(arm.device) if arm.device else None
+            arm.row.ratio = None if floor_ms is None else arm.median / floor_ms
+            arm.row.noise = noise
+
+
+@contextmanager
+def _failures_into(rows: Sequence[Row]) -> Iterator[None]:
+    """An exception ends up as status and reason of the rows; Ctrl-C passes."""
+    status = reason = None
+    try:
+        yield
+    except Exception as error:
+        status, reason = _verdict(error)
+    if status is not None:
+        for row in rows:
+            row.status, row.reason = status, reason
+    if status == "oom" and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _verdict(error: Exception) -> tuple[str, str]:
+    if isinstance(error, AbsentError):
+        return "absent", str(error)
+    message = f"{type(error).__name__}: {error}".splitlines()[0]
+    out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    return ("oom" if out_of_memory else "error"), message

@@ -1,0 +1,116 @@
+"""The environment of a run: everything a reader needs to judge or repeat its numbers."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Environment = dict[str, Any]
+
+_PACKAGES = ("torch", "triton", "peft")
+_GPU_FACTS = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "temperature.gpu")
+
+
+def describe(device: torch.device, profile: str, rounds: int) -> Environment:
+    """One JSON-ready record; what cannot be found out is None."""
+    return {
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "profile": profile,
+        "rounds": rounds,
+        "commit": _run(["git", "rev-parse", "HEAD"]),
+        "dirty": None if (status := _run(["git", "status", "--porcelain"])) is None else bool(status),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "device": device.type,
+        "device_name": device_name(device),
+        "cpu": _cpu(),
+        "cpu_count": os.cpu_count(),
+        "load_average": _load(),
+        "threads": torch.get_num_threads(),
+        "gpu": _gpu(device),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "bf16_reduced_precision_reduction": torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+        "forced_backend": os.environ.get("FASTLORA_BACKEND"),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """What the maker calls it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
+
+
+def busy() -> str | None:
+    """A warning where other programs hold a good part of the processors; else None."""
+    load, cores = _load(), os.cpu_count() or 1
+    if load is None or load < 0.25 * cores:
+        return None
+    return f"this machine is busy (load {load:.1f} on {cores} cores): times will be long and noisy"
+
+
+def slug(device: torch.device) -> str:
+    """The device's folder under ``results/``: ``cpu``, or the GPU's name, such as ``nvidia-h200``."""
+    if device.type == "cpu":
+        return "cpu"
+    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+
+
+def _gpu(device: torch.device) -> dict[str, Any] | None:
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    query = [
+        "nvidia-smi",
+        f"--query-gpu={','.join(_GPU_FACTS)}",
+        "--format=csv,noheader",
+        f"--id=GPU-{properties.uuid}",
+    ]
+    answers = (_run(query) or "").split(", ")
+    return {
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": properties.L2_cache_size,
+        "cuda": torch.version.cuda,
+    } | (dict(zip(_GPU_FACTS, answers, strict=True)) if len(answers) == len(_GPU_FACTS) else {})
+
+
+def _cpu() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or platform.machine()
+    name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return name[1] if name else platform.machine()
+
+
+def _load() -> float | None:
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _run(command: Sequence[str]) -> str | None:
+    """Standard output of a command run in this repository; None where it is missing or fails."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=10, cwd=Path(__file__).parent
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

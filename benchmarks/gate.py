@@ -1,0 +1,93 @@
+"""The accuracy gate: what a provider computes is held to ``fastlora.testing`` before its speed is printed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastlora import reference
+from fastlora.dropout import Dropout, draw_seed
+from fastlora.testing import Errors, compare, oracle_step, reference_step
+
+from .cases import Case
+from .operands import Operands
+from .providers import Built, Provider
+
+_SEED = 20
+
+Products = dict[str, Tensor]
+
+
+class Gate:
+    """Oracle and baseline of one case, made on first use.
+
+    A foreign provider's dropout mask cannot be known, so it is checked with dropout off; fastlora's own is replayed
+    from the generator.
+    """
+
+    def __init__(self, case: Case, operands: Operands) -> None:
+        self._case, self._operands = case, operands
+        self._expected: dict[tuple[bool, float], tuple[Products, Products]] = {}
+
+    def dropout_of(self, provider: Provider) -> float:
+        """The probability the provider is checked at: the case's own, or 0."""
+        return self._case.dropout if provider.own_mask else 0.0
+
+    def check(self, provider: Provider) -> dict[str, Errors]:
+        """Runs one step of the provider and measures y, dx and every gradient it trains against the oracle.
+
+        A gradient that never arrives is an error in words.
+        """
+        p = self.dropout_of(provider)
+        o = self._operands
+        built = provider.build(self._case, o, p)
+        torch.manual_seed(_SEED)
+        y = built.layer(o.xs[0])
+        got: dict[str, Tensor | None] = {"y": y}
+        names = ("dx", *built.trained)
+        gradients = torch.autograd.grad(y, (o.xs[0], *built.trained.values()), o.dys[0], allow_unused=True)
+        got |= dict(zip(names, gradients, strict=True))
+        oracle, baseline = self._products(built, p)
+        errors = {}
+        for name, tensor in got.items():
+            if tensor is None:
+                errors[name] = Errors.mismatched("no gradient arrived")
+                continue
+            # Adapters in float32 hold the same rounded values, so their gradients have the same oracle.
+            expected = baseline[name].to(built.trained[name].dtype if name in built.trained else y.dtype)
+            errors[name] = compare(tensor, oracle=oracle[name], baseline=expected)
+        return errors
+
+    def _products(self, built: Built, p: float) -> tuple[Products, Products]:
+        key = (built.base, p)
+        if key not in self._expected:
+            self._expected[key] = self._make(built.base, p)
+        return self._expected[key]
+
+    @torch.no_grad()
+    def _make(self, base: bool, p: float) -> tuple[Products, Products]:
+        o = self._operands
+        x, dy = o.xs[0], o.dys[0]
+        if base:
+            return _base_products(x.double(), dy.double(), o), _base_products(x, dy, o)
+        dropout = None
+        if p > 0:
+            torch.manual_seed(_SEED)
+            dropout = Dropout(p, draw_seed(x.device))
+        steps = (
+            step(x, o.w, o.a, o.b, dy, scale=o.scale, bias=o.bias, dropout=dropout)
+            for step in (oracle_step, reference_step)
+        )
+        oracle, baseline = (step._asdict() for step in steps)
+        return oracle, baseline
+
+
+def _base_products(x: Tensor, dy: Tensor, o: Operands) -> Products:
+    """y, dx, dw and dbias of the base layer alone, in the dtype of x."""
+    y = x @ o.w.to(x.dtype).T
+    return {
+        "y": y if o.bias is None else y + o.bias.to(x.dtype),
+        "dx": dy @ o.w.to(x.dtype),
+        "dw": reference.rank_grad(dy, x, dtype=x.dtype),
+        "dbias": dy.sum(0),
+    }
