@@ -1,0 +1,55 @@
+# make test | bench | lint | gate | test-gpu | test-newest-triton: each works on a fresh clone.
+# PY=python3 uses an interpreter that has the requirements already, and makes no .venv.
+
+PYTHON ?= python3
+VENV := .venv
+NEWEST_TRITON := 3.9.0
+
+ifdef PY
+READY :=
+else
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+endif
+
+.PHONY: help test bench lint gate test-gpu test-newest-triton clean
+
+help:
+	@echo "make test                the tests, on this CPU: reference, autograd, kernels in Triton's interpreter, compile gate"
+	@echo "make bench               what a LoRA layer costs here, then a real fine-tune"
+	@echo "make lint                ruff and mypy"
+	@echo "make gate                the compile gate's table: registers, spills, shared memory of every kernel"
+	@echo "make test-gpu            every kernel on this machine's GPU"
+	@echo "make test-newest-triton  the kernel tests on Triton $(NEWEST_TRITON)"
+
+$(VENV)/.ready: requirements.txt pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --requirement requirements.txt
+	$(PY) -m pip install --quiet --no-deps --editable .
+	touch $@
+
+test: $(READY)
+	$(PY) -m pytest
+
+bench: $(READY)
+	$(PY) -m benchmarks
+	$(PY) examples/finetune.py
+
+lint: $(READY)
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+
+gate: $(READY)
+	$(PY) tests/compile_gate.py
+
+test-gpu: $(READY)
+	$(PY) -c "import torch; assert torch.cuda.is_available(), 'make test-gpu needs a CUDA GPU, and torch sees none'"
+	$(PY) -m pytest tests/test_kernels.py tests/test_gpu.py
+
+test-newest-triton: $(READY)
+	$(PY) -m pip install --quiet --no-deps --upgrade --target .cache/triton-$(NEWEST_TRITON) triton==$(NEWEST_TRITON)
+	PYTHONPATH=.cache/triton-$(NEWEST_TRITON) $(PY) -m pytest tests/test_kernels.py
+
+clean:
+	rm -rf $(VENV) .cache build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
