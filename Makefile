@@ -15,7 +15,7 @@ endif
 .PHONY: help test bench lint gate test-gpu test-newest-triton clean
 
 help:
-	@echo "make test                the tests, on this CPU: reference, autograd, kernels in Triton's interpreter, compile gate"
+	@echo "make test                the compile gate, then the tests: oracle, autograd, kernels in Triton's interpreter"
 	@echo "make bench               what a LoRA layer costs here, then a real fine-tune"
 	@echo "make lint                ruff and mypy"
 	@echo "make gate                the compile gate's table: registers, spills, shared memory of every kernel"
@@ -28,7 +28,7 @@ $(VENV)/.ready: requirements.txt pyproject.toml setup.py
 	$(PY) -m pip install --quiet --no-deps --editable .
 	touch $@
 
-test: $(READY)
+test: gate
 	$(PY) -m pytest
 
 bench: $(READY)

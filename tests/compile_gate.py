@@ -215,6 +215,21 @@ def _examine(case: Case, launch: Launch) -> Finding:
         for name in ("BLOCK_M", "BLOCK_N", "BLOCK_C", "BLOCK_K", "BLOCK_R", "BLOCK")
         if name in arguments
     ]
+    return Finding(
+        launch.kernel.fn.__name__.strip("_"),
+        "x".join(blocks),
+        case.capability,
+        "any" if "BLOCK" in arguments else _features(case),
+        registers,
+        spills,
+        shared,
+        "+".join(instructions) or "fma",
+        tuple(faults),
+    )
+
+
+def _features(case: Case) -> str:
+    """What this case asks for beyond the tile."""
     features = [f"R={case.r}", str(case.dtype).removeprefix("torch.")]
     if case.adapter_dtype != case.dtype:
         features.append("fp32 adapters")
@@ -223,17 +238,7 @@ def _examine(case: Case, launch: Launch) -> Finding:
     features += [f"mask on {case.mask}"] if case.mask != "none" else []
     features += ["backward"] if case.backward else []
     features += ["ragged"] if case.k % 2 else []
-    return Finding(
-        launch.kernel.fn.__name__.strip("_"),
-        "x".join(blocks),
-        case.capability,
-        ", ".join(features),
-        registers,
-        spills,
-        shared,
-        "+".join(instructions) or "fma",
-        tuple(faults),
-    )
+    return ", ".join(features)
 
 
 def _expected_instruction(case: Case, launch: Launch) -> str | None:

@@ -1,0 +1,159 @@
+"""What only a GPU can show: whole steps at real sizes, the same bits every time, graphs, streams, the sanitizer."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import SCALE
+from torch import Tensor
+
+from fastlora import lora_linear
+from fastlora.dropout import Dropout, draw_seed
+from fastlora.testing import Step, assert_close_to_oracle, oracle_step, reference_step
+
+pytestmark = pytest.mark.gpu
+
+DESIGNS = ("portable", "serial", "one_launch")
+# M, K, N, R: square, a key projection, wide, tall, few tokens, and nothing a multiple of its tile.
+SHAPES = (
+    (8192, 4096, 4096, 16),
+    (8192, 4096, 1024, 64),
+    (2048, 4096, 14336, 16),
+    (2048, 14336, 4096, 128),
+    (130, 1024, 2048, 8),
+    (4000, 1032, 3080, 12),
+)
+
+
+class Layer:
+    """The operands of one layer and one step of it through ``lora_linear``."""
+
+    def __init__(self, m: int, k: int, n: int, r: int, dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
+        def normal(*shape: int, std: float, dtype: torch.dtype) -> Tensor:
+            return (torch.randn(shape, device="cuda") * std).to(dtype)
+
+        self.x = normal(m, k, std=1.0, dtype=dtype).requires_grad_()
+        self.w = normal(n, k, std=k**-0.5, dtype=dtype)
+        self.bias = normal(n, std=0.5, dtype=dtype)
+        self.a = normal(r, k, std=k**-0.5, dtype=adapter_dtype).requires_grad_()
+        self.b = normal(n, r, std=r**-0.5, dtype=adapter_dtype).requires_grad_()
+        self.dy = normal(m, n, std=1.0, dtype=dtype)
+
+    def step(self, dropout_p: float = 0.0) -> Step:
+        y = lora_linear(self.x, self.w, self.a, self.b, scale=SCALE, bias=self.bias, dropout_p=dropout_p)
+        return Step(y.detach(), *torch.autograd.grad(y, (self.x, self.a, self.b), self.dy))
+
+    def operands(self) -> tuple[Tensor, ...]:
+        return self.x.detach(), self.w, self.a.detach(), self.b.detach(), self.dy
+
+
+@pytest.fixture(params=DESIGNS)
+def design(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param != "portable" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the TMA designs are for sm_90")
+    monkeypatch.setenv("FASTLORA_BACKEND", "triton")
+    monkeypatch.setenv("FASTLORA_TRITON_DESIGN", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids=["no_dropout", "dropout"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+def test_step_against_the_oracle(
+    design: str, shape: tuple[int, int, int, int], dtype: torch.dtype, dropout_p: float
+) -> None:
+    layer = Layer(*shape, dtype, dtype)
+    state = torch.cuda.get_rng_state()
+    dropout = Dropout(dropout_p, draw_seed(torch.device("cuda"))) if dropout_p else None
+    torch.cuda.set_rng_state(state)
+    actual = layer.step(dropout_p)
+    options = {"scale": SCALE, "bias": layer.bias, "dropout": dropout}
+    oracle, baseline = oracle_step(*layer.operands(), **options), reference_step(*layer.operands(), **options)
+    for name in Step._fields:
+        assert_close_to_oracle(
+            getattr(actual, name), oracle=getattr(oracle, name), baseline=getattr(baseline, name), name=name
+        )
+
+
+def test_fp32_adapters(design: str) -> None:
+    layer = Layer(2048, 1024, 2048, 16, torch.bfloat16, torch.float32)
+    actual = layer.step()
+    options = {"scale": SCALE, "bias": layer.bias}
+    oracle, baseline = oracle_step(*layer.operands(), **options), reference_step(*layer.operands(), **options)
+    for name in Step._fields:
+        assert_close_to_oracle(
+            getattr(actual, name), oracle=getattr(oracle, name), baseline=getattr(baseline, name), name=name
+        )
+
+
+def test_the_same_bits_a_hundred_times(design: str) -> None:
+    layer = Layer(4096, 2048, 2048, 16, torch.bfloat16, torch.bfloat16)
+    first = layer.step()
+    for _ in range(100):
+        for expected, actual in zip(first, layer.step(), strict=True):
+            assert torch.equal(expected, actual)
+
+
+def test_a_captured_graph_replays_the_step(design: str) -> None:
+    layer = Layer(1024, 1024, 1024, 16, torch.bfloat16, torch.bfloat16)
+    expected = layer.step()
+    graph, captured = _capture(layer, 0.0)
+    for _ in range(3):
+        graph.replay()
+        for want, got in zip(expected, captured, strict=True):
+            assert torch.equal(want, got)
+
+
+def test_a_captured_graph_draws_a_new_mask_each_time(design: str) -> None:
+    layer = Layer(1024, 1024, 1024, 16, torch.bfloat16, torch.bfloat16)
+    graph, captured = _capture(layer, 0.3)
+    graph.replay()
+    first = captured.y.clone()
+    graph.replay()
+    assert not torch.equal(first, captured.y)
+
+
+def test_two_streams_and_other_work_at_once(design: str) -> None:
+    layer = Layer(4096, 2048, 2048, 16, torch.bfloat16, torch.bfloat16)
+    expected = layer.step()
+    other = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    torch.cuda.synchronize()
+    results = []
+    for _ in range(20):
+        for stream in streams[:2]:
+            with torch.cuda.stream(stream):
+                results.append(layer.step())
+        with torch.cuda.stream(streams[2]):
+            other = (other @ other).clamp(-1, 1)
+    torch.cuda.synchronize()
+    for result in results:
+        for want, got in zip(expected, result, strict=True):
+            assert torch.equal(want, got)
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_sanitizer(tool: str) -> None:
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not on PATH")
+    tests = ("tests/test_kernels.py", "-q", "-k", "every_mask or off_the_tile or rank_grad")
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", *tests]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    assert run.returncode == 0, run.stdout[-4000:]
+
+
+def _capture(layer: Layer, dropout_p: float) -> tuple[torch.cuda.CUDAGraph, Step]:
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            layer.step(dropout_p)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = layer.step(dropout_p)
+    return graph, captured
