@@ -70,6 +70,9 @@ def _choose(request: Request, forced: str) -> Any:
 def _explain(request: Request, forced: str) -> Explanation:
     if forced not in (*BACKENDS, "auto"):
         raise RuntimeError(f"FASTLORA_BACKEND={forced!r} is unknown: expected auto, {', '.join(BACKENDS)}")
+    if 0 in (request.m, request.k, request.n):
+        # Nothing to multiply, so nothing to force: an empty batch must not break a training loop.
+        forced = "library"
     verdicts = tuple(Verdict(name, _module(name).refuses(request)) for name in BACKENDS)
     refusal = dict(verdicts)
     if forced != "auto":

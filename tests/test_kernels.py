@@ -296,3 +296,13 @@ def test_a_tma_row_is_refused_off_its_architectures() -> None:
     x = torch.zeros(8, 8, dtype=torch.float16)
     assert "this is sm_120" in lora_matmul_tma.refuses(x, x, 120)
     assert "one_launch is for sm_90" in lora_matmul_tma.refuses_one_launch(x, 100)
+
+
+def test_an_empty_batch_runs_even_where_triton_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTLORA_BACKEND", "triton")
+    operands = make(0, 16, 24, dtype=DTYPES[HALF][0]).map(lambda t: t.to(DEVICE)).leaves()
+    y = operands(dropout_p=0.3)
+    y.sum().backward()
+    assert y.shape == (0, 24)
+    assert operands.lora_a.grad.eq(0).all()
+    assert operands.lora_b.grad.eq(0).all()

@@ -188,6 +188,19 @@ def test_compiled_by_inductor() -> None:
         torch.testing.assert_close(step(compiled, layer, x), step(layer, layer, x))
 
 
+def test_compiled_dropout_uses_one_mask_in_both_directions() -> None:
+    """y is linear in x for a given mask, so its gradient must give it back: dx · x + sum of bias = sum of y."""
+    layer = layer_with_update(0.3).double()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    x = torch.randn(9, 48, dtype=torch.float64, requires_grad=True)
+    first, second = compiled(x), compiled(x)
+    assert not torch.equal(first, second)
+    for y in (first, second):
+        (dx,) = torch.autograd.grad(y.sum(), x)
+        bias = 0 if layer.bias is None else 9 * layer.bias.sum()
+        torch.testing.assert_close((dx * x).sum() + bias, y.sum())
+
+
 @DROPOUT
 def test_checkpoint_replays_the_mask(p: float) -> None:
     layer, x = layer_with_update(p), torch.randn(5, 48)
