@@ -71,7 +71,9 @@ def lora_matmul(
             on_product=on_product,
             capability=capability,
             precision=_precision(),
-            design="portable" if w is None else _design(x, w, a, capability),
+            design="portable"
+            if w is None
+            else _design(x, w, a, capability, masked=dropout is not None and not on_product),
         )
         for step in steps:
             step.run()
@@ -90,7 +92,7 @@ def rank_grad(p: Tensor, q: Tensor, *, dtype: torch.dtype, dropout: Dropout | No
     return grad
 
 
-def _design(x: Tensor, w: Tensor, a: Tensor, capability: int) -> str:
+def _design(x: Tensor, w: Tensor, a: Tensor, capability: int, *, masked: bool) -> str:
     from .kernels import lora_matmul as kernel
     from .kernels import lora_matmul_tma as tma
 
@@ -103,7 +105,7 @@ def _design(x: Tensor, w: Tensor, a: Tensor, capability: int) -> str:
     if forced != "portable":
         reason = tma.refuses(x, w, capability)
     if forced == "one_launch":
-        reason = reason or tma.refuses_one_launch(a, capability)
+        reason = reason or tma.refuses_one_launch(a, capability, masked)
     if reason:
         raise RuntimeError(f"FASTLORA_TRITON_DESIGN={forced} cannot run this call: {reason}")
     return forced
@@ -117,7 +119,7 @@ def _mask(dropout: Dropout | None) -> Any:
 
 def _precision() -> str:
     """How fp32 operands are multiplied: as torch's own matmul does."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _device(x: Tensor) -> Any:

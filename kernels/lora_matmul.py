@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import lora_matmul_tma, middle
-from .indexing import load_tile, tile_position
+from .indexing import low_rank_product, tile_position
 from .launch import Launch
 from .philox import NO_MASK, Mask, keep_mask
 from .tiles import GROUP_M, matmul_tile, portable_rows, rank_trip
@@ -63,13 +63,9 @@ def _base_kernel(
     m = first_m + tl.arange(0, BLOCK_M)
     n = first_n + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    r = tl.arange(0, BLOCK_R)
 
     acc_mn = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for first_r in tl.range(0, R, BLOCK_R, num_stages=1):
-        z_mr = load_tile(z_ptr, m, first_r + r, M, R, R, 1)
-        b_rn = load_tile(b_ptr, first_r + r, n, R, N, stride_br, stride_bn)
-        acc_mn = tl.dot(z_mr, b_rn.to(z_mr.dtype), acc_mn, input_precision=PRECISION)
+    acc_mn = low_rank_product(acc_mn, z_ptr, b_ptr, first_m, first_n, M, N, R, stride_bn, stride_br, BLOCK_R, PRECISION)
     if MASK_PRODUCT:
         # The product comes before the base, so it can be masked in the accumulator itself.
         keep_mn = keep_mask(seed_ptr, first_m, first_n, threshold, BLOCK_M, BLOCK_N)
@@ -149,7 +145,8 @@ def _portable(
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     seed, threshold, rescale = dropout or NO_MASK
     # Triton vectorises a load only along strides and extents that it knows to be multiples of 16.
-    ragged = any(size % 16 for size in (k, n, *x.stride(), *w.stride()) if size != 1)
+    sizes = (k, n, *x.stride(), *w.stride(), x.data_ptr(), w.data_ptr())
+    ragged = any(size % 16 for size in sizes if size != 1)
     kind = precision if x.dtype is torch.float32 else "ragged" if ragged else None
     tile = matmul_tile(portable_rows(capability, kind, masked=dropout is not None), m, n)
     return y, Launch(

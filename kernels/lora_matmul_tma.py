@@ -6,7 +6,8 @@
     one_launch    z is made inside. Tiles come from an atomic counter, column 0 of every row block first:
                       column 0:  acc_mr = Σ_k D(x_mk) · a_rkᵀ beside acc_mn
                                  z_mr = scale · acc_mr;  release flag[m]
-                      others:    acc_mn = Σ_k x_mk · w_nkᵀ;  acquire flag[m]
+                      others:    acc_mn = Σ_k x_mk · w_nkᵀ
+                                 acquire flag[m]
                       all:       acc_mn += z_mr · b_nrᵀ;  y_mn = acc_mn + bias_n
 
 Operands: x [M, K], w [N, K] or its transposed view, y [M, N] through TMA (rows a multiple of 16 bytes); a [R, K], b
@@ -16,8 +17,7 @@ Bytes: the frozen GEMM's, plus one read of x (serial) or none (one_launch). Used
 against it. Which of the two is kept is open until both have been measured: benchmarks/HARDWARE.md.
 
 No deadlock in one_launch: a CTA waits only in a tile numbered after all producers, so every producer is then already
-held by a running CTA, and a producer waits for nobody. A CTA draws its next tile while it works on this one: that
-next tile is a producer only if this one is.
+held by a running CTA, and a producer waits for nobody.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .indexing import load_tile, tile_position
+from .indexing import load_tile, low_rank_product, tile_position
 from .launch import Launch
 from .philox import NO_MASK, Mask, keep_mask
-from .tiles import GROUP_M, TMA_CAPABILITIES, Tile, matmul_tile, padded_rank, rank_trip, tma_rows
+from .tiles import GROUP_M, SCALAR_LOADS, TMA_CAPABILITIES, Tile, matmul_tile, padded_rank, rank_trip, tma_rows
 
 
 @triton.jit
@@ -49,22 +49,6 @@ def _split_columns(acc_mn):
     """The left and the right half of the columns."""
     halves: tl.constexpr = (acc_mn.shape[0], 2, acc_mn.shape[1] // 2)
     return tl.split(tl.permute(tl.reshape(acc_mn, halves), (0, 2, 1)))
-
-
-@triton.jit
-def _low_rank_product(
-    acc_mn, z_ptr, b_ptr, first_m, first_n, M, N, R, stride_bn, stride_br,
-    BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """acc_mn + z_mr · b_nrᵀ."""
-    m = first_m + tl.arange(0, acc_mn.shape[0])
-    n = first_n + tl.arange(0, acc_mn.shape[1])
-    r = tl.arange(0, BLOCK_R)
-    for first_r in tl.range(0, R, BLOCK_R, num_stages=1):
-        z_mr = load_tile(z_ptr, m, first_r + r, M, R, R, 1)
-        b_rn = load_tile(b_ptr, first_r + r, n, R, N, stride_br, stride_bn)
-        acc_mn = tl.dot(z_mr, b_rn.to(z_mr.dtype), acc_mn)
-    return acc_mn
 
 
 @triton.jit
@@ -116,14 +100,18 @@ def _serial_kernel(
         first_n = block_n * BLOCK_N
         acc_mn = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         if MASK_PRODUCT:
-            acc_mn = _low_rank_product(acc_mn, z_ptr, b_ptr, first_m, first_n, M, N, R, stride_bn, stride_br, BLOCK_R)
+            acc_mn = low_rank_product(
+                acc_mn, z_ptr, b_ptr, first_m, first_n, M, N, R, stride_bn, stride_br, BLOCK_R, None
+            )
             keep_mn = keep_mask(seed_ptr, first_m, first_n, threshold, BLOCK_M, BLOCK_N)
             acc_mn = tl.where(keep_mn, acc_mn * rescale, 0.0)
         for first_k in range(0, K, BLOCK_K):
             x_mk, w_kn = _load_x_w(x_desc, w_desc, first_m, first_n, first_k, W_K_BY_N)
             acc_mn = tl.dot(x_mk, w_kn, acc_mn)
         if not MASK_PRODUCT:
-            acc_mn = _low_rank_product(acc_mn, z_ptr, b_ptr, first_m, first_n, M, N, R, stride_bn, stride_br, BLOCK_R)
+            acc_mn = low_rank_product(
+                acc_mn, z_ptr, b_ptr, first_m, first_n, M, N, R, stride_bn, stride_br, BLOCK_R, None
+            )
         _store_y(y_desc, bias_ptr, acc_mn, first_m, first_n, N)
 
 
@@ -141,8 +129,8 @@ def _store_masked_sum(
         quarter_mn = quarters[i]
         quarter_n = first_n + i * quarter_mn.shape[1]
         product_mn = tl.zeros(quarter_mn.shape, dtype=tl.float32)
-        product_mn = _low_rank_product(
-            product_mn, z_ptr, b_ptr, first_m, quarter_n, M, N, R, stride_bn, stride_br, BLOCK_R
+        product_mn = low_rank_product(
+            product_mn, z_ptr, b_ptr, first_m, quarter_n, M, N, R, stride_bn, stride_br, BLOCK_R, None
         )
         keep_mn = keep_mask(seed_ptr, first_m, quarter_n, threshold, quarter_mn.shape[0], quarter_mn.shape[1])
         quarter_mn += tl.where(keep_mn, product_mn * rescale, 0.0)
@@ -186,7 +174,6 @@ def _one_launch_kernel(
     blocks_n = tl.cdiv(N, BLOCK_N)
     tile = tl.atomic_add(counter_ptr, 1, sem="relaxed")
     while tile < blocks_m * blocks_n:
-        next_tile = tl.atomic_add(counter_ptr, 1, sem="relaxed")
         acc_mn = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         if tile < blocks_m:
             block_m = tile
@@ -203,7 +190,7 @@ def _one_launch_kernel(
                 x_mk, w_kn = _load_x_w(x_desc, w_desc, first_m, first_n, first_k, W_K_BY_N)
                 acc_mn = tl.dot(x_mk, w_kn, acc_mn)
                 if MASK_INPUT:
-                    # The masked x as operand B: wgmma takes that from shared memory, never from registers.
+                    # The masked x as operand B, which wgmma takes from shared memory: never from registers.
                     a_rk = load_tile(a_ptr, r, first_k + k, R, K, stride_ar, stride_ak)
                     keep_mk = keep_mask(seed_ptr, first_m, first_k, threshold, BLOCK_M, BLOCK_K)
                     kept_km = tl.where(keep_mk, x_mk, 0.0).T
@@ -226,17 +213,19 @@ def _one_launch_kernel(
             for first_k in range(0, K, BLOCK_K):
                 x_mk, w_kn = _load_x_w(x_desc, w_desc, first_m, first_n, first_k, W_K_BY_N)
                 acc_mn = tl.dot(x_mk, w_kn, acc_mn)
-        while tl.atomic_add(flag_ptr + block_m, 0, sem="acquire") == 0:
-            pass
+            while tl.atomic_add(flag_ptr + block_m, 0, sem="acquire") == 0:
+                pass
         if MASK_PRODUCT:
             _store_masked_sum(
                 y_desc, bias_ptr, acc_mn, z_ptr, b_ptr, seed_ptr, threshold, rescale, first_m, first_n, M, N, R,
                 stride_bn, stride_br, BLOCK_R,
             )  # fmt: skip
         else:
-            acc_mn = _low_rank_product(acc_mn, z_ptr, b_ptr, first_m, first_n, M, N, R, stride_bn, stride_br, BLOCK_R)
+            acc_mn = low_rank_product(
+                acc_mn, z_ptr, b_ptr, first_m, first_n, M, N, R, stride_bn, stride_br, BLOCK_R, None
+            )
             _store_y(y_desc, bias_ptr, acc_mn, first_m, first_n, N)
-        tile = next_tile
+        tile = tl.atomic_add(counter_ptr, 1, sem="relaxed")
 
 
 def refuses(x: Tensor, w: Tensor, capability: int) -> str | None:
@@ -255,14 +244,14 @@ def refuses(x: Tensor, w: Tensor, capability: int) -> str | None:
     return None
 
 
-def refuses_one_launch(a: Tensor, capability: int) -> str | None:
-    """Why, beyond :func:`refuses`, the one_launch design cannot make z from these adapters, or None."""
+def refuses_one_launch(a: Tensor, capability: int, masked: bool) -> str | None:
+    """Why, beyond :func:`refuses`, one_launch cannot make z from a, or None; ``masked`` says that the mask is on x."""
     padded_r = padded_rank(a.shape[0])
     if capability != 90:
         return f"one_launch is for sm_90: on sm_{capability} it spills"
     if padded_r > 128:
         return f"rank {a.shape[0]}: z would crowd y out of the registers; at most 128"
-    if a.element_size() == 4 and padded_r > 16:
+    if a.element_size() == 4 and (masked or padded_r > 16):
         return f"fp32 adapters of rank {a.shape[0]}: casting them in the loop spills registers"
     return None
 
@@ -271,7 +260,8 @@ def serial(
     x: Tensor, w: Tensor, z: Tensor, b: Tensor, *, bias: Tensor | None, dropout: Mask | None
 ) -> tuple[Tensor, Launch]:
     """y's memory and the launch that fills it from a finished z; ``dropout`` is on the product z bᵀ."""
-    tile = matmul_tile(tma_rows(), x.shape[0], w.shape[0])
+    scalar_z = SCALAR_LOADS if dropout is not None and b.shape[1] % 16 else 0
+    tile = matmul_tile(tma_rows(scalar_z), x.shape[0], w.shape[0])
     y, common = _common(tile, 2, x, w, b, bias)
     seed, threshold, rescale = dropout or NO_MASK
     arguments = dict(
@@ -299,7 +289,11 @@ def one_launch(
 ) -> tuple[Tensor, Tensor, list[Launch]]:
     """The memory of y and z and the one launch that fills both; the mask is on x or on the product z bᵀ."""
     r = b.shape[1]
-    tile = matmul_tile(tma_rows(padded_rank(r)), x.shape[0], w.shape[0])
+    # Under a mask z's product must be a wgmma: beside an mma.sync, Triton refills x's shared memory while y's wgmma may
+    # still read it (triton issue 6691); the compile gate looks for that.
+    padded_r = padded_rank(r) if on_x is None else max(64, padded_rank(r))
+    scalar_z = SCALAR_LOADS if (on_x or on_low_rank) and r % 16 else 0
+    tile = matmul_tile(tma_rows(padded_r + scalar_z), x.shape[0], w.shape[0])
     y, common = _common(tile, 2 if on_low_rank is None else 4, x, w, b, bias)
     z = torch.empty(x.shape[0], r, dtype=x.dtype, device=x.device)
     blocks_m = triton.cdiv(x.shape[0], tile.rows)
@@ -319,7 +313,7 @@ def one_launch(
         MASK_INPUT=on_x is not None,
         MASK_PRODUCT=on_low_rank is not None,
         BLOCK_R=rank_trip(r, b.element_size()),
-        PADDED_R=padded_rank(r),
+        PADDED_R=padded_r,
     )
     tiles = blocks_m * triton.cdiv(w.shape[0], tile.columns)
     launch = Launch(_one_launch_kernel, (min(tiles, _sms(x.device)),), common | arguments, tile.options)

@@ -69,7 +69,7 @@ def launch(x: Tensor, a: Tensor, *, scale: float, precision: str, dropout: Mask 
     (m, k), r = x.shape, a.shape[0]
     z = torch.empty(m, r, dtype=x.dtype, device=x.device)
     seed, threshold, rescale = dropout or NO_MASK
-    tile = middle_tile(r)
+    tile = middle_tile(r, x.element_size())
     return z, Launch(
         _middle_kernel,
         (triton.cdiv(m, tile.rows), triton.cdiv(r, tile.columns)),

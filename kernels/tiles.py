@@ -59,6 +59,9 @@ TMA_CAPABILITIES = (90, 100, 103)
 # Accumulator registers a thread may hold; with more of them ptxas spills at 255 (seen in the compile gate).
 _ACCUMULATOR_BUDGET = 160
 
+# Accumulator columns to leave free where z is loaded element by element, because its rank is no multiple of 16.
+SCALAR_LOADS = 128
+
 # Row blocks that walk the columns together, so that their w stays in L2.
 GROUP_M = 8
 
@@ -93,13 +96,13 @@ def _fits(tile: Tile, extra_columns: int) -> bool:
     return tile.rows * (tile.columns + extra_columns) <= 32 * tile.warps * _ACCUMULATOR_BUDGET
 
 
-def middle_tile(r: int) -> Tile:
-    """The row for z [M, r]: 32 tokens a CTA, so that few tokens still fill the machine.
+def middle_tile(r: int, itemsize: int) -> Tile:
+    """The row for z [M, r]: 32 tokens a CTA.
 
     With 32 rows the product is mma.sync, not wgmma: the masked operand comes from registers, which wgmma must not be
     given, since ptxas before 13.3 may reuse those registers too early.
     """
-    return Tile(32, min(padded_rank(r), 64), 64, 4, 4)
+    return Tile(32, min(padded_rank(r), 64), 64 if itemsize == 2 else 32, 4, 4)
 
 
 def rank_grad_tile(r: int, precision: str | None) -> Tile:

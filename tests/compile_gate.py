@@ -121,18 +121,18 @@ def cases(architectures: tuple[int, ...]) -> Iterator[Case]:
     """Every tile row on every architecture it is meant for, with the features that change its code."""
     half, other, full = torch.bfloat16, torch.float16, torch.float32
     for capability in architectures:
-        for kind, (r, dtype, adapter_dtype, mask) in itertools.product(
+        for kind, (r, dtype, adapter_dtype, mask, backward) in itertools.product(
             (None, "ragged"),
             (
-                (16, half, half, "none"),
-                (64, other, full, "none"),
-                (64, half, half, "product"),
-                (16, half, full, "product"),
+                (16, half, half, "none", False),
+                (8, half, half, "none", True),
+                (64, other, full, "none", False),
+                (64, half, half, "product", True),
+                (8, half, full, "product", True),
             ),
         ):
             for tile in tiles.portable_rows(capability, kind, masked=mask == "product"):
                 shape = _shape_for(tile, kind == "ragged")
-                backward = mask == "product"
                 yield Case("lora_matmul", "portable", capability, *shape, r, dtype, adapter_dtype, mask, backward)
         for precision, mask in itertools.product(("tf32", "ieee"), ("none", "product")):
             for tile in tiles.portable_rows(capability, precision, masked=mask == "product"):
@@ -140,28 +140,30 @@ def cases(architectures: tuple[int, ...]) -> Iterator[Case]:
                 yield Case(
                     "lora_matmul", "portable", capability, *shape, 64, full, full, mask, mask == "product", precision
                 )
-        for r, dtype, adapter_dtype, mask in itertools.product((16, 64), (half, full), (half, full), ("none", "input")):
-            if adapter_dtype is full or dtype is half:
-                # One tile row and w=None: only the middle kernel is new here.
-                yield Case("lora_matmul", "portable", capability, 64, 512, 64, r, dtype, adapter_dtype, mask, False)
-        for r, dtype, mask, backward in itertools.product((16, 64), (half, full), ("none", "input"), (False, True)):
+        # What the middle kernel and rank_grad compile to depends on the rank and the features, not on M, K and N.
+        for r, (dtype, precision), k, mask in itertools.product(
+            (8, 64), ((half, "ieee"), (full, "ieee"), (full, "tf32")), (512, 511), ("none", "input")
+        ):
+            yield Case("lora_matmul", "portable", capability, 64, k, 64, r, dtype, full, mask, False, precision)
+        for r, (dtype, precision), mask, backward in itertools.product(
+            (8, 64), ((half, "ieee"), (full, "ieee"), (full, "tf32")), ("none", "input"), (False, True)
+        ):
             if not (mask == "input" and backward):
-                yield Case("rank_grad", "-", capability, 8192, 0, 1024, r, dtype, full, mask, backward)
+                yield Case("rank_grad", "-", capability, 8192, 0, 1024, r, dtype, full, mask, backward, precision)
         if capability not in tiles.TMA_CAPABILITIES:
             continue
-        for tile in tiles.tma_rows():
-            shape = _shape_for(tile)
-            for r, adapter_dtype, mask in itertools.product((16, 128), (half, full), ("none", "product")):
-                backward = mask == "product"
-                yield Case("lora_matmul", "serial", capability, *shape, r, half, adapter_dtype, mask, backward)
-            yield Case("lora_matmul", "serial", capability, *shape, 16, other, other, "none", False)
-        for r, adapter_dtype, mask in itertools.product((16, 64, 128), (half, full), ("none", "input", "product")):
-            if lora_matmul_tma.refuses_one_launch(torch.empty(r, 8, dtype=adapter_dtype), capability):
-                continue
-            for tile in tiles.tma_rows(tiles.padded_rank(r)):
-                shape = _shape_for(tile)
-                backward = mask == "product"
-                yield Case("lora_matmul", "one_launch", capability, *shape, r, half, adapter_dtype, mask, backward)
+        features = (("none", False), ("none", True), ("input", False), ("product", True))
+        for r, adapter_dtype, (mask, backward) in itertools.product((8, 16, 64, 128), (half, full), features):
+            for design in ("serial", "one_launch"):
+                adapter = torch.empty(r, 8, dtype=adapter_dtype)
+                masked = mask == "input"
+                if design == "one_launch" and lora_matmul_tma.refuses_one_launch(adapter, capability, masked):
+                    continue
+                if design == "serial" and masked:
+                    continue  # its base kernel is the unmasked one
+                for tile in tiles.tma_rows():
+                    shape = _shape_for(tile)
+                    yield Case("lora_matmul", design, capability, *shape, r, half, adapter_dtype, mask, backward)
 
 
 def _shape_for(tile: tiles.Tile, ragged: bool = False) -> tuple[int, int, int]:
@@ -210,6 +212,8 @@ def _examine(case: Case, launch: Launch) -> Finding:
         faults.append(f"no {expected}")
     if re.search(r"HGMMA\S* R\d+, R\d+,", sass):
         faults.append("wgmma with an operand in registers")
+    if _refills_under_wgmma(compiled.asm["ttgir"]):
+        faults.append("shared memory refilled while a wgmma may still read it")
     blocks = [
         str(arguments[name])
         for name in ("BLOCK_M", "BLOCK_N", "BLOCK_C", "BLOCK_K", "BLOCK_R", "BLOCK")
@@ -250,6 +254,47 @@ def _expected_instruction(case: Case, launch: Launch) -> str | None:
         # Fewer than 64 rows or memory-bound: any matrix instruction will do.
         return "mma" if case.r < 64 else None
     return {90: "wgmma", 100: "tcgen05"}.get(case.capability, "mma")
+
+
+def _refills_under_wgmma(ttgir: str) -> bool:
+    """Whether a loop refills the ring of an operand while the wgmma that reads it may still run (triton issue 6691).
+
+    With as many trips prefetched as the ring has buffers, a refill goes into the buffer of the trip at hand; then that
+    trip's wgmma must be over, so the wait before the refill must leave none pending.
+    """
+    ring: dict[str, int] = {}
+    prefetched: dict[str, int] = {}
+    source: dict[str, str] = {}
+    operands: set[str] = set()
+    pending = loop_indent = None
+
+    def ring_of(value: str) -> str:
+        while value in source:
+            value = source[value]
+        return value
+
+    for line in ttgir.splitlines():
+        indent = len(line) - len(line.lstrip())
+        if found := re.search(r"(%\w+) = ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x", line):
+            ring[found[1]], prefetched[found[1]] = int(found[2]), 0
+        elif found := re.search(r"(%\w+) = ttg\.memdesc_\w+ (%\w+)", line):
+            source[found[1]] = found[2]
+        elif "scf.for" in line:
+            loop_indent, pending, operands = indent, None, set()
+        elif loop_indent is not None and indent == loop_indent and line.lstrip().startswith("}"):
+            loop_indent = None
+        elif found := re.search(r"warp_group_dot (%\w+), (%\w+).*isAsync = true", line):
+            operands |= {ring_of(found[1]), ring_of(found[2])}
+            pending = 1
+        elif found := re.search(r"warp_group_dot_wait .*pendings = (\d+)", line):
+            pending = int(found[1])
+        elif found := re.search(r"async_(?:tma_)?copy_global_to_local %\w+(?:\[[^\]]*\])?,? (%\w+)", line):
+            buffer = ring_of(found[1])
+            if loop_indent is None:
+                prefetched[buffer] = prefetched.get(buffer, 0) + 1
+            elif pending and buffer in operands and prefetched.get(buffer, 0) >= ring.get(buffer, sys.maxsize):
+                return True
+    return False
 
 
 def _tool(name: str, *arguments: str) -> str:

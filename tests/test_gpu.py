@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastlora import lora_linear
 from fastlora.dropout import Dropout, draw_seed
+from fastlora.kernels import tiles
 from fastlora.testing import Step, assert_close_to_oracle, oracle_step, reference_step
 
 pytestmark = pytest.mark.gpu
@@ -53,8 +54,11 @@ class Layer:
 
 @pytest.fixture(params=DESIGNS)
 def design(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param != "portable" and torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("the TMA designs are for sm_90")
+    capability = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
+    if request.param != "portable" and capability not in tiles.TMA_CAPABILITIES:
+        pytest.skip("the TMA designs are not for this architecture")
+    if request.param == "one_launch" and capability != 90:
+        pytest.skip("one_launch is for sm_90")
     monkeypatch.setenv("FASTLORA_BACKEND", "triton")
     monkeypatch.setenv("FASTLORA_TRITON_DESIGN", request.param)
     return request.param
@@ -80,6 +84,7 @@ def test_step_against_the_oracle(
 
 
 def test_fp32_adapters(design: str) -> None:
+    """Without dropout: under a mask on x, one_launch refuses them."""
     layer = Layer(2048, 1024, 2048, 16, torch.bfloat16, torch.float32)
     actual = layer.step()
     options = {"scale": SCALE, "bias": layer.bias}
@@ -90,11 +95,14 @@ def test_fp32_adapters(design: str) -> None:
         )
 
 
-def test_the_same_bits_a_hundred_times(design: str) -> None:
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids=["no_dropout", "dropout"])
+def test_the_same_bits_a_hundred_times(design: str, dropout_p: float) -> None:
     layer = Layer(4096, 2048, 2048, 16, torch.bfloat16, torch.bfloat16)
-    first = layer.step()
+    state = torch.cuda.get_rng_state()
+    first = layer.step(dropout_p)
     for _ in range(100):
-        for expected, actual in zip(first, layer.step(), strict=True):
+        torch.cuda.set_rng_state(state)
+        for expected, actual in zip(first, layer.step(dropout_p), strict=True):
             assert torch.equal(expected, actual)
 
 
@@ -141,14 +149,15 @@ def test_sanitizer(tool: str) -> None:
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not on PATH")
-    tests = ("tests/test_kernels.py", "-q", "-k", "every_mask or off_the_tile or rank_grad")
+    tests = ("tests/test_kernels.py", "-q", "-k", "every_mask or off_the_tile")
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", *tests]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, run.stdout[-4000:]
 
 
 def _capture(layer: Layer, dropout_p: float) -> tuple[torch.cuda.CUDAGraph, Step]:
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
             layer.step(dropout_p)
