@@ -32,7 +32,9 @@ def lora_matmul(
     on_product: bool = False,
 ) -> tuple[Tensor | None, Tensor]:
     """x [M, K], w [N, K] or None for z alone, a [R, K], b [N, R], bias [N] → y [M, N], z [M, R]."""
-    a, b = _cast(a, x), _cast(b, x)
+    a, b = a.to(x.dtype), b.to(x.dtype)
+    if x.is_cpu:
+        a = a.contiguous()  # a CPU's GEMM is up to seven times slower on the small operand's transpose
     z = x.new_empty(x.shape[0], a.shape[0])
     if dropout is None or on_product:
         z.addmm_(x, a.T, beta=0, alpha=scale)
@@ -64,10 +66,3 @@ def rank_grad(p: Tensor, q: Tensor, *, dtype: torch.dtype, dropout: Dropout | No
     for rows, mask in dropout.chunks(q):
         grad.add_(torch.mm(p[rows].T, kept(q[rows], mask)), alpha=dropout.rescale)
     return grad.to(dtype)
-
-
-def _cast(adapter: Tensor, x: Tensor) -> Tensor:
-    """The adapter in the dtype of x, and on a CPU contiguous: its GEMM is slow on the small operand's transpose."""
-    if adapter.dtype is not x.dtype:
-        adapter = adapter.to(x.dtype)
-    return adapter.contiguous() if x.is_cpu else adapter
