@@ -144,8 +144,8 @@ PROFILES = {
     "quick": Profile(
         "cpu",
         "a CPU, under three minutes",
-        rounds=15,
-        seconds=1.5,
+        rounds=25,
+        seconds=3.0,
         sweeps=(
             Sweep(["roberta-base.query"], [512], [8], ["fp32", "bf16"], [0.0, 0.1]),
             Sweep(["gpt2.attn"], [1024], [8], ["fp32", "bf16"]),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -97,10 +98,13 @@ class Clock:
         return float(start.elapsed_time(end))
 
 
-def rotated(arms: Sequence[T], turn: int) -> list[T]:
-    """Every arm once, each turn starting one arm later: no arm is always the first."""
-    first = turn % len(arms)
-    return [*arms[first:], *arms[:first]]
+def shuffled(arms: Sequence[T], turn: int) -> list[T]:
+    """Every arm once, in an order of the turn's own: none always first, and none always behind the same neighbour.
+
+    What ran before decides what the caches hold: behind full fine-tuning and its weight gradient the same code was seen
+    up to 6 % slower.
+    """
+    return random.Random(turn).sample(arms, len(arms))
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .cases import Case
-from .clocks import Clock, Spread, no_garbage_collection, prepare, rotated
+from .clocks import Clock, Spread, no_garbage_collection, prepare, shuffled
 from .gate import Gate
 from .memory import kept_bytes, peak_bytes
 from .operands import Operands, make_operands
@@ -126,7 +126,7 @@ def _time(entrants: list[_Entrant], rounds: int, seconds: float, clock: Clock, o
         for turn in range(rounds):
             if turn >= MIN_ROUNDS and time.perf_counter() > deadline:
                 break
-            for arm in rotated(arms, turn):
+            for arm in shuffled(arms, turn):
                 if arm.row.status == "ok":
                     arm.sample(clock, operands, turn)
     floor_ms = noise = None

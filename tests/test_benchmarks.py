@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise, permutations
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from benchmarks import contest, environment, layers, providers, report
 from benchmarks.__main__ import main
 from benchmarks.cases import LAYERS, MODES, PROFILES, Case
-from benchmarks.clocks import Clock, Spread, geometric_mean, rotated
+from benchmarks.clocks import Clock, Spread, geometric_mean, shuffled
 from benchmarks.memory import kept_bytes, peak_bytes
 from benchmarks.operands import make_operands
 from benchmarks.providers import FLOOR, Provider
@@ -218,8 +219,12 @@ def test_peak_of_the_floor_is_y_and_dx():
     assert peak_bytes(floor, operands) == 4 * 40 * (768 + 2304)
 
 
-def test_providers_take_turns_and_no_one_is_always_first():
-    assert [rotated("abc", turn) for turn in range(4)] == [list("abc"), list("bca"), list("cab"), list("abc")]
+def test_providers_take_turns_in_ever_other_order():
+    orders = [shuffled("abcde", turn) for turn in range(200)]
+    assert all(sorted(order) == list("abcde") for order in orders)
+    assert orders == [shuffled("abcde", turn) for turn in range(200)]
+    assert {order[0] for order in orders} == set("abcde")
+    assert {pair for order in orders for pair in pairwise(order)} == set(permutations("abcde", 2))
 
 
 def test_rounds_are_interleaved(monkeypatch):
@@ -232,10 +237,9 @@ def test_rounds_are_interleaved(monkeypatch):
 
     monkeypatch.setattr(contest._Entrant, "sample", spy)
     run_tiny(contestants(FLOOR, "plain", "addmm"), ["forward"], rounds=2)
-    assert order == [
-        *((0, name) for name in (FLOOR, "plain", "addmm", FLOOR)),
-        *((1, name) for name in ("plain", "addmm", FLOOR, FLOOR)),
-    ]
+    assert [turn for turn, _ in order] == [0] * 4 + [1] * 4
+    for round_ in (order[:4], order[4:]):
+        assert sorted(name for _, name in round_) == sorted([FLOOR, FLOOR, "plain", "addmm"])
 
 
 def test_a_mode_stops_at_its_time_but_not_before_the_least_rounds():
