@@ -143,7 +143,7 @@ _SMALL = ("gpt2.attn", "gpt2.fc", "roberta-base.query", "roberta-large.query")
 PROFILES = {
     "quick": Profile(
         "cpu",
-        "a CPU, under three minutes",
+        "a CPU, about two minutes",
         rounds=25,
         seconds=3.0,
         sweeps=(
