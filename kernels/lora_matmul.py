@@ -147,7 +147,7 @@ def _portable(
     # Triton vectorises a load only along strides and extents that it knows to be multiples of 16.
     sizes = (k, n, *x.stride(), *w.stride(), x.data_ptr(), w.data_ptr())
     ragged = any(size % 16 for size in sizes if size != 1)
-    kind = precision if x.dtype is torch.float32 else "ragged" if ragged else None
+    kind = "ragged" if ragged else precision if x.dtype is torch.float32 else None
     tile = matmul_tile(portable_rows(capability, kind, masked=dropout is not None), m, n)
     return y, Launch(
         _base_kernel,

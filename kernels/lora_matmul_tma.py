@@ -323,6 +323,7 @@ def one_launch(
 def _common(
     tile: Tile, slices: int, x: Tensor, w: Tensor, b: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, dict[str, Any]]:
+    """y's memory and the arguments of both designs; y leaves in ``slices`` of a tile's columns."""
     (m, k), n = x.shape, w.shape[0]
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     w_k_by_n = w.stride(1) != 1
@@ -350,4 +351,5 @@ def _common(
 
 
 def _sms(device: torch.device) -> int:
+    """Streaming multiprocessors: the CTAs of a persistent grid. In the interpreter any number will do."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

@@ -49,7 +49,7 @@ PORTABLE = {
     "small": (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 4), Tile(64, 64, 64, 4, 3)),
     "tf32": (Tile(128, 128, 32, 8, 2), Tile(64, 64, 32, 4, 3)),
     "ieee": (Tile(64, 64, 32, 4, 2),),
-    "ragged": (Tile(64, 64, 32, 4, 2),),
+    "ragged": (Tile(64, 64, 16, 4, 2),),
 }
 
 # The TMA kernels, largest first. sm_120 has TMA too, but little shared memory, and spills there: it stays portable.
