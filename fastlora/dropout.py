@@ -34,7 +34,7 @@ _CHUNK_DEFAULT = 1 << 24
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """Draws (key, offset) int64 [2] from the device's generator, so ``manual_seed`` and checkpointing replay it."""
+    """Draws (key, offset) int64 [2], 63 bits each, from the device's generator: ``manual_seed`` replays it."""
     return torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=device)
 
 

@@ -168,9 +168,10 @@ def test_seed_comes_from_torchs_generator_alone() -> None:
     assert not torch.equal(draw_seed(CPU), first)
 
 
-def test_seeds_use_all_64_bits() -> None:
+def test_seeds_use_63_bits_twice() -> None:
+    """Not the sign: torch.compile's own randint subtracts the bounds in int64, and the full range would overflow."""
     seeds = torch.stack([draw_seed(CPU) for _ in range(200)])
-    for bit in range(64):
+    for bit in range(63):
         share = ((seeds >> bit) & 1).double().mean().item()
         assert 0.35 < share < 0.65, bit
 
