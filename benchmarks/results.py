@@ -107,7 +107,6 @@ class ResultFile:
 
     def __init__(self, path: Path, environment: Environment) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
         self.rows = 0
         self._file = path.open("w", encoding="utf-8")
         self._write({"record": "environment", **environment})

@@ -8,7 +8,7 @@ from .clocks import Spread, geometric_mean
 from .providers import FLOOR
 from .results import Row
 
-# Compared like for like where the second name ends as the first, and as a user would meet them where not.
+# Adapters in the base's dtype; each as it comes (ours in the base's dtype, theirs in float32); float32 on both sides.
 PAIRS = (("fastlora", "peft-same"), ("fastlora", "peft-fp32"), ("fastlora-fp32", "peft-fp32"))
 
 # Column widths.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .functional import lora_linear
 
@@ -88,11 +89,16 @@ class LoRALinear(nn.Module):
     ) -> LoRALinear:
         """Wraps an ``nn.Linear``: shares the storage of its weight and bias, and leaves the layer itself untouched.
 
+        Hooks on the layer stay with it.
+
         Raises:
             TypeError: ``linear`` is no ``nn.Linear`` (a quantised subclass stores something else as its weight).
         """
         if type(linear) is not nn.Linear:
-            raise TypeError(f"linear must be an nn.Linear itself, got {type(linear).__name__}")
+            raise TypeError(
+                f"linear must be an nn.Linear itself, got {type(linear).__name__}: dequantise it or remove its "
+                "parametrizations first"
+            )
         layer = cls(
             linear.in_features,
             linear.out_features,
@@ -115,7 +121,8 @@ class LoRALinear(nn.Module):
         return layer.train(linear.training)
 
     def reset_parameters(self) -> None:
-        """Initialises the base as ``nn.Linear`` does, and the adapter."""
+        """Initialises the base as ``nn.Linear`` does, and the adapter; a merged layer is unmerged first."""
+        self.unmerge()
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         if self.bias is not None:
             bound = 1 / math.sqrt(self.in_features) if self.in_features > 0 else 0
@@ -123,7 +130,8 @@ class LoRALinear(nn.Module):
         self.reset_adapter()
 
     def reset_adapter(self) -> None:
-        """Starts the adapter anew: A Kaiming-uniform, B zero."""
+        """Starts the adapter anew: A Kaiming-uniform, B zero; a merged layer is unmerged first."""
+        self.unmerge()
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
 
@@ -152,15 +160,25 @@ class LoRALinear(nn.Module):
             training=self.training,
         )
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def merge(self) -> LoRALinear:
         """Adds the update to ``weight``: W + scale · B A, computed in float32 and rounded once. Merged already: no-op.
 
         The base weight is set aside, not overwritten: its storage may belong to somebody else.
+
+        Raises:
+            RuntimeError: ``weight`` is parametrised, so that no sum can be stored in it.
         """
         if not self.merged:
+            if is_parametrized(self, "weight"):
+                raise RuntimeError(
+                    "weight is parametrised, so no sum can be stored in it: call "
+                    "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') first"
+                )
             wide = torch.promote_types(self.weight.dtype, torch.float32)
-            merged = torch.addmm(self.weight.to(wide), self.lora_B.to(wide), self.lora_A.to(wide), alpha=self.scale)
+            with torch.autocast(self.weight.device.type, enabled=False):
+                merged = torch.addmm(self.weight.to(wide), self.lora_B.to(wide), self.lora_A.to(wide), alpha=self.scale)
             self._base_weight = self.weight.data
             self.weight.data = merged.to(self.weight.dtype)
         return self

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -344,3 +345,12 @@ def test_accepts_parameters_and_views_of_parameters() -> None:
     assert torch.equal(y, operands())
     assert packed.grad[:6].abs().min() > 0
     assert torch.equal(packed.grad[6:], torch.zeros(6, 48))
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    """They are what configurations often hold."""
+    operands = make()
+    assert torch.equal(operands(scale=np.float32(0.5)), operands(scale=0.5))
+    with torch.random.fork_rng(devices=[]):
+        dropped = operands(dropout_p=np.float32(0.25))
+    assert torch.equal(dropped, operands(dropout_p=0.25))

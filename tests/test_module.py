@@ -7,6 +7,7 @@ import io
 import math
 import pickle
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -228,6 +229,36 @@ def test_unmerge_restores_the_shared_storage() -> None:
     layer = LoRALinear.from_linear(linear)
     layer.merge().unmerge()
     assert layer.weight.data_ptr() == linear.weight.data_ptr()
+
+
+@pytest.mark.parametrize(
+    "context", [lambda: torch.autocast("cpu", torch.bfloat16), torch.inference_mode], ids=["autocast", "inference_mode"]
+)
+def test_merge_is_the_same_in_any_context(context: Callable[[], AbstractContextManager[object]]) -> None:
+    layer = trained()
+    expected = copy.deepcopy(layer).merge().weight
+    with context():
+        layer.merge()
+    assert torch.equal(layer.weight, expected)
+    x = torch.randn(3, layer.in_features, requires_grad=True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, expected.sum(0).expand_as(x))
+
+
+def test_a_parametrised_weight_refuses_to_merge() -> None:
+    layer = torch.nn.utils.parametrizations.weight_norm(trained(), "weight")
+    with pytest.raises(RuntimeError, match=r"weight is parametrised.*remove_parametrizations"):
+        layer.merge()
+    assert not layer.merged
+
+
+@pytest.mark.parametrize("reset", [LoRALinear.reset_parameters, LoRALinear.reset_adapter])
+def test_a_reset_unmerges_first(reset: Callable[[LoRALinear], None]) -> None:
+    layer = trained().merge()
+    reset(layer)
+    assert not layer.merged
+    assert torch.equal(layer.state_dict()["weight"], layer.weight)
+    assert layer.lora_B.eq(0).all()
 
 
 def test_merge_and_unmerge_twice_are_once() -> None:
