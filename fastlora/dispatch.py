@@ -120,9 +120,15 @@ def explain(
     check(x, weight, lora_a, lora_b, scale, bias, dropout_p)
     x, weight, lora_a, lora_b, bias = autocast(x, weight, lora_a, lora_b, bias)
     check_dtypes(x, weight, lora_a, lora_b, bias)
-    rows = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
-    request = Request.of_lora_matmul(rows, lora_a, lora_b, training and dropout_p > 0)
+    request = Request.of_lora_matmul(rows_of(x), lora_a, lora_b, training and dropout_p > 0)
     return _explain(request, os.environ.get("FASTLORA_BACKEND", "auto"))
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """All leading dimensions as one: [..., C] -> [M, C], a view wherever the strides allow."""
+    if x.dim() == 2:
+        return x
+    return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
 
 
 def check(

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import dispatch
+from .dispatch import rows_of
 from .dropout import Dropout, draw_seed
 from .request import Request
 
@@ -125,7 +126,7 @@ def lora_linear(
     seed = draw_seed(x.device) if training and dropout_p > 0 else None
     if not torch.is_grad_enabled():
         return _unrows(
-            lora_matmul_op(_rows(x), weight, lora_a, lora_b, float(scale), bias, float(dropout_p), seed, False)[0], x
+            lora_matmul_op(rows_of(x), weight, lora_a, lora_b, float(scale), bias, float(dropout_p), seed, False)[0], x
         )
     y: Tensor = _LoRALinear.apply(  # type: ignore[no-untyped-call]
         x, weight, lora_a, lora_b, bias, float(scale), float(dropout_p), seed
@@ -148,7 +149,7 @@ class _LoRALinear(torch.autograd.Function):
         dropout_p: float,
         seed: Tensor | None,
     ) -> Tensor:
-        x_mk = _rows(x)
+        x_mk = rows_of(x)
         y_mn, z_mr = lora_matmul_op(x_mk, weight, lora_a, lora_b, scale, bias, dropout_p, seed, False)
         need_x, need_weight, need_a, need_b = ctx.needs_input_grad[:4]
         ctx.save_for_backward(
@@ -178,18 +179,18 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     need_x, need_weight, need_a, need_b, need_bias = ctx.needs_input_grad[:5]
     p = ctx.dropout_p
     dx = dweight = da = db = dbias = None
-    dy_mn = _rows(dy)
+    dy_mn = rows_of(dy)
     if need_x or need_a:
         # The forward's verb with the operands turned; without need_x only its rank-R middle is made.
         w = weight.T if need_x else None
         dx_mk, t_mr = lora_matmul_op(dy_mn, w, lora_b.T, lora_a.T, ctx.scale, None, p, seed, True)
         dx = dx_mk.view(ctx.x_shape) if need_x else None
     if need_a:
-        da = rank_grad_op(t_mr, _rows(x), ctx.adapter_dtype, p, seed)
+        da = rank_grad_op(t_mr, rows_of(x), ctx.adapter_dtype, p, seed)
     if need_b:
         db = rank_grad_op(dy_mn, z_mr, ctx.adapter_dtype, 0.0, None)
     if need_weight:
-        dweight = torch.mm(dy_mn.T, _rows(x))
+        dweight = torch.mm(dy_mn.T, rows_of(x))
     if need_bias:
         dbias = dy_mn.sum(0)
     return dx, dweight, da, db, dbias, None, None, None
@@ -202,10 +203,3 @@ def _unrows(y_mn: Tensor, x: Tensor) -> Tensor:
     # Not y_mn.view: autograd forbids in-place operations on a view that a custom Function returns.
     y: Tensor = _unsafe_view(y_mn, [*x.shape[:-1], y_mn.shape[1]])
     return y
-
-
-def _rows(x: Tensor) -> Tensor:
-    """All leading dimensions as one: [..., C] -> [M, C], a view wherever the strides allow."""
-    if x.dim() == 2:
-        return x
-    return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)

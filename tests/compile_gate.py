@@ -207,9 +207,9 @@ def _examine(case: Case, launch: Launch) -> Finding:
     limit = tiles.shared_memory(case.capability)
     if shared > limit:
         faults.append(f"shared memory {shared} B, limit {limit} B")
-    expected = _expected_instruction(case, launch)
-    if expected and expected not in instructions:
-        faults.append(f"no {expected}")
+    expected = _expected_instructions(case, launch)
+    if expected and not expected & set(instructions):
+        faults.append(f"no {' or '.join(sorted(expected))}")
     if re.search(r"HGMMA\S* R\d+, R\d+,", sass):
         faults.append("wgmma with an operand in registers")
     if _refills_under_wgmma(compiled.asm["ttgir"]):
@@ -245,15 +245,15 @@ def _features(case: Case) -> str:
     return ", ".join(features)
 
 
-def _expected_instruction(case: Case, launch: Launch) -> str | None:
-    """The matrix instruction that a product of this kernel must have become."""
+def _expected_instructions(case: Case, launch: Launch) -> set[str]:
+    """The matrix instructions of which a product of this kernel must have become one; none for plain arithmetic."""
     name = launch.kernel.fn.__name__
     if "sum_splits" in name or (case.dtype is torch.float32 and case.precision == "ieee"):
-        return None
+        return set()
     if "middle" in name or "rank_grad" in name:
         # Fewer than 64 rows or memory-bound: any matrix instruction will do.
-        return "mma" if case.r < 64 else None
-    return {90: "wgmma", 100: "tcgen05"}.get(case.capability, "mma")
+        return {"mma"} if case.r < 64 else {"mma", "wgmma", "tcgen05"}
+    return {{90: "wgmma", 100: "tcgen05"}.get(case.capability, "mma")}
 
 
 def _refills_under_wgmma(ttgir: str) -> bool:

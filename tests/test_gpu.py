@@ -12,6 +12,7 @@ from cases import SCALE
 from torch import Tensor
 
 from fastlora import lora_linear
+from fastlora import triton as backend
 from fastlora.dropout import Dropout, draw_seed
 from fastlora.kernels import tiles
 from fastlora.testing import Step, assert_close_to_oracle, oracle_step, reference_step
@@ -48,13 +49,19 @@ class Layer:
         y = lora_linear(self.x, self.w, self.a, self.b, scale=SCALE, bias=self.bias, dropout_p=dropout_p)
         return Step(y.detach(), *torch.autograd.grad(y, (self.x, self.a, self.b), self.dy))
 
-    def operands(self) -> tuple[Tensor, ...]:
-        return self.x.detach(), self.w, self.a.detach(), self.b.detach(), self.dy
+    def check(self, actual: Step, dropout: Dropout | None = None) -> None:
+        operands = self.x.detach(), self.w, self.a.detach(), self.b.detach(), self.dy
+        options = {"scale": SCALE, "bias": self.bias, "dropout": dropout}
+        oracle, baseline = oracle_step(*operands, **options), reference_step(*operands, **options)
+        for name in Step._fields:
+            assert_close_to_oracle(
+                getattr(actual, name), oracle=getattr(oracle, name), baseline=getattr(baseline, name), name=name
+            )
 
 
 @pytest.fixture(params=DESIGNS)
 def design(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    capability = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
+    capability = backend._capability(torch.device("cuda", torch.cuda.current_device()))
     if request.param != "portable" and capability not in tiles.TMA_CAPABILITIES:
         pytest.skip("the TMA designs are not for this architecture")
     if request.param == "one_launch" and capability != 90:
@@ -75,24 +82,13 @@ def test_step_against_the_oracle(
     dropout = Dropout(dropout_p, draw_seed(torch.device("cuda"))) if dropout_p else None
     torch.cuda.set_rng_state(state)
     actual = layer.step(dropout_p)
-    options = {"scale": SCALE, "bias": layer.bias, "dropout": dropout}
-    oracle, baseline = oracle_step(*layer.operands(), **options), reference_step(*layer.operands(), **options)
-    for name in Step._fields:
-        assert_close_to_oracle(
-            getattr(actual, name), oracle=getattr(oracle, name), baseline=getattr(baseline, name), name=name
-        )
+    layer.check(actual, dropout)
 
 
 def test_fp32_adapters(design: str) -> None:
     """Without dropout: under a mask on x, one_launch refuses them."""
     layer = Layer(2048, 1024, 2048, 16, torch.bfloat16, torch.float32)
-    actual = layer.step()
-    options = {"scale": SCALE, "bias": layer.bias}
-    oracle, baseline = oracle_step(*layer.operands(), **options), reference_step(*layer.operands(), **options)
-    for name in Step._fields:
-        assert_close_to_oracle(
-            getattr(actual, name), oracle=getattr(oracle, name), baseline=getattr(baseline, name), name=name
-        )
+    layer.check(layer.step())
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids=["no_dropout", "dropout"])
