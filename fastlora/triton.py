@@ -54,30 +54,22 @@ def lora_matmul(
     on_product: bool = False,
 ) -> tuple[Tensor | None, Tensor]:
     """x [M, K], w [N, K] or None for z alone, a [R, K], b [N, R], bias [N] → y [M, N], z [M, R]."""
-    from .kernels import lora_matmul as kernel
-
-    capability = _capability(x.device)
     with _device(x):
-        y: Tensor | None
-        z: Tensor
-        y, z, steps = kernel.launches(
-            x,
-            w,
-            a,
-            b,
-            scale=scale,
-            bias=None if bias is None else bias.contiguous(),
-            dropout=_mask(dropout),
-            on_product=on_product,
-            capability=capability,
-            precision=_precision(),
-            design="portable"
-            if w is None
-            else _design(x, w, a, capability, masked=dropout is not None and not on_product),
-        )
+        y, z, steps = _launches(x, w, a, b, scale, bias, dropout, on_product)
         for step in steps:
             step.run()
     return y, z
+
+
+def plan(x: Tensor, w: Tensor, a: Tensor, b: Tensor, *, dropout: Dropout | None = None) -> str:
+    """The design and tile that :func:`lora_matmul` would launch, such as ``serial 128x256x64, 8 warps, 3 stages``."""
+    capability = _capability(x.device)
+    with _device(x):
+        launch = _launches(x, w, a, b, 1.0, None, dropout, on_product=False)[2][-1]
+    rows, columns, depth = (launch.arguments[f"BLOCK_{axis}"] for axis in "MNK")
+    design = _design(x, w, a, capability, masked=dropout is not None)
+    warps, stages = launch.options["num_warps"], launch.options["num_stages"]
+    return f"{design} {rows}x{columns}x{depth}, {warps} warps, {stages} stages"
 
 
 def rank_grad(p: Tensor, q: Tensor, *, dtype: torch.dtype, dropout: Dropout | None = None) -> Tensor:
@@ -90,6 +82,36 @@ def rank_grad(p: Tensor, q: Tensor, *, dtype: torch.dtype, dropout: Dropout | No
         for step in steps:
             step.run()
     return grad
+
+
+def _launches(
+    x: Tensor,
+    w: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    dropout: Dropout | None,
+    on_product: bool,
+) -> tuple[Tensor | None, Tensor, list[Any]]:
+    from .kernels import lora_matmul as kernel
+
+    capability = _capability(x.device)
+    masked = dropout is not None and not on_product
+    planned: tuple[Tensor | None, Tensor, list[Any]] = kernel.launches(
+        x,
+        w,
+        a,
+        b,
+        scale=scale,
+        bias=None if bias is None else bias.contiguous(),
+        dropout=_mask(dropout),
+        on_product=on_product,
+        capability=capability,
+        precision=_precision(),
+        design="portable" if w is None else _design(x, w, a, capability, masked=masked),
+    )
+    return planned
 
 
 def _design(x: Tensor, w: Tensor, a: Tensor, capability: int, *, masked: bool) -> str:

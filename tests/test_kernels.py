@@ -6,6 +6,7 @@ and it multiplies bfloat16 wrongly, so bfloat16 is for the GPU alone.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -277,6 +278,15 @@ def test_unforced_the_design_follows_the_strides(expanded: bool, monkeypatch: py
     oracle, _ = reference.lora_matmul(x.double(), w.double(), a.double(), b.double(), scale=SCALE)
     baseline, _ = reference.lora_matmul(x, w, a, b, scale=SCALE)
     assert_close_to_oracle(y, oracle=oracle, baseline=baseline, name="y")
+
+
+@pytest.mark.parametrize("design", ["portable", "serial", "one_launch"])
+def test_a_plan_names_design_and_tile(design: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if design != "portable" and not TMA_HERE:
+        pytest.skip("this GPU has no TMA")
+    x, w, a, b, _ = make(64, 64, 64, dtype=DTYPES[HALF][0]).map(lambda t: t.to(DEVICE))
+    monkeypatch.setenv("FASTLORA_TRITON_DESIGN", design)
+    assert re.fullmatch(rf"{design} \d+x\d+x\d+, \d+ warps, \d+ stages", backend.plan(x, w, a, b))
 
 
 def test_a_gradient_expanded_from_one_number(monkeypatch: pytest.MonkeyPatch) -> None:
