@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
-from . import layers, report
+from .layers import command as layers
+from .runner import StopError
 
 # A subcommand is a module with HELP, add_arguments(parser) and run(args) -> exit status.
-COMMANDS = {"layers": layers, "report": report}
+COMMANDS = {
+    "layers": layers,
+}
 DEFAULT = "layers"
 
 
@@ -25,7 +29,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     args = parser.parse_args(arguments)
-    status: int = args.run(args)
+    try:
+        status: int = args.run(args)
+    except StopError as stop:
+        print(stop, file=sys.stderr)
+        return stop.status
+    except BrokenPipeError:
+        # The reader, such as `head`, has seen enough; nothing is left to be flushed to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return status
 
 

@@ -1,4 +1,4 @@
-"""What is measured: named layers of real models, and the profiles that pick from them.
+"""What is measured: named layers of real models, whole models, and the profiles that pick from them.
 
 Letters as everywhere: M tokens, K in_features, N out_features, R rank.
 """
@@ -6,15 +6,24 @@ Letters as everywhere: M tokens, K in_features, N out_features, R rank.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MODES = ("forward", "backward", "step")
 HOST_LAYER = "host"
+
+# The provider that every time is compared with: the base layer alone.
+FLOOR = "frozen"
+
+SCALE = 1.7
+
+# Inputs are rotated over this many copies, so that no call finds its x where the last one left it.
+COPIES = 3
 
 
 class Layer(NamedTuple):
@@ -52,8 +61,21 @@ LAYERS = {
 }
 
 
+def layer_named(name: str) -> Layer:
+    """A layer of LAYERS, or ``KxN`` such as ``4096x14336``: in_features and out_features, no bias.
+
+    Raises:
+        ValueError: neither.
+    """
+    if name in LAYERS:
+        return LAYERS[name]
+    if sizes := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", name):
+        return Layer(int(sizes[1]), int(sizes[2]), False)
+    raise ValueError(f"unknown layer {name!r}: expected KxN, such as 4096x14336, or one of {', '.join(LAYERS)}")
+
+
 class Case(NamedTuple):
-    """One row group: every provider runs this, in every mode."""
+    """One layer at one size: every provider runs this, in every mode."""
 
     layer: str
     m: int
@@ -64,17 +86,17 @@ class Case(NamedTuple):
     @property
     def k(self) -> int:
         """in_features."""
-        return LAYERS[self.layer].k
+        return layer_named(self.layer).k
 
     @property
     def n(self) -> int:
         """out_features."""
-        return LAYERS[self.layer].n
+        return layer_named(self.layer).n
 
     @property
     def bias(self) -> bool:
         """Whether the base has a bias."""
-        return LAYERS[self.layer].bias
+        return layer_named(self.layer).bias
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -93,46 +115,62 @@ class Case(NamedTuple):
         )
 
 
+class ModelCase(NamedTuple):
+    """One architecture at one size: every provider trains this. ``sequence`` is in tokens."""
+
+    model: str
+    batch: int
+    sequence: int
+    r: int
+    dtype: str
+    dropout: float
+    checkpointing: bool
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The base's dtype."""
+        return DTYPES[self.dtype]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.model}  batch {self.batch} x {self.sequence} tokens R={self.r} {self.dtype}"
+            f"{f' dropout {self.dropout}' if self.dropout else ''}{' checkpointing' if self.checkpointing else ''}"
+        )
+
+
+# A NamedTuple: its fields are the axes.
+C = TypeVar("C", bound=tuple[Any, ...])
+Sweep = Mapping[str, Sequence[Any]]
+
+
 @dataclass(frozen=True)
-class Sweep:
-    """The product of its axes."""
+class Profile(Generic[C]):
+    """A named selection of cases: the products of each sweep's axes, which are the fields of the case.
 
-    layers: Sequence[str]
-    tokens: Sequence[int]
-    ranks: Sequence[int]
-    dtypes: Sequence[str]
-    dropouts: Sequence[float] = (0.0,)
-
-    def cases(self) -> Iterator[Case]:
-        """Every combination, layers outermost."""
-        axes = (self.layers, self.tokens, self.ranks, self.dtypes, self.dropouts)
-        return itertools.starmap(Case, itertools.product(*axes))
-
-    def with_axes(self, **axes: Sequence[Any] | None) -> Sweep:
-        """The same sweep with each axis that is not None replaced."""
-        return replace(self, **{name: values for name, values in axes.items() if values is not None})
-
-
-AXES = tuple(axis.name for axis in fields(Sweep))
-
-
-@dataclass(frozen=True)
-class Profile:
-    """A named selection of cases for one kind of device.
-
-    ``rounds`` is how often every provider of a case is timed in every mode, ``seconds`` after how long a mode may stop
-    short of that: a busy machine ends with fewer rounds, not later.
+    ``rounds`` is how often every provider of a case is timed, ``seconds`` after how long that may stop short: a busy
+    machine ends with fewer rounds, not later.
     """
 
-    device: str
     about: str
     rounds: int
     seconds: float
+    kind: type[C]
     sweeps: Sequence[Sweep] = field(repr=False)
 
-    def cases(self, **axes: Sequence[Any] | None) -> list[Case]:
-        """The profile's cases without repeats, with each given axis in place of its own."""
-        return list(dict.fromkeys(itertools.chain(*(sweep.with_axes(**axes).cases() for sweep in self.sweeps))))
+    def cases(self, **axes: Sequence[Any] | None) -> list[C]:
+        """The cases without repeats, with each given axis in place of the profile's own; the first is outermost."""
+        given = {name: values for name, values in axes.items() if values is not None}
+        products = (
+            itertools.product(*({**sweep, **given}[name] for name in self.kind._fields))  # type: ignore[attr-defined]
+            for sweep in self.sweeps
+        )
+        return list(dict.fromkeys(self.kind(*values) for values in itertools.chain(*products)))
+
+
+def _sweep(
+    layer: Sequence[str], m: Sequence[int], r: Sequence[int], dtype: Sequence[str], dropout: Sequence[float] = (0.0,)
+) -> Sweep:
+    return {"layer": layer, "m": m, "r": r, "dtype": dtype, "dropout": dropout}
 
 
 _LLAMA = ("llama3-8b.q", "llama3-8b.kv", "llama3-8b.gate", "llama3-8b.down")
@@ -141,62 +179,64 @@ _QWEN = ("qwen2.5-7b.q", "qwen2.5-7b.kv", "qwen2.5-7b.gate", "qwen2.5-7b.down")
 _SMALL = ("gpt2.attn", "gpt2.fc", "roberta-base.query", "roberta-large.query")
 
 PROFILES = {
-    "quick": Profile(
-        "cpu",
-        "a CPU, about two minutes",
-        rounds=25,
-        seconds=3.0,
-        sweeps=(
-            Sweep(["roberta-base.query"], [512], [8], ["fp32", "bf16"], [0.0, 0.1]),
-            Sweep(["gpt2.attn"], [1024], [8], ["fp32", "bf16"]),
-            Sweep(["llama3.2-1b.kv", "llama3.2-1b.q"], [256], [16], ["fp32", "bf16"]),
-            Sweep([HOST_LAYER], [1], [8], ["fp32"]),
-        ),
-    ),
-    "full": Profile(
-        "cpu",
-        "a CPU, about half an hour",
-        rounds=21,
-        seconds=10.0,
-        sweeps=(
-            Sweep(
-                ["roberta-base.query", "roberta-base.fc", "roberta-large.query", "gpt2.attn", "gpt2.fc"],
-                [256, 1024],
-                [8, 64],
-                ["fp32", "bf16"],
-                [0.0, 0.1],
+    "cpu": {
+        "quick": Profile(
+            "two minutes",
+            rounds=25,
+            seconds=3.0,
+            kind=Case,
+            sweeps=(
+                _sweep(["roberta-base.query"], [512], [8], ["fp32", "bf16"], [0.0, 0.1]),
+                _sweep(["gpt2.attn"], [512], [8], ["fp32", "bf16"]),
+                _sweep(["llama3.2-1b.kv"], [64, 256, 1024], [16], ["bf16"]),
+                _sweep(["llama3.2-1b.q"], [256], [16], ["fp32", "bf16"]),
+                _sweep([HOST_LAYER], [1], [8], ["fp32"]),
             ),
-            Sweep(["llama3.2-1b.q", "llama3.2-1b.kv", "llama3.2-1b.gate"], [256, 1024], [16], ["fp32", "bf16"]),
-            Sweep([HOST_LAYER], [1], [8], ["fp32", "bf16"]),
         ),
-    ),
-    "gpu": Profile(
-        "cuda",
-        "a GPU, the README's table",
-        rounds=31,
-        seconds=20.0,
-        sweeps=(
-            Sweep([*_LLAMA, *_LLAMA_70B, *_QWEN], [8192], [16], ["bf16"]),
-            Sweep(["llama3-8b.q", "llama3-70b.gate"], [8192], [64], ["bf16"]),
-            Sweep(["llama3-8b.q", "llama3-8b.kv", "llama3-70b.gate"], [8192], [16], ["bf16"], [0.1]),
-            Sweep(_SMALL, [8192], [8], ["bf16"]),
-            Sweep([HOST_LAYER], [1], [8], ["bf16"]),
-        ),
-    ),
-    "gpu-full": Profile(
-        "cuda",
-        "a GPU, every layer, M 2k to 32k, ranks 8 to 128, dropout 0 and 0.1",
-        rounds=31,
-        seconds=20.0,
-        sweeps=(
-            Sweep(
-                [*_LLAMA, *_LLAMA_70B, *_QWEN, *_SMALL],
-                [2048, 8192, 32768],
-                [8, 16, 64, 128],
-                ["bf16"],
-                [0.0, 0.1],
+        "full": Profile(
+            "half an hour",
+            rounds=21,
+            seconds=10.0,
+            kind=Case,
+            sweeps=(
+                _sweep(
+                    ["roberta-base.query", "roberta-base.fc", "roberta-large.query", "gpt2.attn", "gpt2.fc"],
+                    [256, 1024],
+                    [8, 64],
+                    ["fp32", "bf16"],
+                    [0.0, 0.1],
+                ),
+                _sweep(["llama3.2-1b.q", "llama3.2-1b.kv", "llama3.2-1b.gate"], [256, 1024], [16], ["fp32", "bf16"]),
+                _sweep([HOST_LAYER], [1], [8], ["fp32", "bf16"]),
             ),
-            Sweep([HOST_LAYER], [1], [8], ["bf16"]),
         ),
-    ),
+    },
+    "cuda": {
+        "quick": Profile(
+            "the targets of the design: Llama-3 8B and 70B at M = 8192",
+            rounds=21,
+            seconds=15.0,
+            kind=Case,
+            sweeps=(
+                _sweep(["llama3-8b.q", "llama3-70b.gate"], [8192], [16], ["bf16"], [0.0, 0.1]),
+                _sweep(["llama3-8b.q", "llama3-70b.gate"], [8192], [64], ["bf16"]),
+                _sweep(["llama3-8b.kv", "llama3-8b.gate", "llama3-8b.down"], [8192], [16], ["bf16"]),
+                _sweep([HOST_LAYER], [1], [8], ["bf16"]),
+            ),
+        ),
+        "full": Profile(
+            "every layer; M from 2k to 32k, ranks 8 to 128, dropout",
+            rounds=31,
+            seconds=20.0,
+            kind=Case,
+            sweeps=(
+                _sweep([*_LLAMA, *_LLAMA_70B, *_QWEN], [8192], [16], ["bf16"], [0.0, 0.1]),
+                _sweep(["llama3-8b.q", "llama3-8b.kv"], [2048, 4096, 8192, 16384, 32768], [16], ["bf16"]),
+                _sweep(["llama3-8b.q", "llama3-70b.gate"], [8192], [8, 16, 64, 128], ["bf16"]),
+                _sweep(["llama3-8b.q"], [8192], [16], ["fp16", "fp32"]),
+                _sweep(_SMALL, [8192], [8], ["bf16"]),
+                _sweep([HOST_LAYER], [1], [8], ["bf16"]),
+            ),
+        ),
+    },
 }

@@ -7,20 +7,16 @@ launches do not count.
 
 from __future__ import annotations
 
+import functools
 import gc
-import math
 import random
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
-
-from .operands import COPIES, Operands
-from .providers import Built
 
 T = TypeVar("T")
 Work = Callable[[], object]
@@ -29,47 +25,18 @@ Work = Callable[[], object]
 _HOLD_CYCLES = 5_000_000
 
 
-class Spread(NamedTuple):
-    """Milliseconds: the median of the samples, and the range that holds the middle 60 % of them."""
-
-    p20: float
-    p50: float
-    p80: float
-
-    @staticmethod
-    def of(samples: Sequence[float]) -> Spread:
-        """The percentiles, linear between neighbouring samples."""
-        if len(samples) == 1:
-            return Spread(samples[0], samples[0], samples[0])
-        fifths = statistics.quantiles(samples, n=5, method="inclusive")
-        return Spread(fifths[0], statistics.median(samples), fifths[3])
-
-
-def prepare(mode: str, built: Built, operands: Operands, turn: int) -> Work:
-    """The call to be timed: all it needs exists, and for ``backward`` the forward has run.
-
-    ``turn`` picks the copy of x and dy.
-    """
-    x, dy = operands.xs[turn % COPIES], operands.dys[turn % COPIES]
-    leaves = (x, *built.trained.values())
-    layer = built.layer
-    if mode == "forward":
-        return lambda: layer(x)
-    if mode == "step":
-        return lambda: torch.autograd.grad(layer(x), leaves, dy)
-    y = layer(x)
-    return lambda: torch.autograd.grad(y, leaves, dy)
-
-
 class Clock:
     """The two times of a call on one device, in milliseconds."""
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._cuda = device.type == "cuda"
-        self._flush: Tensor | None = None
-        if self._cuda:
-            l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-            self._flush = torch.empty(max(4 * l2_bytes, 1 << 28), dtype=torch.int8, device=device)
+
+    @functools.cached_property
+    def _flush(self) -> Tensor:
+        """Larger than L2: writing it leaves nothing else there. Made on first use, since it takes memory."""
+        l2_bytes = torch.cuda.get_device_properties(self._device).L2_cache_size
+        return torch.empty(max(4 * l2_bytes, 1 << 28), dtype=torch.int8, device=self._device)
 
     def wall(self, work: Work) -> float:
         """One call, from its start until the device is done. What it returns is freed after the clock stops."""
@@ -85,7 +52,7 @@ class Clock:
 
     def device(self, work: Work) -> float | None:
         """One call's time on the GPU; None on a CPU."""
-        if self._flush is None:
+        if not self._cuda:
             return None
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._flush.zero_()
@@ -118,8 +85,3 @@ def no_garbage_collection() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
-
-
-def geometric_mean(ratios: Sequence[float]) -> float:
-    """The mean of ratios: that of the inverses is its inverse."""
-    return math.exp(statistics.fmean(math.log(r) for r in ratios))

@@ -16,18 +16,37 @@ import torch
 
 Environment = dict[str, Any]
 
-_PACKAGES = ("torch", "triton", "peft")
+_PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "transformers",
+    "peft",
+    "loralib",
+    "lorafusion",
+    "unsloth",
+    "freesolo-chalk",
+    "lycoris-lora",
+)
+_VARIABLES = ("FASTLORA_BACKEND", "FASTLORA_TRITON_DESIGN", "CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE")
+# Results are written between one published run and the next: they make no tree dirty.
+_STATUS = ["git", "status", "--porcelain", "--", ":(top)", ":(top,exclude)benchmarks/results"]
 _GPU_FACTS = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "temperature.gpu")
 
 
-def describe(device: torch.device, profile: str, rounds: int) -> Environment:
-    """One JSON-ready record; what cannot be found out is None."""
+# What a resumed run may find changed.
+_VOLATILE = ("time", "load_average", "gpu.clocks.sm", "gpu.clocks.mem", "gpu.temperature.gpu", "gpu.power.draw")
+
+
+def describe(device: torch.device, command: str, settings: dict[str, Any], cases: int) -> Environment:
+    """One JSON-ready record of a run of ``cases`` cases; what cannot be found out is None."""
     return {
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "profile": profile,
-        "rounds": rounds,
+        "command": command,
+        "settings": settings,
+        "cases": cases,
         "commit": _run(["git", "rev-parse", "HEAD"]),
-        "dirty": None if (status := _run(["git", "status", "--porcelain"])) is None else bool(status),
+        "dirty": None if (status := _run(_STATUS)) is None else bool(status),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in _PACKAGES},
@@ -38,11 +57,38 @@ def describe(device: torch.device, profile: str, rounds: int) -> Environment:
         "load_average": _load(),
         "threads": torch.get_num_threads(),
         "gpu": _gpu(device),
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "tf32": torch.backends.cuda.matmul.allow_tf32,
-        "bf16_reduced_precision_reduction": torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
-        "forced_backend": os.environ.get("FASTLORA_BACKEND"),
+        "flags": {
+            "float32_matmul_precision": torch.get_float32_matmul_precision(),
+            "tf32": torch.backends.cuda.matmul.allow_tf32,
+            "bf16_reduced_precision_reduction": torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+            "fp16_reduced_precision_reduction": torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
+            "preferred_blas": str(torch.backends.cuda.preferred_blas_library()),
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+        },
+        "variables": {name: os.environ.get(name) for name in _VARIABLES},
     }
+
+
+def differences(before: Environment, after: Environment) -> list[str]:
+    """What differs between two environments, as ``name: before → after``; load, clocks and the hour do not count."""
+    old, new = _flat(before), _flat(after)
+    return [f"{k}: {old.get(k)} → {new.get(k)}" for k in {**old, **new} if old.get(k) != new.get(k)]
+
+
+def seen(device: torch.device) -> dict[str, Any]:
+    """What changes while a run goes on: the GPU's clocks, temperature and power, or the CPU's load."""
+    if device.type == "cuda":
+        return {"gpu": _query(device, ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw"))}
+    return {"load_average": _load()}
+
+
+def _flat(environment: Environment, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in environment.items():
+        name = prefix + key
+        if name not in _VOLATILE:
+            flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
 
 
 def device_name(device: torch.device) -> str:
@@ -69,20 +115,22 @@ def _gpu(device: torch.device) -> dict[str, Any] | None:
     if device.type != "cuda":
         return None
     properties = torch.cuda.get_device_properties(device)
-    query = [
-        "nvidia-smi",
-        f"--query-gpu={','.join(_GPU_FACTS)}",
-        "--format=csv,noheader",
-        f"--id=GPU-{properties.uuid}",
-    ]
-    answers = (_run(query) or "").split(", ")
     return {
         "capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
         "memory_bytes": properties.total_memory,
         "l2_bytes": properties.L2_cache_size,
         "cuda": torch.version.cuda,
-    } | (dict(zip(_GPU_FACTS, answers, strict=True)) if len(answers) == len(_GPU_FACTS) else {})
+        **_query(device, _GPU_FACTS),
+    }
+
+
+def _query(device: torch.device, facts: Sequence[str]) -> dict[str, str]:
+    """What nvidia-smi says of the device; empty where it says nothing."""
+    uuid = torch.cuda.get_device_properties(device).uuid
+    answers = _run(["nvidia-smi", f"--query-gpu={','.join(facts)}", "--format=csv,noheader", f"--id=GPU-{uuid}"])
+    values = (answers or "").split(", ")
+    return dict(zip(facts, values, strict=True)) if len(values) == len(facts) else {}
 
 
 def _cpu() -> str:

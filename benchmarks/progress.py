@@ -7,27 +7,27 @@ import time
 from collections.abc import Sequence
 from typing import TextIO
 
-from .cases import Case
-
-# Work of a case beyond its products, in multiply-adds: building, checking and the profiler.
-_FIXED_WORK = 2e8
-
 
 class Progress:
-    """Counts cases, and guesses the rest of the time from M·K·N."""
+    """Counts cases, and guesses the rest of the time from the work in each: any unit, one number a case."""
 
-    def __init__(self, cases: Sequence[Case], stream: TextIO = sys.stderr) -> None:
+    def __init__(self, work: Sequence[float], stream: TextIO = sys.stderr) -> None:
         self._stream = stream
         self._animated = stream.isatty()
-        self._work = [case.m * case.k * case.n + _FIXED_WORK for case in cases]
+        self._work = work
         self._start = time.perf_counter()
-        self._index = -1
+        self._index = self._skipped = 0
         self._label = ""
 
-    def case(self, case: Case) -> None:
+    def skip(self) -> None:
+        """The next case is done already."""
+        self._skipped += 1
+        self._index += 1
+
+    def case(self, case: object) -> None:
         """The next case begins."""
         self._index += 1
-        self._label = f"[{self._index + 1}/{len(self._work)}] {case}"
+        self._label = f"[{self._index}/{len(self._work)}] {case}"
         if not self._animated:
             print(f"{self._label}  {self._clock()}", file=self._stream, flush=True)
 
@@ -43,10 +43,10 @@ class Progress:
 
     def _clock(self) -> str:
         elapsed = time.perf_counter() - self._start
-        done = sum(self._work[: self._index])
+        done = sum(self._work[self._skipped : self._index - 1])
         if not done:
             return f"{_minutes(elapsed)} elapsed"
-        left = elapsed * (sum(self._work) / done - 1)
+        left = elapsed * sum(self._work[self._index - 1 :]) / done
         return f"{_minutes(elapsed)} elapsed, about {_minutes(left)} left"
 
 

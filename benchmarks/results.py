@@ -1,124 +1,75 @@
-"""Rows: what one provider did in one mode of one case, as JSON Lines behind one record of the environment."""
+"""Result files: JSON Lines, one record of the environment first, then the rows of each case and a line that ends it.
+
+Rows count once their case is done, so a run may be killed anywhere: what is readable is whole, and a resumed run starts
+at the first case that is not.
+"""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
-from fastlora.testing import Errors
-
-from .cases import Case
-from .clocks import Spread
-from .environment import Environment
+from .environment import Environment, differences
+from .rows import Row, from_json
 
 RESULTS = Path(__file__).parent / "results"
 LOCAL = RESULTS / "local"
 
-# What happened to a row: measured; refused by its own word; inaccurate, hence without speed; out of memory; raised.
-STATUSES = ("ok", "absent", "wrong", "oom", "error")
 
+class Results(NamedTuple):
+    """What a file holds: ``cases`` are the rows of each finished one, ``size`` the bytes up to the last of them."""
 
-@dataclass
-class Row:
-    """One provider, one mode, one case.
-
-    Attributes:
-        layer, m, k, n, r, bias, dtype, dropout: the case.
-        provider, mode: who, and forward, backward or step.
-        status: one of STATUSES; ``reason`` says why it is not ``ok``.
-        backend: what fastlora chose; None for anybody else.
-        rounds: how many samples the times are of.
-        wall_ms, device_ms: milliseconds, ``device_ms`` on CUDA alone.
-        ratio: median over the frozen floor's in the same mode (device time on CUDA, else wall time).
-        noise: how far the floor's second timing lay from its first, relative; the same in every row of case and mode.
-        peak_bytes: the most one step held beyond inputs and parameters.
-        kept_bytes: kept for backward beyond x and parameters.
-        errors: for y, dx and each gradient, rms and max error with their bounds.
-        gate_dropout: the dropout probability at which the errors were taken.
-    """
-
-    layer: str
-    m: int
-    k: int
-    n: int
-    r: int
-    bias: bool
-    dtype: str
-    dropout: float
-    provider: str
-    mode: str
-    status: str = "ok"
-    reason: str | None = None
-    backend: str | None = None
-    rounds: int | None = None
-    wall_ms: Spread | None = None
-    device_ms: Spread | None = None
-    ratio: float | None = None
-    noise: float | None = None
-    peak_bytes: int | None = None
-    kept_bytes: int | None = None
-    errors: dict[str, dict[str, float | None]] | None = None
-    gate_dropout: float | None = None
-
-    @staticmethod
-    def of(case: Case, provider: str, mode: str) -> Row:
-        """A row that says only what was asked."""
-        return Row(case.layer, case.m, case.k, case.n, case.r, case.bias, case.dtype, case.dropout, provider, mode)
+    environment: Environment
+    cases: dict[str, list[Row]]
+    size: int
 
     @property
-    def case(self) -> Case:
-        """The case it belongs to."""
-        return Case(self.layer, self.m, self.r, self.dtype, self.dropout)
+    def rows(self) -> list[Row]:
+        """All rows, in the file's order."""
+        return [row for rows in self.cases.values() for row in rows]
 
     @property
-    def ms(self) -> Spread | None:
-        """The time that ``ratio`` compares: the device's where there is one, else the wall's."""
-        return self.device_ms or self.wall_ms
-
-    def record_errors(self, errors: dict[str, Errors]) -> None:
-        """Keeps the numbers, and where one is out of bounds turns the row ``wrong`` with the reason."""
-        numbers = ("rms", "rms_bound", "max", "max_bound")
-        self.errors = {name: {key: _finite_or_none(getattr(e, key)) for key in numbers} for name, e in errors.items()}
-        wrong = [f"{name}: {e}" for name, e in errors.items() if not e.ok]
-        if wrong:
-            self.status, self.reason = "wrong", "; ".join(wrong)
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object; spreads become objects with p20, p50 and p80."""
-        spreads = {"wall_ms": self.wall_ms, "device_ms": self.device_ms}
-        return {"record": "row", **asdict(self)} | {k: s and s._asdict() for k, s in spreads.items()}
-
-    @staticmethod
-    def from_json(record: dict[str, Any]) -> Row:
-        """The inverse of :meth:`to_json`."""
-        values = {key: value for key, value in record.items() if key != "record"}
-        for key in ("wall_ms", "device_ms"):
-            values[key] = values[key] and Spread(**values[key])
-        return Row(**values)
+    def complete(self) -> bool:
+        """Whether every case of the run is there."""
+        return bool(len(self.cases) == self.environment["cases"])
 
 
 class ResultFile:
-    """Writes the environment, then rows one by one, each flushed: what is finished survives an interrupt."""
+    """A run being written, case by case.
 
-    def __init__(self, path: Path, environment: Environment) -> None:
+    Raises:
+        ValueError: ``path`` holds something else than results, or, to be resumed, results of another run.
+    """
+
+    def __init__(self, path: Path, environment: Environment, resume: bool = False) -> None:
+        before = read(path) if path.exists() and path.stat().st_size else None
+        self.finished: dict[str, list[Row]] = {}
+        if before and resume:
+            if differing := differences(before.environment, environment):
+                raise ValueError(
+                    f"{path} cannot be resumed, it is of another run ({'; '.join(differing)}): "
+                    "without --resume this run starts over"
+                )
+            self.finished = before.cases
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.rows = 0
-        self._file = path.open("w", encoding="utf-8")
-        self._write({"record": "environment", **environment})
+        self._file = path.open("r+b" if self.finished else "wb")
+        if self.finished and before:
+            self._file.truncate(before.size)
+            self._file.seek(before.size)
+        else:
+            self._write({"record": "environment", **environment})
 
-    def append(self, rows: Iterable[Row]) -> None:
-        """Adds rows and flushes them."""
-        for row in rows:
-            self._write(row.to_json())
-            self.rows += 1
+    def append(self, case: str, rows: Sequence[Row], seen: dict[str, Any]) -> None:
+        """Adds a finished case; ``seen`` is what the machine looked like by then."""
+        self._write(*(row.to_json() for row in rows), {"record": "done", "case": case, **seen})
+        self.finished[case] = list(rows)
 
-    def _write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+    def _write(self, *records: dict[str, Any]) -> None:
+        lines = "".join(json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n" for record in records)
+        self._file.write(lines.encode())
         self._file.flush()
 
     def __enter__(self) -> ResultFile:
@@ -130,17 +81,40 @@ class ResultFile:
         self._file.close()
 
 
-def read(path: Path) -> tuple[Environment, list[Row]]:
-    """A result file's environment and rows.
+def read(path: Path) -> Results:
+    """The results in a file; rows of a case that was cut short are left out.
 
     Raises:
-        ValueError: the file does not begin with an environment record.
+        ValueError: the file is none of ours, or a row is not of the schema.
+        OSError: it cannot be read.
     """
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    if not records or records[0].get("record") != "environment":
-        raise ValueError(f"{path} does not begin with an environment record: it is no result file of this package")
-    return records[0], [Row.from_json(record) for record in records[1:]]
+    return parse(path.read_bytes(), str(path))
 
 
-def _finite_or_none(number: float) -> float | None:
-    return number if math.isfinite(number) else None
+def parse(content: bytes, name: str) -> Results:
+    """The results in the bytes of a file; ``name`` is for the messages. Raises ValueError as :func:`read` does."""
+    environment: Environment | None = None
+    cases: dict[str, list[Row]] = {}
+    rows: list[Row] = []
+    size = position = 0
+    for number, line in enumerate(content.splitlines(keepends=True), 1):
+        position += len(line)
+        if not line.endswith(b"\n"):
+            break
+        try:
+            record = json.loads(line)
+            if environment is None:
+                if record["record"] != "environment":
+                    raise ValueError("expected an environment record")
+                environment, size = {key: value for key, value in record.items() if key != "record"}, position
+            elif record["record"] == "done":
+                cases[record["case"]], rows, size = rows, [], position
+            else:
+                rows.append(from_json(record))
+        except KeyError as error:
+            raise ValueError(f"{name}, line {number}: {error} is missing: no result file of this package") from None
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{name}, line {number}: {error}: no result file of this package") from None
+    if environment is None or "cases" not in environment:
+        raise ValueError(f"{name} does not begin with an environment record: no result file of this package")
+    return Results(environment, cases, size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from dataclasses import replace
 from itertools import pairwise, permutations
 from types import SimpleNamespace
@@ -10,15 +10,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import contest, environment, layers, providers, report
+from benchmarks import environment, runner
 from benchmarks.__main__ import main
-from benchmarks.cases import LAYERS, MODES, PROFILES, Case
-from benchmarks.clocks import Clock, Spread, geometric_mean, shuffled
-from benchmarks.memory import kept_bytes, peak_bytes
-from benchmarks.operands import make_operands
-from benchmarks.providers import FLOOR, Provider
-from benchmarks.results import STATUSES, ResultFile, Row, read
-from benchmarks.table import render_case, step_speedups
+from benchmarks.cases import FLOOR, LAYERS, MODES, PROFILES, Case
+from benchmarks.clocks import Clock, shuffled
+from benchmarks.layers import arms, contest, providers
+from benchmarks.layers import command as layers
+from benchmarks.layers.arms import Provider
+from benchmarks.layers.operands import make_operands
+from benchmarks.layers.table import render_case, step_speedups
+from benchmarks.layers.work import kept_bytes, peak_bytes
+from benchmarks.results import read
+from benchmarks.rows import STATUSES, LayerRow, Spread
+from benchmarks.units import geometric_mean
 from fastlora import dispatch
 
 CPU = torch.device("cpu")
@@ -63,8 +67,8 @@ def published(tmp_path_factory):
 
 
 def test_every_provider_has_a_row_in_every_mode_and_case(published):
-    header, rows = read(published)
-    names = list(providers.providers())
+    header, rows = read(published).environment, read(published).rows
+    names = [name for name, provider in providers.providers().items() if not provider.by_name_only]
     assert {(row.dtype, row.dropout, row.provider, row.mode) for row in rows} == {
         (dtype, p, name, mode) for dtype in ("fp32", "bf16") for p in (0.0, 0.1) for name in names for mode in MODES
     }
@@ -92,7 +96,7 @@ def test_every_provider_has_a_row_in_every_mode_and_case(published):
 
 
 def test_lora_rows_check_all_four_tensors_and_dropout_where_the_mask_is_known(published):
-    _, rows = read(published)
+    rows = read(published).rows
     for row in rows:
         if row.provider.startswith("fastlora") and row.status == "ok":
             assert set(row.errors) == {"y", "dx", "da", "db"}
@@ -103,25 +107,16 @@ def test_lora_rows_check_all_four_tensors_and_dropout_where_the_mask_is_known(pu
 
 
 def test_absent_rows_say_why(published):
-    _, rows = read(published)
+    rows = read(published).rows
     absent = {(row.provider, row.dtype, row.dropout): row.reason for row in rows if row.status == "absent"}
     assert absent["addmm", "fp32", 0.1] == "takes no dropout"
     assert absent["peft-fp32", "fp32", 0.0] == "the base is float32 already"
 
 
 def test_absent_peft_is_listed_as_absent(monkeypatch):
-    monkeypatch.setattr(providers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(arms.importlib.util, "find_spec", lambda name: None)
     rows = run_tiny(contestants(FLOOR, "peft-same"), modes=["forward"])
     assert [(row.status, row.reason) for row in rows] == [("ok", None), ("absent", "peft is not installed")]
-
-
-def test_rows_survive_the_file(published):
-    header, rows = read(published)
-    copy = published.with_name("copy.jsonl")
-    with ResultFile(copy, {key: value for key, value in header.items() if key != "record"}) as file:
-        file.append(rows)
-    assert read(copy) == (header, rows)
-    assert [json.loads(line)["record"] for line in copy.read_text().splitlines()][:2] == ["environment", "row"]
 
 
 def test_a_wrong_provider_gets_no_speed():
@@ -251,12 +246,12 @@ def test_a_mode_stops_at_its_time_but_not_before_the_least_rounds():
 def test_a_turn_forces_the_backend_and_restores_the_variable(monkeypatch):
     monkeypatch.setenv("FASTLORA_BACKEND", "reference")
     with contestants("fastlora-library")[0].turn():
-        assert providers.os.environ["FASTLORA_BACKEND"] == "library"
-    assert providers.os.environ["FASTLORA_BACKEND"] == "reference"
+        assert os.environ["FASTLORA_BACKEND"] == "library"
+    assert os.environ["FASTLORA_BACKEND"] == "reference"
     monkeypatch.delenv("FASTLORA_BACKEND")
     with contestants("fastlora")[0].turn():
-        assert providers.os.environ["FASTLORA_BACKEND"] == "auto"
-    assert "FASTLORA_BACKEND" not in providers.os.environ
+        assert os.environ["FASTLORA_BACKEND"] == "auto"
+    assert "FASTLORA_BACKEND" not in os.environ
 
 
 @pytest.mark.parametrize("option", ["--layer", "--provider", "--profile", "--mode", "--dtype"])
@@ -264,17 +259,17 @@ def test_unknown_names_list_the_known_ones(option, capsys):
     with pytest.raises(SystemExit) as stop:
         main([option, "nonsense"])
     assert stop.value.code == 2
-    known = {"--layer": LAYERS, "--provider": providers.providers(), "--profile": PROFILES, "--mode": MODES}
+    known = {"--layer": LAYERS, "--provider": providers.providers(), "--profile": PROFILES["cpu"], "--mode": MODES}
     message = capsys.readouterr().err
     assert all(name in message for name in known.get(option, ("bf16", "fp16", "fp32")))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_gpu_profile_without_gpu_offers_the_cpu_one(capsys):
-    assert main(["--profile", "gpu"]) == 2
+def test_a_gpu_run_without_gpu_offers_the_cpu_one(capsys):
+    assert main(["--device", "cuda"]) == 2
     message = capsys.readouterr().err
-    assert "needs a CUDA device" in message
-    assert "--profile quick" in message
+    assert "no CUDA device" in message
+    assert "--device cpu" in message
 
 
 def test_publish_refuses_a_part_of_a_profile(capsys):
@@ -283,49 +278,57 @@ def test_publish_refuses_a_part_of_a_profile(capsys):
 
 
 def test_publish_copies_a_finished_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(layers, "RESULTS", tmp_path)
-    monkeypatch.setattr(layers, "LOCAL", tmp_path / "local")
-    tiny = replace(PROFILES["quick"], rounds=1, sweeps=[replace(PROFILES["quick"].sweeps[0], layers=["host"])])
-    monkeypatch.setitem(layers.PROFILES, "quick", tiny)
+    monkeypatch.setattr(runner, "RESULTS", tmp_path)
+    monkeypatch.setattr(runner, "LOCAL", tmp_path / "local")
+    quick = PROFILES["cpu"]["quick"]
+    tiny = replace(quick, rounds=1, sweeps=[{**quick.sweeps[0], "layer": ["host"]}])
+    monkeypatch.setitem(layers.PROFILES["cpu"], "quick", tiny)
     monkeypatch.setattr(contest, "HOST_ROUNDS", 1)
-    assert main(["--profile", "quick", "--publish"]) == 0
+    assert main(["--device", "cpu", "--publish"]) == 0
     written = tmp_path / environment.slug(CPU) / "layers-quick.jsonl"
     assert written.read_bytes() == (tmp_path / "local" / "cpu" / "layers-quick.jsonl").read_bytes()
 
 
-def test_interrupt_keeps_finished_rows(tmp_path, monkeypatch, capsys):
-    run_case, path = layers.run_case, tmp_path / "rows.jsonl"
+SHORT = [*TINY, "--dtype", "fp32", "bf16", "--dropout", "0", "--provider", "plain", "--mode", "step"]
+
+
+def interrupt_at(monkeypatch, dtype):
+    """Ctrl-C in the first case of this dtype; returns the cases that ran."""
+    run_case, ran = layers.run_case, []
 
     def interrupted(case, *rest):
-        if case.dtype == "bf16":
+        if case.dtype == dtype:
             raise KeyboardInterrupt
+        ran.append(case)
         return run_case(case, *rest)
 
     monkeypatch.setattr(layers, "run_case", interrupted)
-    status = main(
-        [
-            *TINY,
-            "--dtype",
-            "fp32",
-            "bf16",
-            "--dropout",
-            "0",
-            "--provider",
-            "plain",
-            "--mode",
-            "step",
-            "--json",
-            str(path),
-        ]
-    )
-    assert status == 130
-    assert [row.provider for row in read(path)[1]] == [FLOOR, "plain"]
-    assert "interrupted: 2 finished rows" in capsys.readouterr().err
+    return ran
+
+
+def test_an_interrupted_run_keeps_finished_cases_and_is_resumed(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "rows.jsonl"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, "bf16")
+        assert main([*SHORT, "--json", str(path)]) == 130
+    assert "1 of 2 cases are in" in capsys.readouterr().err
+    before = read(path)
+    assert not before.complete
+    assert [row.provider for row in before.rows] == [FLOOR, "plain"]
+    ran = interrupt_at(monkeypatch, "none")
+    assert main([*SHORT, "--json", str(path), "--resume"]) == 0
+    assert [case.dtype for case in ran] == ["bf16"]
+    after = read(path)
+    assert after.complete
+    assert after.rows[:2] == before.rows
+    assert [(row.dtype, row.provider) for row in after.rows] == [
+        (dtype, name) for dtype in ("fp32", "bf16") for name in (FLOOR, "plain")
+    ]
 
 
 def test_a_wrong_row_makes_the_run_fail(tmp_path, monkeypatch):
     def wrong(*args):
-        return [replace(Row.of(Case("host", 1, 1, "fp32", 0.0), "plain", "step"), status="wrong", reason="y")]
+        return [replace(LayerRow.of(Case("host", 1, 1, "fp32", 0.0), "plain", "step"), status="wrong", reason="y")]
 
     monkeypatch.setattr(layers, "run_case", wrong)
     assert main([*TINY, "--json", str(tmp_path / "rows.jsonl")]) == 1
@@ -334,28 +337,7 @@ def test_a_wrong_row_makes_the_run_fail(tmp_path, monkeypatch):
 def test_list_names_everything(capsys):
     assert main(["layers", "--list"]) == 0
     listed = capsys.readouterr().out
-    assert all(name in listed for name in (*PROFILES, *LAYERS, *providers.providers()))
-
-
-def test_a_layer_plot_is_written(tmp_path):
-    pytest.importorskip("matplotlib")
-    path = tmp_path / "rows.jsonl"
-    options = [
-        "--layer",
-        "gpt2.proj",
-        "--tokens",
-        "8",
-        "--dtype",
-        "fp32",
-        "--dropout",
-        "0",
-        "--rank",
-        "4",
-        "--rounds",
-        "1",
-    ]
-    assert main([*options, "--provider", "fastlora", "--json", str(path)]) == 0
-    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert all(name in listed for name in (*PROFILES["cpu"], *LAYERS, *providers.providers()))
 
 
 def test_percentiles_and_geometric_mean():
@@ -365,7 +347,7 @@ def test_percentiles_and_geometric_mean():
 
 
 def timed(provider, p50, **changes):
-    row = Row.of(Case("gpt2.attn", 256, 8, "bf16", 0.0), provider, "step")
+    row = LayerRow.of(Case("gpt2.attn", 256, 8, "bf16", 0.0), provider, "step")
     return replace(row, wall_ms=Spread(p50, p50, p50), ratio=p50 / 2, **changes)
 
 
@@ -373,64 +355,6 @@ def test_speedups_are_peft_over_fastlora():
     rows = [timed(FLOOR, 2.0), timed("peft-same", 6.0), timed("fastlora", 3.0)]
     assert step_speedups(rows, "fastlora", "peft-same") == [2.0]
     assert step_speedups(rows, "fastlora", "peft-fp32") == []
-
-
-def test_markdown_holds_the_numbers():
-    rows = [
-        timed(FLOOR, 2.0),
-        timed("plain", 3.0),
-        timed("peft-same", 6.0, kept_bytes=2048),
-        timed("fastlora", 2.5, kept_bytes=1024, backend="library"),
-        timed("fastlora-library", 2.5, backend="library"),
-        Row.of(Case("gpt2.attn", 256, 8, "bf16", 0.0), "addmm", "step"),
-    ]
-    table = report.render_markdown(rows).splitlines()
-    assert table[0].startswith("| layer | M |")
-    cells = ["gpt2.attn", "256", "768 → 2304", "8", "bf16", "0", "2", "1.50", "3.00", "**1.25**", "1.0 KiB / 2.0 KiB"]
-    assert table[2] == f"| {' | '.join(cells)} |"
-    assert "- `peft-same` over `fastlora`, step: 2.40× (geometric mean of 1 layers, worst 2.40×)" in table
-
-
-def test_report_replaces_what_lies_between_the_markers_and_is_idempotent(published, tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"# Title\n\n{report.START}\nold\n{report.END}\n\nafter\n", encoding="utf-8")
-    command = ["report", "--readme", str(readme), "--results", str(published.parent.parent)]
-    assert main(command) == 0
-    once = readme.read_text(encoding="utf-8")
-    assert once.startswith(f"# Title\n\n{report.START}\n")
-    assert once.endswith(f"{report.END}\n\nafter\n")
-    assert "old" not in once
-    assert report.NO_GPU in once
-    assert "host overhead of a step" in once
-    assert main(command) == 0
-    assert readme.read_text(encoding="utf-8") == once
-
-
-def test_a_gpu_result_silences_the_missing_gpu_line(published, tmp_path):
-    folder = tmp_path / "nvidia-h200"
-    folder.mkdir()
-    header, *rows = published.read_text(encoding="utf-8").splitlines()
-    gpu = json.dumps(json.loads(header) | {"device": "cuda", "device_name": "NVIDIA H200"})
-    (folder / "layers-gpu.jsonl").write_text("\n".join([gpu, *rows]), encoding="utf-8")
-    rendered = report.render_results(tmp_path, tmp_path)
-    assert report.NO_GPU not in rendered
-    assert "**NVIDIA H200**" in rendered
-
-
-@pytest.mark.parametrize("text", ["", report.START, f"{report.END}{report.START}", 2 * (report.START + report.END)])
-def test_report_without_its_markers_changes_nothing(text, tmp_path, capsys):
-    readme = tmp_path / "README.md"
-    readme.write_text(text, encoding="utf-8")
-    assert main(["report", "--readme", str(readme), "--results", str(tmp_path)]) == 2
-    assert readme.read_text(encoding="utf-8") == text
-    assert report.START in capsys.readouterr().err
-
-
-def test_a_foreign_file_is_no_result(tmp_path):
-    path = tmp_path / "layers-x.jsonl"
-    path.write_text('{"record": "row"}\n')
-    with pytest.raises(ValueError, match="environment record"):
-        read(path)
 
 
 def test_device_slug(monkeypatch):

@@ -9,9 +9,9 @@ from fastlora import reference
 from fastlora.dropout import Dropout, draw_seed
 from fastlora.testing import Errors, compare, oracle_step, reference_step
 
-from .cases import Case
+from ..cases import Case
+from .arms import Built, Provider
 from .operands import Operands
-from .providers import Built, Provider
 
 _SEED = 20
 

@@ -7,12 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .cases import Case
-
-SCALE = 1.7
-
-# Inputs are rotated over this many copies, so that no call finds its x where the last one left it.
-COPIES = 3
+from ..cases import COPIES, SCALE, Case
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .clocks import Spread, geometric_mean
-from .providers import FLOOR
-from .results import Row
+from ..cases import FLOOR
+from ..rows import LayerRow, Spread
+from ..units import geometric_mean, readable_bytes
 
 # Adapters in the base's dtype; each as it comes (ours in the base's dtype, theirs in float32); float32 on both sides.
 PAIRS = (("fastlora", "peft-same"), ("fastlora", "peft-fp32"), ("fastlora-fp32", "peft-fp32"))
@@ -15,20 +15,25 @@ PAIRS = (("fastlora", "peft-same"), ("fastlora", "peft-fp32"), ("fastlora-fp32",
 _TIME, _RATIO, _BYTES = 24, 9, 11
 
 
-def render_case(rows: Sequence[Row]) -> str:
-    """One case: milliseconds (p20-p80) and times the floor in each mode, bytes, and the worst error over its bound."""
+def render_case(rows: Sequence[LayerRow]) -> str:
+    """One case: milliseconds (p20-p80) and times the floor in each mode, bytes, and the worst error over its bound.
+
+    The last line is the least ratio that the FLOPs allow on any device.
+    """
     modes = list(dict.fromkeys(row.mode for row in rows))
     noise = [f"{row.mode} {row.noise:.1%}" for row in rows if row.provider == FLOOR and row.noise is not None]
     arms = {name: [row for row in rows if row.provider == name] for name in dict.fromkeys(row.provider for row in rows)}
-    width = max(map(len, arms))
+    width = max(map(len, (*arms, "(arithmetic)")))
     lines = [str(rows[0].case) + (f"   noise: {', '.join(noise)}" if noise else "")]
     heads = "".join(f"{mode + ' ms':>{_TIME}}{'× floor':>{_RATIO}}" for mode in modes)
     lines.append(f"  {'':{width}}{heads}{'kept':>{_BYTES}}{'peak':>{_BYTES}}{'error':>{_RATIO}}")
+    least = "".join(f"{'':{_TIME}}{row.theory:>{_RATIO}.3f}" for row in next(iter(arms.values())) if row.theory)
     lines += [f"  {name:<{width}}{_provider_line(group)}" for name, group in arms.items()]
+    lines.append(f"  {'(arithmetic)':<{width}}{least}")
     return "\n".join(lines)
 
 
-def render_summary(rows: Sequence[Row]) -> str:
+def render_summary(rows: Sequence[LayerRow]) -> str:
     """Step time of PEFT over fastlora's: geometric mean and worst case over the layers, and the host's alone."""
     lines = ["Step time of PEFT over that of fastlora (above 1: fastlora is faster)"]
     for ours, theirs in PAIRS:
@@ -42,45 +47,24 @@ def render_summary(rows: Sequence[Row]) -> str:
     return "\n".join(lines) if len(lines) > 1 else ""
 
 
-def step_speedups(rows: Sequence[Row], ours: str, theirs: str) -> list[float]:
+def step_speedups(rows: Sequence[LayerRow], ours: str, theirs: str) -> list[float]:
     """Step time of ``theirs`` over that of ``ours``, for each case that has both."""
     steps = {(row.case, row.provider): row.ms.p50 for row in rows if row.mode == "step" and row.ms is not None}
     return [steps[case, theirs] / ms for (case, name), ms in steps.items() if name == ours and (case, theirs) in steps]
 
 
-def readable_bytes(count: int | None) -> str:
-    """Such as ``24.0 KiB``; a dash where nothing was measured."""
-    if count is None:
-        return "-"
-    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if count >= 1024**power:
-            return f"{count / 1024**power:.1f} {unit}"
-    return f"{count} B"
-
-
-def worst_error(row: Row) -> float | None:
-    """The largest of all errors of the row over its bound: at most 1 passes. None where nothing was compared."""
-    quotients = [
-        value / bound
-        for numbers in (row.errors or {}).values()
-        for kind in ("rms", "max")
-        if (value := numbers[kind]) is not None and (bound := numbers[f"{kind}_bound"])
-    ]
-    return max(quotients, default=None)
-
-
-def _provider_line(group: list[Row]) -> str:
+def _provider_line(group: list[LayerRow]) -> str:
     first = group[0]
     if all(row.status != "ok" for row in group):
         return f"  {first.status}: {first.reason}"
-    error = worst_error(first)
+    error = first.worst_error
     line = "".join(_timing(row) for row in group)
     line += f"{readable_bytes(first.kept_bytes):>{_BYTES}}{readable_bytes(first.peak_bytes):>{_BYTES}}"
     line += f"{_two_digits(error):>{_RATIO}}"
     return line + (f"  -> {first.backend}" if first.backend else "")
 
 
-def _timing(row: Row) -> str:
+def _timing(row: LayerRow) -> str:
     return f"{row.status if row.ms is None else _milliseconds(row.ms):>{_TIME}}{_two_digits(row.ratio):>{_RATIO}}"
 
 

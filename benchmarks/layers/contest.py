@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from .cases import Case
-from .clocks import Clock, Spread, no_garbage_collection, prepare, shuffled
+from ..cases import FLOOR, Case
+from ..clocks import Clock, no_garbage_collection, shuffled
+from ..failures import failures_into
+from ..rows import LayerRow, Spread
+from .arms import Built, Provider
 from .gate import Gate
-from .memory import kept_bytes, peak_bytes
 from .operands import Operands, make_operands
-from .providers import FLOOR, AbsentError, Built, Provider
-from .results import Row
+from .work import kept_bytes, peak_bytes, prepare
 
 WARM_UP = 2
 
@@ -32,13 +32,13 @@ class _Entrant:
 
     provider: Provider
     built: Built
-    row: Row
+    row: LayerRow
     wall: list[float] = field(default_factory=list)
     device: list[float] = field(default_factory=list)
 
     def sample(self, clock: Clock, operands: Operands, turn: int) -> None:
         """Times one call; on CUDA a second one for the device's time. A failure ends up in the row."""
-        with self.provider.turn(), _failures_into([self.row]):
+        with self.provider.turn(), failures_into([self.row]):
             mode = self.row.mode
             self.wall.append(clock.wall(prepare(mode, self.built, operands, turn)))
             if (ms := clock.device(prepare(mode, self.built, operands, turn))) is not None:
@@ -46,7 +46,7 @@ class _Entrant:
 
     def warm_up(self, operands: Operands) -> None:
         """Calls often enough for lazy set-up and compilation to be over."""
-        with self.provider.turn(), _failures_into([self.row]):
+        with self.provider.turn(), failures_into([self.row]):
             for turn in range(WARM_UP):
                 prepare(self.row.mode, self.built, operands, turn)()
 
@@ -65,15 +65,15 @@ def run_case(
     clock: Clock,
     device: torch.device,
     progress: Callable[[str], None] = lambda doing: None,
-) -> list[Row]:
+) -> list[LayerRow]:
     """Every arm in every mode of one case; the floor must be among the arms. Failures are rows, never exceptions.
 
     A mode is over after ``rounds``, or after ``seconds`` where MIN_ROUNDS are done by then.
     """
-    rows = {arm.name: [Row.of(case, arm.name, mode) for mode in modes] for arm in arms}
+    rows = {arm.name: [LayerRow.of(case, arm.name, mode) for mode in modes] for arm in arms}
     everything = [row for group in rows.values() for row in group]
     operands = admitted = None
-    with _failures_into(everything):
+    with failures_into(everything):
         operands = make_operands(case, device)
         admitted = _admit(case, arms, rows, operands, progress)
     if operands is not None and admitted is not None:
@@ -82,23 +82,26 @@ def run_case(
             progress(mode)
             entrants = [_Entrant(arm, built, rows[arm.name][i]) for arm, built in admitted]
             _time(entrants, rounds, seconds, clock, operands)
+        for arm, built in admitted:
+            progress(f"{arm.name}: memory")
+            _weigh(arm, built, rows[arm.name], operands)
     return everything
 
 
 def _admit(
     case: Case,
     arms: Sequence[Provider],
-    rows: dict[str, list[Row]],
+    rows: dict[str, list[LayerRow]],
     operands: Operands,
     progress: Callable[[str], None],
 ) -> list[tuple[Provider, Built]]:
-    """Builds each arm, holds it to the oracle and measures its memory; returns those that may be timed."""
+    """Builds each arm and holds it to the oracle; returns those that may be timed."""
     gate = Gate(case, operands)
     admitted = []
     for arm in arms:
-        progress(f"{arm.name}: accuracy and memory")
+        progress(f"{arm.name}: accuracy")
         group = rows[arm.name]
-        with arm.turn(), _failures_into(group):
+        with arm.turn(), failures_into(group):
             errors = gate.check(arm)
             for row in group:
                 row.record_errors(errors)
@@ -106,11 +109,19 @@ def _admit(
             if any(row.status != "ok" for row in group):
                 continue
             built = arm.build(case, operands, case.dropout)
-            kept, peak = kept_bytes(built, operands), peak_bytes(built, operands)
             for row in group:
-                row.backend, row.kept_bytes, row.peak_bytes = built.backend, kept, peak
+                row.backend, row.tile = built.backend, built.tile
             admitted.append((arm, built))
     return admitted
+
+
+def _weigh(arm: Provider, built: Built, group: Sequence[LayerRow], operands: Operands) -> None:
+    """Memory, once the timing is over: in the first calls of a process Python itself frees a temporary later."""
+    measured = [row for row in group if row.status == "ok"]
+    with arm.turn(), failures_into(measured):
+        kept, peak = kept_bytes(built, operands), peak_bytes(built, operands)
+        for row in measured:
+            row.kept_bytes, row.peak_bytes = kept, peak
 
 
 def _time(entrants: list[_Entrant], rounds: int, seconds: float, clock: Clock, operands: Operands) -> None:
@@ -139,26 +150,3 @@ def _time(entrants: list[_Entrant], rounds: int, seconds: float, clock: Clock, o
             arm.row.device_ms = Spread.of(arm.device) if arm.device else None
             arm.row.ratio = None if floor_ms is None else arm.median / floor_ms
             arm.row.noise = noise
-
-
-@contextmanager
-def _failures_into(rows: Sequence[Row]) -> Iterator[None]:
-    """An exception ends up as status and reason of the rows; Ctrl-C passes."""
-    status = reason = None
-    try:
-        yield
-    except Exception as error:
-        status, reason = _verdict(error)
-    if status is not None:
-        for row in rows:
-            row.status, row.reason = status, reason
-    if status == "oom" and torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _verdict(error: Exception) -> tuple[str, str]:
-    if isinstance(error, AbsentError):
-        return "absent", str(error)
-    message = f"{type(error).__name__}: {error}".splitlines()[0]
-    out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-    return ("oom" if out_of_memory else "error"), message

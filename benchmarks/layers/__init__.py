@@ -1,0 +1,1 @@
+"""Single layers: every provider beside the frozen floor."""

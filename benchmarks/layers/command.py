@@ -1,0 +1,69 @@
+"""``python -m benchmarks layers``: one LoRA layer at a time, every provider beside the frozen base layer."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from .. import plots, runner
+from ..cases import DTYPES, FLOOR, LAYERS, MODES, PROFILES, Case
+from ..clocks import Clock
+from ..rows import LayerRow
+from ..runner import Doing, layer_name, positive, probability
+from .contest import run_case
+from .providers import providers
+from .table import render_case, render_summary
+
+HELP = "time LoRA layers of real models beside the frozen layer, PEFT and others"
+
+# Work of a case beyond its products, in multiply-adds: building, checking and the profiler.
+_FIXED_WORK = 2e8
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The subcommand's options. An axis given on the command line replaces the profile's own."""
+    runner.add_arguments(parser)
+    axes = parser.add_argument_group("axes", "each replaces the profile's own; several values make a product")
+    axes.add_argument("--layer", nargs="+", type=layer_name, metavar="NAME", help="named layers, or KxN: 4096x14336")
+    axes.add_argument("--tokens", dest="m", nargs="+", type=positive, metavar="M", help="tokens")
+    axes.add_argument("--rank", dest="r", nargs="+", type=positive, metavar="R", help="ranks")
+    axes.add_argument("--dtype", nargs="+", choices=DTYPES, help="dtypes of the base")
+    axes.add_argument("--dropout", nargs="+", type=probability, metavar="P", help="dropout")
+    parser.add_argument(
+        "--provider", nargs="+", choices=providers(), metavar="NAME", help="only these; the floor always runs"
+    )
+    parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES, help="only these modes")
+    parser.add_argument("--rounds", type=positive, metavar="N", help="timings of each provider in each mode")
+    parser.add_argument("--list", action="store_true", help="list profiles, layers and providers, and stop")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the subcommand; returns the exit status: 1 where a provider was wrong or failed."""
+    if args.list:
+        print(_listing())
+        return 0
+    named = args.provider or [name for name, provider in providers().items() if not provider.by_name_only]
+    arms = [provider for name, provider in providers().items() if name in (FLOOR, *named)]
+    settings = {"providers": [arm.name for arm in arms], "modes": list(args.mode), "rounds": args.rounds}
+    axes = {axis: getattr(args, axis) for axis in Case._fields}
+    whole = not (args.provider or args.rounds or tuple(args.mode) != MODES)
+    job = runner.start("layers", args, PROFILES, axes, settings, whole)
+    clock, profile = Clock(job.device), job.profile
+    rounds = args.rounds or profile.rounds
+
+    def case_rows(case: Case, before: Sequence[LayerRow], doing: Doing) -> list[LayerRow]:
+        return run_case(case, arms, args.mode, rounds, profile.seconds, clock, job.device, doing)
+
+    rows = job.measure(case_rows, render_case, lambda case: case.m * case.k * case.n + _FIXED_WORK)
+    print(render_summary(rows))
+    job.publish([job.path, *plots.save(job.path)])
+    return 1 if any(row.status in ("wrong", "error") for row in rows) else 0
+
+
+def _listing() -> str:
+    lines = runner.listing(PROFILES)
+    lines += ["layers (or KxN)"]
+    lines += [f"  {name:<20} K={v.k} N={v.n}{' with bias' if v.bias else ''}" for name, v in LAYERS.items()]
+    lines += ["providers"]
+    lines += [f"  {name:<20} {provider.about}" for name, provider in providers().items()]
+    return "\n".join(lines)

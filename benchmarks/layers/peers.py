@@ -1,0 +1,112 @@
+"""Arms of other fused LoRA kernels: found by import, none a dependency.
+
+An adapter makes the call that the peer's own integration makes, without its patches to PEFT or transformers; where that
+integration would leave the layer to PEFT, or fail, the arm is absent and says so. What is said of a peer was read in
+its source: lorafusion c48d7fd, unsloth 2026.10.9, freesolo-chalk 0.5.7, lycoris-lora 4.1.3.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import ModuleType
+
+from torch import Tensor
+
+from ..cases import Case
+from ..failures import AbsentError
+from .arms import Built, Provider, adapters, imported, linear_over
+from .operands import Operands
+
+# Dropout that drops nothing and scales by one in float32, for a kernel that cannot go without.
+_TINY = 1e-9
+
+
+def _lorafusion(case: Case, o: Operands, p: float) -> Built:
+    lora = imported("lorafusion.ops.lora_v1")
+    _check_cuda(o)
+    if case.dtype == "fp32":
+        raise AbsentError("multiplies float32 in TF32")
+    if case.r < 16 or case.r & (case.r - 1):
+        raise AbsentError(f"takes ranks that are powers of two from 16 on, got {case.r}")
+    if case.k % 256:
+        raise AbsentError(f"its dx kernel reads past in_features that are no multiple of 256, got {case.k}")
+    if not case.dropout:
+        raise AbsentError("its backward fails without dropout")
+    a, b = adapters(o)
+
+    def layer(x: Tensor) -> Tensor:
+        y: Tensor = lora.fused_linear_lora(x.unsqueeze(0), o.w, a, b, o.scale, dropout_p=p or _TINY, linear_bias=o.bias)
+        return y.squeeze(0)
+
+    return Built(layer, {"da": a, "db": b})
+
+
+def _unsloth(case: Case, o: Operands, p: float) -> Built:
+    function = imported("unsloth.kernels.fast_lora").LoRA_W
+    if case.bias:
+        raise AbsentError("its autograd Function takes no bias of the base")
+    a, b = adapters(o)
+    # Releases that know no dropout know no such argument.
+    dropout = [p] if p else []
+
+    def layer(x: Tensor) -> Tensor:
+        y: Tensor = function.apply(x.unsqueeze(0), o.w, None, a, b, o.scale, *dropout)
+        return y.squeeze(0)
+
+    return Built(layer, {"da": a, "db": b})
+
+
+def _chalk(case: Case, o: Operands, p: float) -> Built:
+    lora = imported("chalk.ops.lora", "freesolo-chalk")
+    _check_cuda(o)
+    if case.dropout:
+        raise AbsentError("leaves layers with dropout to PEFT")
+    if case.m < lora._FUSE_MIN_TOKENS:
+        raise AbsentError(f"leaves fewer than {lora._FUSE_MIN_TOKENS} tokens to PEFT, got {case.m}")
+    delta = _chalk_delta(lora)
+    if delta is None:
+        raise AbsentError("its self-test fails on this GPU, where it leaves everything to PEFT")
+    base = linear_over(o)
+    a, b = adapters(o)
+    return Built(lambda x: base(x) + delta(x, a, b, o.scale), {"da": a, "db": b})
+
+
+@functools.cache
+def _chalk_delta(lora: ModuleType) -> Callable[..., Tensor] | None:
+    """Its kernel for this GPU after its self-test, which takes seconds; None where that fails."""
+    delta: Callable[..., Tensor] | None = lora.load_lora()
+    return delta
+
+
+def _lycoris(case: Case, o: Operands, p: float) -> Built:
+    lycoris = imported("lycoris", "lycoris-lora")
+    if case.dropout:
+        raise AbsentError("drops the adapter's output, not its input")
+    base = linear_over(o)
+    layer = lycoris.LoConModule("lora", base, lora_dim=case.r, alpha=o.scale * case.r, bypass_mode=True).to(o.w)
+    a, b = adapters(o)
+    layer.lora_down.weight, layer.lora_up.weight = a, b
+    return Built(layer, {"da": a, "db": b})
+
+
+def _check_cuda(o: Operands) -> None:
+    if not o.w.is_cuda:
+        raise AbsentError("runs on CUDA tensors alone")
+
+
+PEERS = (
+    Provider("lorafusion", "LoRAFusion's fused_linear_lora", _lorafusion),
+    Provider(
+        "unsloth",
+        "unsloth's LoRA_W; only by name, since its import patches transformers and PEFT under the other arms",
+        _unsloth,
+        by_name_only=True,
+    ),
+    Provider("freesolo-chalk", "nn.Linear plus chalk's LoRA delta for this GPU, PEFT unpatched", _chalk),
+    Provider(
+        "lycoris",
+        "LyCORIS LoConModule in bypass mode, which keeps the low rank; its default builds all of b @ a",
+        _lycoris,
+    ),
+)

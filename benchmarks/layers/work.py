@@ -1,0 +1,54 @@
+"""The calls that are timed and weighed: a provider's forward, backward or step on a case's operands."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..cases import COPIES
+from ..clocks import Work
+from ..memory import allocation
+from .arms import Built
+from .operands import Operands
+
+
+def prepare(mode: str, built: Built, operands: Operands, turn: int) -> Work:
+    """The call to be timed: all it needs exists, and for ``backward`` the forward has run.
+
+    ``turn`` picks the copy of x and dy.
+    """
+    x, dy = operands.xs[turn % COPIES], operands.dys[turn % COPIES]
+    leaves = (x, *built.trained.values())
+    layer = built.layer
+    if mode == "forward":
+        return lambda: layer(x)
+    if mode == "step":
+        return lambda: torch.autograd.grad(layer(x), leaves, dy)
+    y = layer(x)
+    return lambda: torch.autograd.grad(y, leaves, dy)
+
+
+def peak_bytes(built: Built, operands: Operands) -> int:
+    """The most that one step holds at a time beyond inputs and parameters: y, gradients and temporaries."""
+    return allocation(prepare("step", built, operands, 0), operands.w.device).peak
+
+
+def kept_bytes(built: Built, operands: Operands) -> int:
+    """Bytes that the forward keeps for the backward beyond x, w, bias and the adapters, each storage once.
+
+    Counts what autograd is given to save; tensors hidden elsewhere (attributes of a graph node) would be missed.
+    """
+    x = operands.xs[0]
+    known = [x, operands.w, *built.trained.values(), *([] if operands.bias is None else [operands.bias])]
+    free = {tensor.untyped_storage().data_ptr() for tensor in known}
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = built.layer(x)
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in saved}
+    del y
+    return sum(size for pointer, size in storages.items() if pointer not in free)

@@ -1,0 +1,262 @@
+"""The pictures of a run. Each is a function of its rows alone, so the same rows give the same bytes.
+
+Every picture carries the digest of the file it was drawn from: a test holds the committed ones to it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from .cases import FLOOR, Case, ModelCase
+from .results import read
+from .rows import LayerRow, ModelRow
+
+T = TypeVar("T")
+
+
+class _Style(NamedTuple):
+    colour: str
+    marker: str
+    size: int = 6
+
+
+# fastlora stands out; the others keep one colour and mark each in every picture.
+_STYLES = {
+    "fastlora": _Style("#d62728", "o", 9),
+    "fastlora-fp32": _Style("#ff9896", "o", 7),
+    "plain": _Style("#7f7f7f", "s"),
+    "addmm": _Style("#1f77b4", "^"),
+    "compiled": _Style("#17becf", "P"),
+    "peft-same": _Style("#9467bd", "D"),
+    "peft-fp32": _Style("#c5b0d5", "D"),
+    "loralib": _Style("#bcbd22", "p"),
+    "full": _Style("#2ca02c", "v"),
+}
+_OTHER = _Style("#8c564b", "x")
+_RATIOS = (0.5, 1, 1.5, 2, 3, 4, 6, 10, 20)
+_DIGEST = "Description"
+
+# Pictures by what is put behind the name of the result file.
+CAPTIONS = {
+    "": "Time over the frozen layer's, by layer and mode",
+    "-by-tokens": "Step time over the frozen layer's, by M",
+    "-throughput": "Tokens a second of whole training steps",
+    "-memory": "Peak memory of a training step, by sequence length",
+}
+
+# A line through fewer sizes than this says nothing.
+_FEWEST_SIZES = 3
+
+
+def save(path: Path) -> list[Path]:
+    """Draws what a result file has rows for, beside it; returns the pictures: none without matplotlib."""
+    rows = read(path).rows
+    layers = [row for row in rows if isinstance(row, LayerRow)]
+    models = [row for row in rows if isinstance(row, ModelRow)]
+    try:
+        figures = (ratio_by_layer(layers), time_by_tokens(layers), throughput(models), memory_by_sequence(models))
+    except ImportError:
+        return []
+    written = []
+    for suffix, figure in zip(CAPTIONS, figures, strict=True):
+        if figure is not None:
+            picture = path.with_name(f"{path.stem}{suffix}.png")
+            figure.savefig(picture, dpi=150, metadata={"Software": None, _DIGEST: digest(path)})
+            written.append(picture)
+    return written
+
+
+def digest(path: Path) -> str:
+    """What tells one result file from another."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def ratio_by_layer(rows: Sequence[LayerRow]) -> Any:
+    """Time over the frozen floor, one panel a mode, one line of dots a case, and the least by arithmetic as a tick."""
+    timed = [row for row in rows if row.ratio is not None and row.provider != FLOOR and not row.case.is_host]
+    if not timed:
+        return None
+    cases, modes = _distinct(row.case for row in timed), _distinct(row.mode for row in timed)
+    arms = _distinct(row.provider for row in timed if _is_drawn(row, timed))
+    figure = _figure(3 + 4 * len(modes), 1.6 + 0.36 * len(cases))
+    panels = figure.subplots(1, len(modes), sharex=True, sharey=True, squeeze=False)[0]
+    for panel, mode in zip(panels, modes, strict=True):
+        for arm in sorted(arms, key=lambda name: name == "fastlora"):
+            points = [(row.ratio, cases.index(row.case)) for row in timed if (row.mode, row.provider) == (mode, arm)]
+            _draw(panel, arm, points, linestyle="none")
+        least = [(row.theory, cases.index(row.case)) for row in timed if row.mode == mode and row.theory is not None]
+        if least:
+            panel.plot(*zip(*least, strict=True), "|", color="black", markersize=11, label="arithmetic", zorder=3)
+        panel.axvline(1, color="black", linewidth=1)
+        _ratio_axis(panel.xaxis, panel.set_xscale)
+        panel.set_title(mode)
+        panel.set_xlabel("time over the frozen layer's")
+        _tidy(panel, "both")
+    panels[0].set_yticks(range(len(cases)), [_case_label(case) for case in cases])
+    panels[0].set_ylim(len(cases) - 0.5, -0.5)
+    _legend(figure, panels)
+    return figure
+
+
+def time_by_tokens(rows: Sequence[LayerRow]) -> Any:
+    """A step's time over the frozen layer's by M, one panel for each layer that ran at several M."""
+    timed = [row for row in rows if row.mode == "step" and row.ratio is not None and row.provider != FLOOR]
+    groups = _groups(timed, lambda row: row.case._replace(m=0), lambda row: row.m)
+    if not groups:
+        return None
+    arms = _distinct(row.provider for row in timed if _is_drawn(row, timed))
+    figure = _figure(1 + 4 * len(groups), 4)
+    panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+    for panel, (case, group) in zip(panels, groups.items(), strict=True):
+        for arm in arms:
+            points = sorted((row.m, row.ratio) for row in group if row.provider == arm and row.ratio is not None)
+            _draw(panel, arm, points)
+        least = sorted({(row.m, row.theory) for row in group if row.theory is not None})
+        if least:
+            panel.plot(*zip(*least, strict=True), color="black", linewidth=1, linestyle=":", label="arithmetic")
+        panel.axhline(1, color="black", linewidth=1)
+        _sizes_axis(panel, _distinct(sorted(row.m for row in group)))
+        _ratio_axis(panel.yaxis, panel.set_yscale)
+        panel.set_title(_case_label(case._replace(m=0)))
+        panel.set_xlabel("tokens, M")
+        _tidy(panel, "both")
+    panels[0].set_ylabel("step over the frozen layer's")
+    _legend(figure, panels)
+    return figure
+
+
+def throughput(rows: Sequence[ModelRow]) -> Any:
+    """Tokens a second of whole training steps, a group of bars a case."""
+    timed = [row for row in rows if row.tokens_per_second is not None]
+    if not timed:
+        return None
+    cases, arms = _distinct(row.case for row in timed), _distinct(row.provider for row in timed)
+    figure = _figure(9, 1.2 + len(cases) * (0.25 + 0.17 * len(arms)))
+    panel = figure.subplots()
+    best = {case: max(row.tokens_per_second or 0 for row in timed if row.case == case) for case in cases}
+    height = 0.85 / len(arms)
+    for i, arm in enumerate(arms):
+        bars = [row for row in timed if row.provider == arm]
+        panel.barh(
+            [cases.index(row.case) + (i - (len(arms) - 1) / 2) * height for row in bars],
+            [(row.tokens_per_second or 0) / best[row.case] for row in bars],
+            height,
+            color=_STYLES.get(arm, _OTHER).colour,
+            label=arm,
+        )
+        for row in bars:
+            where = (0.005, cases.index(row.case) + (i - (len(arms) - 1) / 2) * height)
+            panel.annotate(f"{row.tokens_per_second:,.0f}", where, va="center", fontsize=6, color="white")
+    panel.set_yticks(range(len(cases)), [_model_label(case) for case in cases])
+    panel.set_ylim(len(cases) - 0.5, -0.5)
+    panel.set_xlim(0, 1.02)
+    panel.set_xlabel("tokens a second (in the bars) over the best of the group")
+    _tidy(panel, "x")
+    _legend(figure, [panel])
+    return figure
+
+
+def memory_by_sequence(rows: Sequence[ModelRow]) -> Any:
+    """Peak memory by sequence length, one panel for each case that ran at several; a cross marks out of memory."""
+    known = [row for row in rows if row.peak_bytes is not None or row.status == "oom"]
+    groups = _groups(known, lambda row: row.case._replace(sequence=0), lambda row: row.sequence)
+    if not groups:
+        return None
+    arms = _distinct(row.provider for row in known)
+    figure = _figure(1 + 4 * len(groups), 4)
+    panels = figure.subplots(1, len(groups), squeeze=False)[0]
+    for panel, (case, group) in zip(panels, groups.items(), strict=True):
+        top = max(row.peak_bytes or 0 for row in group) / 2**30
+        for arm in arms:
+            mine = sorted((row for row in group if row.provider == arm), key=lambda row: row.sequence)
+            _draw(panel, arm, [(row.sequence, row.peak_bytes / 2**30) for row in mine if row.peak_bytes is not None])
+            first = next((row.sequence for row in mine if row.status == "oom"), None)
+            if first is not None:
+                panel.plot(first, top, "X", color=_STYLES.get(arm, _OTHER).colour, markersize=9)
+        _sizes_axis(panel, _distinct(sorted(row.sequence for row in group)))
+        panel.set_ylim(bottom=0)
+        panel.set_title(_model_label(case._replace(sequence=0)))
+        panel.set_xlabel("sequence length, tokens (X: out of memory)")
+        _tidy(panel, "both")
+    panels[0].set_ylabel("peak memory of a training step, GiB")
+    _legend(figure, panels)
+    return figure
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _draw(panel: Any, arm: str, points: Sequence[tuple[float | None, float | None]], linestyle: str = "-") -> None:
+    style = _STYLES.get(arm, _OTHER)
+    x, y = zip(*points, strict=True) if points else ((), ())
+    panel.plot(
+        x, y, style.marker, color=style.colour, markersize=style.size, label=arm, linestyle=linestyle, linewidth=1
+    )
+
+
+def _ratio_axis(axis: Any, set_scale: Callable[[str], object]) -> None:
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    set_scale("log")
+    axis.set_major_locator(FixedLocator(_RATIOS))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _sizes_axis(panel: Any, sizes: Sequence[int]) -> None:
+    panel.set_xscale("log")
+    panel.set_xticks(sizes, [str(size) for size in sizes])
+    panel.minorticks_off()
+
+
+def _tidy(panel: Any, grid: str) -> None:
+    panel.grid(axis=grid, color="#e0e0e0", linewidth=0.6)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def _legend(figure: Any, panels: Sequence[Any]) -> None:
+    labelled = {
+        label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(labelled.values(), labelled.keys(), loc="outside upper center", ncols=6, frameon=False)
+
+
+def _groups(rows: Iterable[T], group: Callable[[T], Hashable], size: Callable[[T], int]) -> dict[Any, list[T]]:
+    groups: dict[Any, list[T]] = {}
+    for row in rows:
+        groups.setdefault(group(row), []).append(row)
+    return {key: members for key, members in groups.items() if len({size(row) for row in members}) >= _FEWEST_SIZES}
+
+
+def _distinct(values: Iterable[T]) -> list[T]:
+    return list(dict.fromkeys(values))
+
+
+def _case_label(case: Case) -> str:
+    tokens = f" M={case.m}" if case.m else ""
+    return f"{case.layer} {tokens} R={case.r} {case.dtype}{f' p={case.dropout:g}' if case.dropout else ''}"
+
+
+def _model_label(case: ModelCase) -> str:
+    sequence = f" × {case.sequence}" if case.sequence else ""
+    dropout = f" p={case.dropout:g}" if case.dropout else ""
+    return (
+        f"{case.model}  {case.batch}{sequence}  R={case.r} {case.dtype}{dropout}"
+        f"{'  checkpointing' if case.checkpointing else ''}"
+    )
+
+
+def _is_drawn(row: LayerRow, timed: Sequence[LayerRow]) -> bool:
+    """Leaves out a forced backend where it is what ``fastlora`` chose anyway."""
+    chosen = {other.backend for other in timed if other.provider == "fastlora"}
+    return row.provider not in {f"fastlora-{backend}" for backend in chosen} or len(chosen) > 1

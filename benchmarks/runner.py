@@ -1,0 +1,177 @@
+"""What the measuring subcommands share: their options, and the loop over cases that can be stopped and resumed."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar, cast
+
+import torch
+
+from . import environment
+from .cases import C, Profile, layer_named
+from .progress import Progress
+from .results import LOCAL, RESULTS, ResultFile
+from .rows import Row
+
+R = TypeVar("R", bound=Row)
+Doing = Callable[[str], None]
+
+
+class StopError(Exception):
+    """The run ends here: the exit status, and what to say on stderr."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
+    """The options of every measuring subcommand; returns the group that says where results go."""
+    parser.add_argument("--profile", choices=("quick", "full"), default="quick", help="which cases; see --list")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where (default: cuda if there is one)")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--json", type=Path, metavar="PATH", help="write the rows here (JSON Lines)")
+    where.add_argument(
+        "--publish", action="store_true", help="copy a finished run of a whole profile to benchmarks/results/<device>/"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same options")
+    return where
+
+
+@dataclass
+class Run(Generic[C]):
+    """One call of a measuring subcommand.
+
+    ``settings`` is what the options came to, axes aside: it goes into the file, and a resumed run must have the same.
+    """
+
+    command: str
+    args: argparse.Namespace
+    device: torch.device
+    profile: Profile[C]
+    cases: Sequence[C]
+    settings: dict[str, Any]
+
+    @property
+    def path(self) -> Path:
+        """Where its rows go."""
+        path: Path | None = self.args.json
+        return path or LOCAL / environment.slug(self.device) / f"{self.command}-{self.args.profile}.jsonl"
+
+    def measure(
+        self,
+        case_rows: Callable[[C, Sequence[R], Doing], list[R]],
+        render: Callable[[list[R]], str],
+        work: Callable[[C], float] = lambda case: 1.0,
+    ) -> list[R]:
+        """Measures every case that is not in the file yet, prints each as it ends, and returns the rows of all.
+
+        ``case_rows`` is given the rows of the cases before, those of a resumed run included.
+
+        Raises:
+            StopError: the file is of something else, or Ctrl-C; what was finished is in the file.
+        """
+        if self.device.type == "cpu" and (busy := environment.busy()):
+            print(busy, file=sys.stderr)
+        settings = {"profile": self.args.profile, **self.settings, "all": [str(case) for case in self.cases]}
+        record = environment.describe(self.device, self.command, settings, len(self.cases))
+        try:
+            file = ResultFile(self.path, record, self.args.resume)
+        except (ValueError, OSError) as error:
+            raise StopError(2, str(error)) from None
+        progress = Progress([work(case) for case in self.cases])
+        rows: list[R] = []
+        with file:
+            try:
+                for case in self.cases:
+                    finished = cast("list[R] | None", file.finished.get(str(case)))
+                    if finished is None:
+                        progress.case(case)
+                        finished = case_rows(case, rows, progress.doing)
+                        progress.clear()
+                        file.append(str(case), finished, environment.seen(self.device))
+                        print(render(finished), end="\n\n", flush=True)
+                    else:
+                        progress.skip()
+                    rows += finished
+            except KeyboardInterrupt:
+                raise StopError(
+                    130,
+                    f"\ninterrupted: {len(file.finished)} of {len(self.cases)} cases are in {self.path}; "
+                    "the same command with --resume does the rest",
+                ) from None
+        return rows
+
+    def publish(self, written: Sequence[Path]) -> Sequence[Path]:
+        """Copies the files to the committed results where that was asked for, and says what lies where."""
+        if self.args.publish:
+            folder = RESULTS / environment.slug(self.device)
+            folder.mkdir(parents=True, exist_ok=True)
+            written = [Path(shutil.copy(file, folder)) for file in written]
+        print("\n".join(f"wrote {file}" for file in written))
+        return written
+
+
+def start(
+    command: str,
+    args: argparse.Namespace,
+    profiles: Mapping[str, Mapping[str, Profile[C]]],
+    axes: Mapping[str, Sequence[Any] | None],
+    settings: Mapping[str, Any],
+    whole: bool,
+) -> Run[C]:
+    """Resolves device, profile and cases. ``whole`` says that no option but the axes narrows the profile.
+
+    Raises:
+        StopError: no CUDA device for a run on one, or --publish of a part of a profile.
+    """
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise StopError(
+            2,
+            f"--device cuda: torch sees no CUDA device here; `python -m benchmarks {command} --device cpu` runs on "
+            "this machine's CPU",
+        )
+    if args.publish and not (whole and all(values is None for values in axes.values())):
+        raise StopError(2, "--publish takes a whole profile: drop the options that select or shorten")
+    profile = profiles[device.type][args.profile]
+    return Run(command, args, device, profile, profile.cases(**axes), dict(settings))
+
+
+def listing(profiles: Mapping[str, Mapping[str, Profile[C]]]) -> list[str]:
+    """The lines of ``--list`` that say what the profiles hold."""
+    return ["profiles"] + [
+        f"  --device {device:<5} --profile {name:<6} {profile.about}: {len(profile.cases())} cases"
+        for device, group in profiles.items()
+        for name, profile in group.items()
+    ]
+
+
+def positive(text: str) -> int:
+    """An option's whole number from 1 up."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def probability(text: str) -> float:
+    """An option's dropout probability."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 0 and below 1, got {value}")
+    return value
+
+
+def layer_name(text: str) -> str:
+    """An option's named layer, or KxN."""
+    try:
+        layer_named(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
