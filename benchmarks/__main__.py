@@ -7,12 +7,14 @@ import os
 import sys
 from collections.abc import Sequence
 
+from . import predict
 from .layers import command as layers
 from .runner import StopError
 
 # A subcommand is a module with HELP, add_arguments(parser) and run(args) -> exit status.
 COMMANDS = {
     "layers": layers,
+    "predict": predict,
 }
 DEFAULT = "layers"
 

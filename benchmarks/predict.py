@@ -1,0 +1,241 @@
+"""``python -m benchmarks predict``: what each design should cost at a shape, without a GPU: FLOPs, bytes, time, ratio.
+
+The model and what it leaves out: benchmarks/floor.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from .cases import DTYPES, MODES, Layer, layer_named
+from .floor import DESIGNS, Device, Problem, gemm, in_whole_waves, kernels, minimum, theory
+
+HELP = "predict what each design costs over the frozen layer, from FLOPs and bytes"
+
+# An H200 sustains 790 of its specified 989 TFLOP/s and 4.3 of 4.8 TB/s; other GPUs are taken to keep the same shares.
+_FLOPS_SHARE, _BYTES_SHARE = 0.8, 0.9
+
+
+def _specified(name: str, half_tflops: float, fp32_tflops: float, tbytes: float, sms: int) -> Device:
+    half, single = _FLOPS_SHARE * half_tflops * 1e12, _FLOPS_SHARE * fp32_tflops * 1e12
+    basis = f"{_FLOPS_SHARE:.0%} of the specified FLOP/s, {_BYTES_SHARE:.0%} of the bytes/s; not measured"
+    return Device(name, basis, {"bf16": half, "fp16": half, "fp32": single}, _BYTES_SHARE * tbytes * 1e12, sms)
+
+
+# Half precision accumulates in fp32. fp32 is IEEE, torch's default, on the CUDA cores, and specified on every GPU.
+DEVICES = {
+    device.name: device
+    for device in (
+        # cuBLAS bf16 at 8192³ on random data (788 to 797 in published runs), and a device copy.
+        _specified("h200", 989.5, 67, 4.8, 132)._replace(
+            basis="published measurements; fp32 from the specification",
+            flops={"bf16": 790e12, "fp16": 790e12, "fp32": _FLOPS_SHARE * 67e12},
+            bytes_per_s=4.3e12,
+        ),
+        # NVIDIA H100 data sheet, SXM5.
+        _specified("h100", 989.5, 67, 3.35, 132),
+        # NVIDIA A100 data sheet, SXM4 with 80 GB.
+        _specified("a100", 312, 19.5, 2.039, 108),
+        # NVIDIA HGX B200 data sheet, one of its eight GPUs.
+        _specified("b200", 2250, 75, 7.7, 148),
+        # NVIDIA Ada GPU architecture white paper, appendix A.
+        _specified("rtx-4090", 165.2, 82.6, 1.008, 128),
+    )
+}
+
+
+class Shape(NamedTuple):
+    """One layer at one size."""
+
+    layer: str
+    m: int
+    k: int
+    n: int
+    r: int
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.layer}  M={self.m} K={self.k} N={self.n} R={self.r} {self.dtype}"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One design in one mode at one shape.
+
+    Attributes:
+        layer, m, k, n, r, dtype: the shape.
+        device, flops_per_s, bytes_per_s, sms: what it is predicted for.
+        design, mode: which way, and forward, backward or step.
+        launches: how many kernels; the gaps between them are not in ``ms``.
+        flops, bytes: over all kernels.
+        ms: the sum over kernels of the longer of arithmetic and traffic.
+        ratio: ``ms`` over that of ``frozen``.
+        theory: the FLOP minimum over the frozen layer's FLOPs, the same for every design.
+    """
+
+    layer: str
+    m: int
+    k: int
+    n: int
+    r: int
+    dtype: str
+    device: str
+    flops_per_s: float
+    bytes_per_s: float
+    sms: int
+    design: str
+    mode: str
+    launches: int
+    flops: float
+    bytes: float
+    ms: float
+    ratio: float
+    theory: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The subcommand's options; the defaults are the shapes of the targets, and a key or value projection."""
+    default = [parse_layer(name) for name in ("llama3-8b.q", "llama3-70b.gate", "llama3-8b.kv")]
+    known = ", ".join(DEVICES)
+    axes = parser.add_argument_group("axes", "several values make a product")
+    axes.add_argument(
+        "--layer", dest="layers", nargs="+", type=parse_layer, default=default, metavar="NAME",
+        help="named layers, or KxN: in_features x out_features, such as 4096x14336",
+    )  # fmt: skip
+    axes.add_argument("--tokens", nargs="+", type=_count, default=[8192], metavar="M", help="tokens")
+    axes.add_argument("--rank", dest="ranks", nargs="+", type=_count, default=[16, 64], metavar="R", help="ranks")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="dtype of base and adapters (default: bf16)")
+    parser.add_argument(
+        "--device", type=str.lower, choices=DEVICES, default="h200", metavar="NAME", help=f"{known} (default: h200)"
+    )
+    rates = parser.add_argument_group("another device", "each replaces the device's own")
+    rates.add_argument("--flops", type=_rate, metavar="TFLOP/S", help="what it sustains in the dtype, in 10^12 FLOP/s")
+    rates.add_argument("--bandwidth", type=_rate, metavar="TB/S", help="what it sustains, in 10^12 bytes/s")
+    rates.add_argument("--sms", type=_count, metavar="COUNT", help="streaming multiprocessors")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write a JSON line for each shape, design and mode")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints a block for each shape; returns the exit status."""
+    device = _device(args)
+    shapes = [
+        Shape(name, m, layer.k, layer.n, r, args.dtype)
+        for name, layer in args.layers for m in args.tokens for r in args.ranks
+    ]  # fmt: skip
+    blocks = {shape: list(predict(shape, device)) for shape in shapes}
+    print(
+        f"Predictions for {device.name}: {device.flops[args.dtype] / 1e12:g} TFLOP/s {args.dtype}, "
+        f"{device.bytes_per_s / 1e12:g} TB/s, {device.sms} SMs ({device.basis})\n"
+    )
+    for shape, rows in blocks.items():
+        print(render(shape, rows, device), end="\n\n")
+    print("\n".join(f"  {name:<12}  {design.about}" for name, design in DESIGNS.items()))
+    if args.json:
+        try:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            lines = (json.dumps(asdict(row)) + "\n" for rows in blocks.values() for row in rows)
+            args.json.write_text("".join(lines), encoding="utf-8")
+        except OSError as error:
+            print(f"--json {args.json}: {error.strerror}", file=sys.stderr)
+            return 2
+        print(f"\nwrote {args.json}")
+    return 0
+
+
+def predict(shape: Shape, device: Device) -> Iterator[Prediction]:
+    """Every design in every mode."""
+    problem = _problem(shape, device)
+    frozen: dict[str, float] = {}
+    for design in DESIGNS:
+        for mode, launches in kernels(design, problem).items():
+            seconds = sum(kernel.seconds(device, shape.dtype) for kernel in launches)
+            yield Prediction(
+                **shape._asdict(),
+                device=device.name,
+                flops_per_s=device.flops[shape.dtype],
+                bytes_per_s=device.bytes_per_s,
+                sms=device.sms,
+                design=design,
+                mode=mode,
+                launches=len(launches),
+                flops=sum(kernel.flops for kernel in launches),
+                bytes=sum(kernel.bytes for kernel in launches),
+                ms=1e3 * seconds,
+                ratio=seconds / frozen.setdefault(mode, seconds),
+                theory=theory(shape, mode),
+            )
+
+
+def render(shape: Shape, rows: Sequence[Prediction], device: Device) -> str:
+    """The shape's FLOPs, bytes and their times, then each design's ratio in each mode, and a step's milliseconds."""
+    problem = _problem(shape, device)
+    floors = {"frozen, either way": gemm(problem)}
+    floors |= {f"minimum {mode}": kernel for mode, kernel in minimum(problem).items()}
+    lines = [str(shape), f"  {'':<20}{'GFLOP':>10}{'MB':>10}{'arithmetic ms':>16}{'bandwidth ms':>16}"]
+    for name, kernel in floors.items():
+        arithmetic, traffic = kernel.flops / device.flops[shape.dtype], kernel.bytes / device.bytes_per_s
+        lines.append(
+            f"  {name:<20}{kernel.flops / 1e9:>10.1f}{kernel.bytes / 1e6:>10.1f}"
+            f"{1e3 * arithmetic:>16.4f}{1e3 * traffic:>16.4f}"
+        )
+    lines.append(f"  {'× frozen':<20}" + "".join(f"{mode:>10}" for mode in MODES) + f"{'step ms':>12}")
+    least = [theory(shape, mode) for mode in MODES]
+    lines.append(f"  {'theory (FLOPs only)':<20}" + "".join(f"{ratio:>10.3f}" for ratio in least))
+    for design in DESIGNS:
+        by_mode = {row.mode: row for row in rows if row.design == design}
+        ratios = "".join(f"{by_mode[mode].ratio:>10.3f}" for mode in MODES)
+        lines.append(f"  {design:<20}{ratios}{by_mode['step'].ms:>12.4f}")
+    waves = ", ".join(f"{name} {ratio:.3f}" for name, ratio in in_whole_waves(problem, device, shape.dtype).items())
+    lines.append(f"  forward in whole waves of tiles, 2 µs for a second launch: {waves}")
+    return "\n".join(lines)
+
+
+def parse_layer(text: str) -> tuple[str, Layer]:
+    """A name of LAYERS, or ``KxN``, with its layer; for argparse."""
+    try:
+        return text, layer_named(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _problem(shape: Shape, device: Device) -> Problem:
+    return Problem(shape.m, shape.k, shape.n, shape.r, DTYPES[shape.dtype].itemsize, device.sms)
+
+
+def _device(args: argparse.Namespace) -> Device:
+    """The device named, with the command line's own rates in place of its."""
+    device: Device = DEVICES[args.device]
+    given = [f"--{name}" for name in ("flops", "bandwidth", "sms") if getattr(args, name)]
+    if not given:
+        return device
+    return Device(
+        device.name,
+        f"{', '.join(given)} as given; else {device.basis}",
+        {**device.flops, args.dtype: 1e12 * args.flops} if args.flops else device.flops,
+        1e12 * args.bandwidth if args.bandwidth else device.bytes_per_s,
+        args.sms or device.sms,
+    )
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch(r"0*[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value

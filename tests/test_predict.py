@@ -1,0 +1,338 @@
+"""The predictions: the design's targets and tables, hand arithmetic, the simulated schedule, and the command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import fields
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import floor, predict
+from benchmarks.cases import LAYERS, MODES
+from benchmarks.floor import DESIGNS, Kernel, Problem, Turn, theory
+from benchmarks.predict import DEVICES, Prediction, Shape
+
+H200 = DEVICES["h200"]
+
+
+def shape(k: int, n: int, r: int, m: int = 8192, dtype: str = "bf16") -> Shape:
+    return Shape(f"{k}x{n}", m, k, n, r, dtype)
+
+
+def problem(k: int, n: int, r: int, m: int = 8192, sms: int = 132) -> Problem:
+    return Problem(m, k, n, r, itemsize=2, sms=sms)
+
+
+def ratios(k: int, n: int, r: int, m: int = 8192) -> dict[tuple[str, str], float]:
+    return {(row.design, row.mode): row.ratio for row in predict.predict(shape(k, n, r, m), H200)}
+
+
+def gemm_seconds(p: Problem) -> float:
+    return 2 * p.m * p.k * p.n / 790e12
+
+
+def run(*argv: str) -> int:
+    parser = argparse.ArgumentParser()
+    predict.add_arguments(parser)
+    return predict.run(parser.parse_args(argv))
+
+
+# The targets' table: M = 8192, R = 16, bf16, H200, a step over the frozen layer's.
+@pytest.mark.parametrize(
+    ("k", "n", "least", "serial", "plain"),
+    [(4096, 4096, "1.012", "1.072", "1.36"), (8192, 28672, "1.004", "1.019", "1.13")],
+)
+def test_the_targets_rows(k: int, n: int, least: str, serial: str, plain: str) -> None:
+    step = ratios(k, n, 16)
+    assert f"{theory(shape(k, n, 16), 'step'):.3f}" == least
+    assert f"{step['serial', 'step']:.3f}" == serial
+    assert f"{step['plain', 'step']:.2f}" == plain
+    assert step["full", "step"] == pytest.approx(1.5, abs=1e-12)
+    assert {step["frozen", mode] for mode in MODES} == {1.0}
+
+
+# Forward over the plain GEMM, in whole waves, 2 µs for serial's second launch.
+@pytest.mark.parametrize(
+    ("k", "n", "one_launch", "serial"),
+    [(4096, 4096, "1.020", "1.053"), (4096, 1024, "1.066", "1.20"), (8192, 28672, "1.004", "1.009")],
+)
+def test_forward_in_whole_waves(k: int, n: int, one_launch: str, serial: str) -> None:
+    waves = floor.in_whole_waves(problem(k, n, 16), H200, "bf16")
+    assert f"{waves['one-launch']:.3f}" == one_launch
+    assert f"{waves['serial']:.{len(serial) - 2}f}" == serial
+    assert ratios(k, n, 16)["one-launch", "forward"] == pytest.approx(waves["one-launch"])
+
+
+# K, N, R, then forward: FLOP minimum, serial, addmm, plain; backward: FLOP minimum, one read of dy, two, plain.
+ROOFLINE = [
+    (4096, 4096, 16, 1.008, 1.049, 1.135, 1.314, 1.016, 1.094, 1.140, 1.404),
+    (4096, 4096, 64, 1.031, 1.062, 1.136, 1.316, 1.063, 1.109, 1.155, 1.404),
+    (8192, 8192, 16, 1.004, 1.025, 1.067, 1.157, 1.008, 1.047, 1.070, 1.202),
+    (8192, 8192, 64, 1.016, 1.031, 1.068, 1.158, 1.031, 1.054, 1.077, 1.202),
+    (4096, 14336, 16, 1.005, 1.017, 1.103, 1.282, 1.010, 1.059, 1.104, 1.244),
+    (14336, 4096, 16, 1.005, 1.046, 1.071, 1.122, 1.010, 1.062, 1.075, 1.276),
+    (8192, 28672, 16, 1.0025, 1.008, 1.051, 1.141, 1.005, 1.030, 1.052, 1.122),
+    (8192, 28672, 64, 1.010, 1.014, 1.051, 1.141, 1.020, 1.032, 1.055, 1.122),
+    (28672, 8192, 16, 1.0025, 1.023, 1.035, 1.061, 1.005, 1.031, 1.037, 1.138),
+    (28672, 8192, 64, 1.010, 1.025, 1.036, 1.061, 1.020, 1.037, 1.044, 1.138),
+]
+
+
+@pytest.mark.parametrize("row", ROOFLINE, ids=lambda row: "{}x{}-R{}".format(*row))
+def test_the_roofline_table(row: tuple[float, ...]) -> None:
+    """Within its rounding, and within three times z, a and b: it leaves most of their bytes out, here all count."""
+    k, n, r = (int(size) for size in row[:3])
+    p, of = problem(k, n, r), ratios(k, n, r)
+    per_byte = 1 / H200.bytes_per_s / gemm_seconds(p)
+    second_read = of["serial", "backward"] + p.moved(y=1) * per_byte
+    ours = [theory(shape(k, n, r), "forward"), *(of[name, "forward"] for name in ("serial", "addmm", "plain"))]
+    ours += [theory(shape(k, n, r), "backward"), of["serial", "backward"], second_read, of["plain", "backward"]]
+    small = 3 * p.moved(z=1, a=1, b=1) * per_byte
+    for column, (mine, table) in enumerate(zip(ours, row[3:], strict=True)):
+        assert abs(mine - table) <= 0.00051 + (0 if column in (0, 4) else small), column
+
+
+# K, N, R, then a step over the frozen layer's: FLOP minimum, serial, plain.
+@pytest.mark.parametrize(
+    ("k", "n", "r", "least", "serial", "plain"),
+    [
+        (4096, 4096, 64, 1.047, 1.085, 1.360),
+        (8192, 8192, 16, 1.006, 1.036, 1.179),
+        (8192, 8192, 64, 1.023, 1.042, 1.179),
+        (8192, 28672, 64, 1.015, 1.023, 1.131),
+        (28672, 8192, 16, 1.004, 1.027, 1.100),
+        (28672, 8192, 64, 1.015, 1.031, 1.100),
+        (2048, 2048, 16, 1.023, 1.144, 1.718),
+    ],
+)
+def test_the_step_table(k: int, n: int, r: int, least: float, serial: float, plain: float) -> None:
+    step = ratios(k, n, r)
+    assert round(theory(shape(k, n, r), "step"), 3) == least
+    assert round(step["serial", "step"], 3) == serial
+    assert step["plain", "step"] == pytest.approx(plain, abs=0.0025)
+
+
+def test_theory_by_hand() -> None:
+    case = shape(512, 2048, 8)
+    assert theory(case, "forward") == 1 + 8 / 512 + 8 / 2048
+    assert theory(case, "backward") == 1 + 16 / 512 + 16 / 2048
+    assert theory(case, "step") == (theory(case, "forward") + theory(case, "backward")) / 2
+
+
+@pytest.mark.parametrize("mode", ["forward", "backward"])
+def test_theory_is_the_minimum_over_the_frozen_gemm(mode: str) -> None:
+    p = problem(4096, 1024, 24)
+    assert floor.minimum(p)[mode].flops / floor.gemm(p).flops == pytest.approx(theory(shape(4096, 1024, 24), mode))
+
+
+def test_bytes_by_hand() -> None:
+    m, k, n, r = 8, 3, 5, 2
+    p = problem(k, n, r, m)
+    x, w, y, z, a, b = 2 * m * k, 2 * k * n, 2 * m * n, 2 * m * r, 2 * r * k, 2 * r * n
+    forward = {
+        "frozen": [x + w + y],
+        "plain": [x + w + y, x + a + z, z + b + y, 2 * y, 3 * y],
+        "addmm": [x + a + z, x + w + y, z + b + 2 * y],
+        "serial": [x + a + z, x + w + y + z + b],
+        "serial-built": [x + a + z, x + w + y + z + b],
+        "one-launch": [x + w + y + 2 * z + a + b],
+        "full": [x + w + y],
+    }
+    backward = {
+        "frozen": [y + w + x],
+        "plain": [y + w + x, 2 * y, y + b + z, y + z + b, z + a + x, x + z + a, 3 * x],
+        "addmm": [y + b + z, y + w + x, z + a + 2 * x, x + z + a, y + z + b],
+        "serial": [y + b + z + z + b, y + w + x + z + a, x + z + a],
+        "serial-built": [y + b + z, y + w + x + z + a, x + z + a, y + z + b],
+        "one-launch": [y + w + x + 2 * z + a + b, x + z + a, y + z + b],
+        "full": [y + w + x, x + w + y],
+    }
+    for design in DESIGNS:
+        work = floor.kernels(design, p)
+        assert [kernel.bytes for kernel in work["forward"]] == forward[design], design
+        assert [kernel.bytes for kernel in work["backward"]] == backward[design], design
+        assert work["step"] == work["forward"] + work["backward"]
+    least = floor.minimum(p)
+    assert least["forward"].bytes == x + w + a + b + y + z
+    assert least["backward"].bytes == (y + w + a + b + x + z) + (x + a + b)
+
+
+def test_nothing_goes_below_the_minimum() -> None:
+    for k, n, r, m in product((768, 4096, 28672), (512, 4096), (1, 8, 16, 64, 128), (128, 8192)):
+        p = problem(k, n, r, m)
+        for design in set(DESIGNS) - {"frozen", "full"}:
+            for mode, least in floor.minimum(p).items():
+                work = floor.kernels(design, p)[mode]
+                assert sum(kernel.flops for kernel in work) >= least.flops, (design, mode, p)
+                assert sum(kernel.bytes for kernel in work) >= least.bytes, (design, mode, p)
+
+
+def test_a_kernel_takes_the_longer_of_arithmetic_and_traffic() -> None:
+    assert Kernel(790e12, 1.0).seconds(H200, "bf16") == 1
+    assert Kernel(1.0, 4.3e12).seconds(H200, "bf16") == 1
+    assert Kernel(790e12, 1.0, 1.25).seconds(H200, "bf16") == 1.25
+    assert Kernel(1.0, 4.3e12, 1.25).seconds(H200, "bf16") == 1
+
+
+def test_serial_as_built_adds_a_read_of_dy_and_the_partial_sums() -> None:
+    p = problem(4096, 4096, 16)
+    splits = floor.grad_splits(p)
+    assert splits == 4
+    extra = p.moved(y=1) + 2 * (2 * 4 * splits * p.r * p.k)
+    of = ratios(4096, 4096, 16)
+    difference = of["serial-built", "backward"] - of["serial", "backward"]
+    assert difference == pytest.approx(extra / H200.bytes_per_s / gemm_seconds(p))
+
+
+def test_small_ranks_pay_for_sixteen_and_large_ones_as_built_read_x_again() -> None:
+    one, sixteen, large = (problem(4096, 4096, r) for r in (1, 16, 128))
+    assert floor.extended(one).flops == floor.extended(sixteen).flops
+    assert floor.one_launch_makespan(one) == floor.one_launch_makespan(sixteen)
+    built, paper = (floor.kernels(design, large)["forward"][0] for design in ("serial-built", "serial"))
+    assert built.bytes - paper.bytes == large.moved(x=1)
+
+
+def test_the_kernels_are_built_as_the_model_says() -> None:
+    pytest.importorskip("triton")
+    from fastlora.kernels import rank_grad, tiles
+
+    assert (*tiles.TMA[0][:2], tiles.GROUP_M) == (floor.TILE_M, floor.TILE_N, floor.GROUP_M)
+    for m, k, r in product((100, 2048, 8192), (512, 4096, 28672), (16, 64, 128)):
+        wide, narrow = (torch.empty(m, size, dtype=torch.bfloat16, device="meta") for size in (k, r))
+        _, launches = rank_grad.launches(narrow, wide, dtype=torch.bfloat16, precision="ieee")
+        p = problem(k, k, r, m)
+        assert launches[0].grid[1:] == (floor.grad_splits(p), floor.rank_blocks(p))
+        assert len(launches) == len(floor.rank_grad_built(p))
+
+
+SCHEDULES = [
+    problem(k, n, r, m, sms)
+    for (k, n), r, m, sms in product(
+        ((4096, 4096), (4096, 1024), (768, 256), (100, 700)), (8, 16, 64, 128), (1, 2048, 8192), (1, 7, 132)
+    )
+]
+
+
+@pytest.mark.parametrize("p", SCHEDULES, ids=lambda p: f"{p.k}x{p.n}-R{p.r}-M{p.m}-{p.sms}")
+def test_the_schedule_keeps_its_laws(p: Problem) -> None:
+    turns = list(floor.one_launch_schedule(p))
+    rows, columns = -(-p.m // 128), -(-p.n // 256)
+    assert sorted((turn.row, turn.column) for turn in turns) == sorted(product(range(rows), range(columns)))
+    # Producers come first, so whoever waits does so for a tile that is already held.
+    assert [turn.column == 0 for turn in turns] == [True] * rows + [False] * (rows * (columns - 1))
+    assert [turn.start for turn in turns] == sorted(turn.start for turn in turns)
+    last_trip = p.trip / p.k
+    released = {turn.row: turn.end - last_trip for turn in turns[:rows]}
+    for turn in turns:
+        assert turn.waited >= 0
+        assert turn.end - last_trip >= released[turn.row] - 1e-9
+        assert turn.end - turn.start - turn.waited >= 1 + last_trip - 1e-9
+        assert turn.column or turn.waited == 0
+    busy = sum(turn.end - turn.start for turn in turns)
+    assert max(turn.end for turn in turns) >= max(busy / p.sms, floor.waves(p) * (1 + last_trip)) - 1e-9
+    assert most_at_once(turns) <= p.sms
+
+
+def most_at_once(turns: list[Turn]) -> int:
+    events = sorted([(turn.end, -1) for turn in turns] + [(turn.start, 1) for turn in turns])
+    running = most = 0
+    for _, change in events:
+        running += change
+        most = max(most, running)
+    return most
+
+
+def test_two_rows_on_two_sms_by_hand() -> None:
+    """The third column's tiles find z ready; with four SMs the second column's wait an eighth of a tile for it."""
+    p = problem(1600, 768, 16, m=256, sms=2)
+    assert [turn.end for turn in floor.one_launch_schedule(p)] == pytest.approx([1.135] * 2 + [2.145] * 2 + [3.155] * 2)
+    turns = list(floor.one_launch_schedule(p._replace(sms=4)))
+    assert [turn.waited for turn in turns] == [0, 0, 0.125, 0.125, 0, 0]
+    assert floor.one_launch_makespan(p._replace(sms=4)) == pytest.approx(2.145 / 2)
+
+
+def test_the_default_shapes_print(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: pytest.fail("a prediction needs no GPU"))
+    assert run() == 0
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
+    assert lines[0].startswith("Predictions for h200: 790 TFLOP/s bf16, 4.3 TB/s, 132 SMs")
+    for name, rank in product(("llama3-8b.q", "llama3-70b.gate", "llama3-8b.kv"), (16, 64)):
+        start = next(i for i, line in enumerate(lines) if line.startswith(f"{name}  M=8192") and f"R={rank} " in line)
+        block = {line.split("  ")[1]: line.split() for line in lines[start + 1 : start + 14]}
+        assert set(DESIGNS) <= set(block)
+        rows = ratios(LAYERS[name].k, LAYERS[name].n, rank)
+        for design in DESIGNS:
+            assert block[design][1:4] == [f"{rows[design, mode]:.3f}" for mode in MODES]
+    assert "serial 1.053, one-launch 1.020" in printed
+
+
+def test_json_has_a_row_for_each_shape_design_and_mode(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "predictions.jsonl"
+    sizes = ["--layer", "4096x4096", "gpt2.attn", "--tokens", "1024", "2048", "--rank", "8", "--dtype", "fp16"]
+    assert run(*sizes, "--json", str(path)) == 0
+    rows = [Prediction(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [(row.layer, row.m, row.design, row.mode) for row in rows] == list(
+        product(("4096x4096", "gpt2.attn"), (1024, 2048), DESIGNS, MODES)
+    )
+    assert {(row.k, row.n) for row in rows if row.layer == "gpt2.attn"} == {(768, 2304)}
+    for row in rows:
+        assert all(getattr(row, field.name) is not None for field in fields(row))
+        assert (row.r, row.dtype, row.device, row.flops_per_s, row.bytes_per_s) == (8, "fp16", "h200", 790e12, 4.3e12)
+        assert row.theory == theory(row, row.mode)
+        assert row.ms >= 1e3 * row.bytes / row.bytes_per_s * (1 - 1e-9)
+
+
+def test_a_device_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "rows.jsonl"
+    own = ["--flops", "100", "--bandwidth", "2", "--sms", "10", "--json", str(path)]
+    assert run("--layer", "host", "--rank", "8", "--device", "A100", *own) == 0
+    row = Prediction(**json.loads(path.read_text(encoding="utf-8").splitlines()[0]))
+    assert (row.device, row.flops_per_s, row.bytes_per_s, row.sms) == ("a100", 100e12, 2e12, 10)
+    assert "--flops, --bandwidth, --sms as given" in capsys.readouterr().out.splitlines()[0]
+
+
+@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_every_device_predicts(name: str, dtype: str) -> None:
+    rows = list(predict.predict(shape(4096, 4096, 16, dtype=dtype), DEVICES[name]))
+    assert all(row.ratio >= 1 and row.ms > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--layer", "llama9.q"], "expected KxN, such as 4096x14336, or one of host"),
+        (["--layer", "0x64"], "unknown layer '0x64'"),
+        (["--layer", "64x"], "unknown layer '64x'"),
+        (["--layer", "64x64x64"], "unknown layer '64x64x64'"),
+        (["--layer", "64X-64"], "unknown layer '64X-64'"),
+        (["--tokens", "0"], "at least 1, got '0'"),
+        (["--rank", "2.5"], "at least 1, got '2.5'"),
+        (["--flops", "0"], "above 0, got '0'"),
+        (["--bandwidth", "nan"], "above 0, got 'nan'"),
+        (["--sms", "-1"], "at least 1, got '-1'"),
+        (["--dtype", "int8"], "bf16"),
+    ],
+)
+def test_bad_input_says_what_is_expected(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(*argv)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_unknown_device_lists_the_known(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run("--device", "h300")
+    error = capsys.readouterr().err
+    assert all(name in error for name in DEVICES)
+
+
+def test_an_unwritable_path_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--layer", "host", "--json", str(tmp_path)) == 2
+    assert f"--json {tmp_path}: " in capsys.readouterr().err
