@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import predict
+from . import compare, predict
 from .layers import command as layers
 from .runner import StopError
 
@@ -15,6 +15,7 @@ from .runner import StopError
 COMMANDS = {
     "layers": layers,
     "predict": predict,
+    "compare": compare,
 }
 DEFAULT = "layers"
 
