@@ -9,11 +9,13 @@ from collections.abc import Sequence
 
 from . import compare, predict
 from .layers import command as layers
+from .model import command as model
 from .runner import StopError
 
 # A subcommand is a module with HELP, add_arguments(parser) and run(args) -> exit status.
 COMMANDS = {
     "layers": layers,
+    "model": model,
     "predict": predict,
     "compare": compare,
 }
