@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from . import compare, predict
 from .layers import command as layers
 from .model import command as model
+from .paper import command as paper
 from .runner import StopError
 
 # A subcommand is a module with HELP, add_arguments(parser) and run(args) -> exit status.
 COMMANDS = {
     "layers": layers,
     "model": model,
+    "paper": paper,
     "predict": predict,
     "compare": compare,
 }

@@ -1,0 +1,133 @@
+"""``python -m benchmarks paper``: the claims of the LoRA paper as a checklist, with what we compute or measure."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import textwrap
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from .. import runner
+from ..cases import Profile
+from ..rows import ClaimRow
+from ..runner import Doing
+from . import computed as claims_computed
+from . import serving as claims_serving
+from . import training as claims_training
+from .claims import DIFFERS, ERROR, HOLDS, MEASURED, NOT_MEASURED, Claim, Lab, Scale
+
+HELP = "check the claims of the LoRA paper, computed or measured here"
+
+CLAIMS: dict[str, Claim] = {
+    claim.name: claim for part in (claims_computed, claims_serving, claims_training) for claim in part.CLAIMS
+}
+
+SCALES = {
+    "cpu": {
+        "quick": Scale("gpt2", "small", batch=4, sequence=64, rounds=51, seconds=3.0),
+        "full": Scale("gpt2-medium", "gpt2", batch=4, sequence=256, rounds=51, seconds=60.0),
+    },
+    "cuda": {
+        "quick": Scale("gpt2-medium", "gpt2-medium", batch=8, sequence=512, rounds=31, seconds=10.0),
+        "full": Scale("gpt2-xl", "gpt2-large", batch=8, sequence=1024, rounds=51, seconds=30.0),
+    },
+}
+
+MARKS = {HOLDS: "✓", DIFFERS: "≠", NOT_MEASURED: "·", ERROR: "✗"}
+
+# Columns of the text; a narrower terminal wins.
+_WIDTH = 110
+
+
+class ClaimCase(NamedTuple):
+    """One claim, by its name."""
+
+    claim: str
+
+    def __str__(self) -> str:
+        return self.claim
+
+
+def _profile(scale: Scale) -> Profile[ClaimCase]:
+    about = f"every claim, measured on {scale.model}, training on {scale.trained}"
+    return Profile(about, scale.rounds, scale.seconds, ClaimCase, ({"claim": tuple(CLAIMS)},))
+
+
+PROFILES = {device: {name: _profile(scale) for name, scale in scales.items()} for device, scales in SCALES.items()}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The subcommand's options."""
+    runner.add_arguments(parser)
+    parser.add_argument("--claim", nargs="+", choices=CLAIMS, metavar="NAME", help="only these; see --list")
+    parser.add_argument("--list", action="store_true", help="list profiles and claims, and stop")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the subcommand; returns the exit status: 1 where a claim ended in an error, whatever the verdicts."""
+    if args.list:
+        print(_listing())
+        return 0
+    job = runner.start("paper", args, PROFILES, {"claim": args.claim}, {}, whole=True)
+    scale = SCALES[job.device.type][args.profile]
+    job.settings["scale"] = str(scale)
+    lab = Lab(job.device, scale)
+
+    def case_rows(case: ClaimCase, before: Sequence[ClaimRow], doing: Doing) -> list[ClaimRow]:
+        return [CLAIMS[case.claim].examine(lab)]
+
+    rows = job.measure(case_rows, render, lambda case: 4.0 if CLAIMS[case.claim].how == MEASURED else 1.0)
+    if args.resume:
+        print(render(rows), end="\n\n")
+    print(summary(rows))
+    job.publish([job.path])
+    return 1 if any(row.verdict == ERROR for row in rows) else 0
+
+
+def render(rows: Sequence[ClaimRow]) -> str:
+    """The checklist for a terminal: mark and claim, then the paper's figure, ours, and the note below."""
+    width = min(_WIDTH, shutil.get_terminal_size((_WIDTH, 0)).columns)
+    return "\n\n".join(_block(row, width) for row in rows)
+
+
+def summary(rows: Sequence[ClaimRow]) -> str:
+    """How many claims came to which verdict."""
+    verdicts = Counter(row.verdict for row in rows)
+    counts = [f"{MARKS[verdict]} {verdict} {verdicts[verdict]}" for verdict in MARKS if verdicts[verdict]]
+    return f"{len(rows)} claims: {', '.join(counts)}"
+
+
+def markdown(rows: Sequence[ClaimRow]) -> str:
+    """The same for a page: a table, and the notes folded away below it."""
+    lines = [_cells("", "claim", "in the paper", "the paper", "ours", ""), _cells(*["---"] * 6)]
+    lines += [_cells(MARKS[row.verdict], row.claim, row.source, row.stated, row.ours, _how(row)) for row in rows]
+    notes = [f"- **{row.claim}** ({row.source}): {row.note}" for row in rows]
+    folded = ["<details><summary>The arithmetic, and what was measured</summary>", "", *notes, "", "</details>"]
+    return "\n".join([*lines, "", f"{summary(rows)}.", "", *folded])
+
+
+def _block(row: ClaimRow, width: int) -> str:
+    def wrapped(text: str, first: str) -> list[str]:
+        return textwrap.wrap(text, width, initial_indent=first, subsequent_indent=" " * 11, break_on_hyphens=False)
+
+    lines = wrapped(f"{row.claim}  [{row.source}]", f"{MARKS[row.verdict]} ")
+    lines += wrapped(row.stated, "    paper  ")
+    lines += wrapped(f"{row.ours}  ({_how(row)})", "    ours   ")
+    return "\n".join([*lines, *wrapped(row.note, " " * 11)])
+
+
+def _how(row: ClaimRow) -> str:
+    return row.verdict if row.verdict in (NOT_MEASURED, ERROR) else f"{row.how}, {row.verdict}"
+
+
+def _cells(*cells: str) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _listing() -> str:
+    width = max(map(len, CLAIMS))
+    lines = [*runner.listing(PROFILES), "claims"]
+    lines += [f"  {name:<{width}}  {claim.how}: {claim.claim} ({claim.source})" for name, claim in CLAIMS.items()]
+    return "\n".join(lines)
