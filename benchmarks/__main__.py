@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import compare, predict
+from . import compare, predict, report
 from .layers import command as layers
 from .model import command as model
 from .paper import command as paper
@@ -20,6 +20,7 @@ COMMANDS = {
     "paper": paper,
     "predict": predict,
     "compare": compare,
+    "report": report,
 }
 DEFAULT = "layers"
 

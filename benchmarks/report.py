@@ -1,0 +1,121 @@
+"""``python -m benchmarks report``: renders the committed results: README.md, a page and the pictures of each device."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from . import markdown, plots
+from .paper import command as paper
+from .results import RESULTS, Results, read
+from .rows import ClaimRow, LayerRow, Measured, ModelRow, Row
+
+HELP = "render the committed results into README.md, pages and pictures"
+START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
+NO_GPU = "No GPU result yet: `make publish` on a machine with one adds its tables here."
+
+R = TypeVar("R", bound=Row)
+Runs = dict[Path, Results]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The subcommand's options."""
+    parser.add_argument("--readme", type=Path, default=Path("README.md"), metavar="PATH", help="the file to rewrite")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="where <device>/*.jsonl lie")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Rewrites pictures, pages and what lies between the markers; the same results give the same bytes."""
+    try:
+        text = args.readme.read_text(encoding="utf-8")
+        folders = devices(args.results)
+        written = [picture for runs in folders.values() for path in runs for picture in plots.save(path)]
+        rendered = {folder / "README.md": page(runs) for folder, runs in folders.items()}
+        rendered[args.readme] = replace_between_markers(text, digest(folders, args.readme.parent))
+    except (OSError, ValueError) as error:
+        print(f"{args.readme}: {error}", file=sys.stderr)
+        return 2
+    for path, content in rendered.items():
+        path.write_text(content, encoding="utf-8")
+    print("\n".join(f"wrote {path}" for path in (*written, *rendered)))
+    return 0
+
+
+def replace_between_markers(text: str, body: str) -> str:
+    """``text`` with what lies between START and END replaced.
+
+    Raises:
+        ValueError: the markers are not there, once each and in order.
+    """
+    head, start, rest = text.partition(START)
+    _, end, tail = rest.partition(END)
+    if not start or not end or START in rest or END in head + tail:
+        raise ValueError(f"expected {START} and {END}, once each and in this order")
+    return f"{head}{START}\n{body.strip()}\n{END}{tail}"
+
+
+def devices(results: Path) -> dict[Path, Runs]:
+    """The runs of each device's folder, GPUs first."""
+    folders: dict[Path, Runs] = {}
+    for path in sorted(results.glob("*/*.jsonl")):
+        if path.parent.name != "local":
+            folders.setdefault(path.parent, {})[path] = read(path)
+    return dict(sorted(folders.items(), key=lambda item: _first(item[1]).environment["device"] == "cpu"))
+
+
+def digest(folders: dict[Path, Runs], relative_to: Path) -> str:
+    """What the README shows: each device's quick profile, or its full one where that is all there is."""
+    on_gpu = any(_first(runs).environment["device"] == "cuda" for runs in folders.values())
+    sections = [] if on_gpu else [NO_GPU]
+    for folder, runs in folders.items():
+        sections.append(f"**{markdown.machine(_first(runs).environment)}**")
+        for command in ("layers", "model"):
+            if chosen := next((path for path in sorted(runs, reverse=True) if path.name.startswith(command)), None):
+                sections += _section(chosen, runs[chosen], relative_to, brief=True)
+        link = _link(folder / "README.md", relative_to)
+        sections.append(f"All tables, pictures and the LoRA paper's claims on this machine: [{folder.name}]({link}).")
+    return "\n\n".join(sections)
+
+
+def page(runs: Runs) -> str:
+    """Everything that was measured on one device."""
+    sections = [f"# {markdown.machine(_first(runs).environment)}", "Rendered by `python -m benchmarks report`."]
+    for path, results in runs.items():
+        sections += [f"## {path.stem}", *_section(path, results, path.parent, brief=False)]
+    return "\n\n".join(sections) + "\n"
+
+
+def _section(path: Path, results: Results, relative_to: Path, brief: bool) -> list[str]:
+    rows = results.rows
+    tables: list[str] = []
+    if layers := _of(rows, LayerRow):
+        tables.append(markdown.layers(layers))
+    if models := _of(rows, ModelRow):
+        tables += [markdown.models(models), *([] if brief else [markdown.memory(models)])]
+    if claims := _of(rows, ClaimRow):
+        tables.append(paper.markdown(claims))
+    pictures = sorted(path.parent.glob(f"{path.stem}*.png"))
+    shown = [picture for picture in pictures if not brief or picture.stem in (path.stem, f"{path.stem}-throughput")]
+    tables += [f"![{_caption(picture, path)}]({_link(picture, relative_to)})" for picture in shown]
+    absent = "" if brief else markdown.absences([row for row in rows if isinstance(row, Measured)])
+    return [markdown.provenance(results.environment), *tables, *([absent] if absent else [])]
+
+
+def _of(rows: Sequence[Row], kind: type[R]) -> list[R]:
+    return [row for row in rows if isinstance(row, kind)]
+
+
+def _caption(picture: Path, path: Path) -> str:
+    return plots.CAPTIONS[picture.stem.removeprefix(path.stem)]
+
+
+def _first(runs: Runs) -> Results:
+    return next(iter(runs.values()))
+
+
+def _link(path: Path, relative_to: Path) -> str:
+    return Path(os.path.relpath(path, relative_to)).as_posix()
