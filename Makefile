@@ -1,4 +1,4 @@
-# make test | bench | lint | gate | test-gpu | test-newest-triton: each works on a fresh clone.
+# make test | bench | publish | lint | gate | test-gpu | test-newest-triton: each works on a fresh clone.
 # PY=python3 uses an interpreter that has the requirements already, and makes no .venv.
 
 PYTHON ?= python3
@@ -12,11 +12,12 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: help test bench lint gate test-gpu test-newest-triton clean
+.PHONY: help test bench publish lint gate test-gpu test-newest-triton clean
 
 help:
 	@echo "make test                the compile gate, then the tests: oracle, autograd, kernels in Triton's interpreter"
-	@echo "make bench               what a LoRA layer costs here, then a real fine-tune"
+	@echo "make bench               what a LoRA layer and a LoRA model cost here, then a real fine-tune"
+	@echo "make publish             measures this machine for benchmarks/results/ and renders README.md from it"
 	@echo "make lint                ruff and mypy"
 	@echo "make gate                the compile gate's table: registers, spills, shared memory of every kernel"
 	@echo "make test-gpu            every kernel on this machine's GPU"
@@ -30,10 +31,18 @@ $(VENV)/.ready: requirements.txt pyproject.toml setup.py
 
 test: gate
 	$(PY) -m pytest
+	$(PY) -m pytest benchmarks
 
 bench: $(READY)
-	$(PY) -m benchmarks
+	$(PY) -m benchmarks layers
+	$(PY) -m benchmarks model
 	$(PY) examples/finetune.py
+
+publish: $(READY)
+	$(PY) -m benchmarks layers --publish
+	$(PY) -m benchmarks model --publish
+	$(PY) -m benchmarks paper --publish
+	$(PY) -m benchmarks report
 
 lint: $(READY)
 	$(PY) -m ruff check

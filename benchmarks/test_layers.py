@@ -1,0 +1,76 @@
+"""pytest-benchmark cases for regressions: ``pytest benchmarks``, then ``pytest-benchmark compare``.
+
+Tiny layers on a CPU, real ones where there is a GPU. Each provider passes the accuracy gate first. The clock stops when
+the device is done; ``extra_info`` holds the device's own time and the environment. No time is asserted.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from . import environment
+from .cases import MODES, Case
+from .clocks import Clock, Work
+from .failures import AbsentError
+from .layers.gate import Gate
+from .layers.operands import make_operands
+from .layers.providers import providers
+from .layers.work import prepare
+from .rows import Spread
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+CASES = (
+    [Case("llama3-8b.q", 8192, 16, "bf16", 0.0), Case("llama3-8b.kv", 8192, 16, "bf16", 0.1)]
+    if ON_GPU
+    else [Case("64x48", 40, 8, "fp32", 0.0), Case("roberta-base.query", 64, 8, "bf16", 0.1)]
+)
+ROUNDS = 31 if ON_GPU else 5
+WARM_UP = 3
+ARMS = [name for name, provider in providers().items() if not provider.by_name_only]
+
+
+@functools.cache
+def _environment() -> dict[str, Any]:
+    return environment.describe(DEVICE, "pytest", {"rounds": ROUNDS}, len(CASES))
+
+
+def _synchronised(work: Work) -> None:
+    work()
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ARMS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_layer(case: Case, name: str, mode: str, benchmark: BenchmarkFixture) -> None:
+    """One provider in one mode of one case."""
+    arm, operands, clock = providers()[name], make_operands(case, DEVICE), Clock(DEVICE)
+    turns = iter(range(10**6))
+    with arm.turn():
+        try:
+            errors = Gate(case, operands).check(arm)
+            built = arm.build(case, operands, case.dropout)
+        except AbsentError as absent:
+            pytest.skip(str(absent))
+        assert [f"{result}: {error}" for result, error in errors.items() if not error.ok] == []
+        benchmark.group = f"{case}  {mode}"
+        benchmark.pedantic(  # type: ignore[no-untyped-call]
+            _synchronised,
+            setup=lambda: ((prepare(mode, built, operands, next(turns)),), {}),
+            rounds=ROUNDS,
+            warmup_rounds=WARM_UP,
+        )
+        samples = [clock.device(prepare(mode, built, operands, next(turns))) for _ in range(ROUNDS)]
+    times = [ms for ms in samples if ms is not None]
+    benchmark.extra_info.update(
+        backend=built.backend,
+        device_ms=Spread.of(times)._asdict() if times else None,
+        environment=_environment(),
+    )
