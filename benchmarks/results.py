@@ -34,7 +34,7 @@ class Results(NamedTuple):
     @property
     def complete(self) -> bool:
         """Whether every case of the run is there."""
-        return bool(len(self.cases) == self.environment["cases"])
+        return bool(len(self.cases) == self.environment.get("cases"))
 
 
 class ResultFile:
@@ -45,9 +45,12 @@ class ResultFile:
     """
 
     def __init__(self, path: Path, environment: Environment, resume: bool = False) -> None:
-        before = read(path) if path.exists() and path.stat().st_size else None
+        before = None
         self.finished: dict[str, list[Row]] = {}
-        if before and resume:
+        if path.exists() and path.stat().st_size:
+            _check_header(path)
+            before = read(path) if resume else None
+        if before:
             if differing := differences(before.environment, environment):
                 raise ValueError(
                     f"{path} cannot be resumed, it is of another run ({'; '.join(differing)}): "
@@ -79,6 +82,12 @@ class ResultFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+
+
+def _check_header(path: Path) -> None:
+    """Results of any version may be written over, nothing else."""
+    with path.open("rb") as file:
+        parse(file.readline(), str(path))
 
 
 def read(path: Path) -> Results:
@@ -115,6 +124,6 @@ def parse(content: bytes, name: str) -> Results:
             raise ValueError(f"{name}, line {number}: {error} is missing: no result file of this package") from None
         except (ValueError, TypeError) as error:
             raise ValueError(f"{name}, line {number}: {error}: no result file of this package") from None
-    if environment is None or "cases" not in environment:
+    if environment is None:
         raise ValueError(f"{name} does not begin with an environment record: no result file of this package")
     return Results(environment, cases, size)

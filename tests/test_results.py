@@ -139,6 +139,18 @@ def test_resuming_another_run_is_refused_and_leaves_the_file(tmp_path):
     assert path.read_bytes() == before
 
 
+def test_results_of_another_version_are_written_over_but_not_resumed(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    old = '{"record": "environment", "time": "long ago"}\n{"record": "row"}\n'
+    path.write_text(old)
+    with pytest.raises(ValueError, match="unknown record 'row'"):
+        ResultFile(path, described(), resume=True)
+    assert path.read_text() == old
+    with ResultFile(path, described()) as file:
+        file.append("first", [LAYER], {})
+    assert read(path).rows == [LAYER]
+
+
 def test_resuming_nothing_starts(tmp_path):
     with ResultFile(tmp_path / "new" / "rows.jsonl", described(), resume=True) as file:
         assert file.finished == {}
