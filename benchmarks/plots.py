@@ -36,7 +36,7 @@ _STYLES = {
     "full": _Style("#2ca02c", "v"),
 }
 _OTHER = _Style("#8c564b", "x")
-_RATIOS = (0.5, 1, 1.5, 2, 3, 4, 6, 10, 20)
+_RATIOS = (0.5, 0.75, 1, 1.25, 1.5, 2, 3, 4, 6, 10, 20)
 _DIGEST = "Description"
 
 # Pictures by what is put behind the name of the result file.
@@ -107,8 +107,8 @@ def time_by_tokens(rows: Sequence[LayerRow]) -> Any:
     groups = _groups(timed, lambda row: row.case._replace(m=0), lambda row: row.m)
     if not groups:
         return None
-    arms = _distinct(row.provider for row in timed if _is_drawn(row, timed))
-    figure = _figure(1 + 4 * len(groups), 4)
+    arms = _largest_first(row.provider for row in timed if _is_drawn(row, timed))
+    figure = _figure(3 + 4 * len(groups), 4.5)
     panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
     for panel, (case, group) in zip(panels, groups.items(), strict=True):
         for arm in arms:
@@ -133,25 +133,22 @@ def throughput(rows: Sequence[ModelRow]) -> Any:
     timed = [row for row in rows if row.tokens_per_second is not None]
     if not timed:
         return None
-    cases, arms = _distinct(row.case for row in timed), _distinct(row.provider for row in timed)
-    figure = _figure(9, 1.2 + len(cases) * (0.25 + 0.17 * len(arms)))
+    cases = _distinct(row.case for row in timed)
+    figure = _figure(9, 1.5 + 0.2 * (len(timed) + 1.5 * len(cases)))
     panel = figure.subplots()
-    best = {case: max(row.tokens_per_second or 0 for row in timed if row.case == case) for case in cases}
-    height = 0.85 / len(arms)
-    for i, arm in enumerate(arms):
-        bars = [row for row in timed if row.provider == arm]
-        panel.barh(
-            [cases.index(row.case) + (i - (len(arms) - 1) / 2) * height for row in bars],
-            [(row.tokens_per_second or 0) / best[row.case] for row in bars],
-            height,
-            color=_STYLES.get(arm, _OTHER).colour,
-            label=arm,
-        )
-        for row in bars:
-            where = (0.005, cases.index(row.case) + (i - (len(arms) - 1) / 2) * height)
-            panel.annotate(f"{row.tokens_per_second:,.0f}", where, va="center", fontsize=6, color="white")
-    panel.set_yticks(range(len(cases)), [_model_label(case) for case in cases])
-    panel.set_ylim(len(cases) - 0.5, -0.5)
+    y, ticks = 0.0, []
+    for case in cases:
+        group = [row for row in timed if row.case == case]
+        best = max(row.tokens_per_second or 0 for row in group)
+        ticks.append(y + (len(group) - 1) / 2)
+        for row in group:
+            tokens = row.tokens_per_second or 0
+            panel.barh(y, tokens / best, 0.9, color=_STYLES.get(row.provider, _OTHER).colour, label=row.provider)
+            panel.annotate(f"{tokens:,.0f}", (0.005, y), va="center", fontsize=7, color="white")
+            y += 1
+        y += 1.5
+    panel.set_yticks(ticks, [_model_label(case) for case in cases])
+    panel.set_ylim(y - 1.5, -1)
     panel.set_xlim(0, 1.02)
     panel.set_xlabel("tokens a second (in the bars) over the best of the group")
     _tidy(panel, "x")
@@ -165,8 +162,8 @@ def memory_by_sequence(rows: Sequence[ModelRow]) -> Any:
     groups = _groups(known, lambda row: row.case._replace(sequence=0), lambda row: row.sequence)
     if not groups:
         return None
-    arms = _distinct(row.provider for row in known)
-    figure = _figure(1 + 4 * len(groups), 4)
+    arms = _largest_first(row.provider for row in known)
+    figure = _figure(3 + 4 * len(groups), 4.5)
     panels = figure.subplots(1, len(groups), squeeze=False)[0]
     for panel, (case, group) in zip(panels, groups.items(), strict=True):
         top = max(row.peak_bytes or 0 for row in group) / 2**30
@@ -196,11 +193,10 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _draw(panel: Any, arm: str, points: Sequence[tuple[float | None, float | None]], linestyle: str = "-") -> None:
-    style = _STYLES.get(arm, _OTHER)
-    x, y = zip(*points, strict=True) if points else ((), ())
-    panel.plot(
-        x, y, style.marker, color=style.colour, markersize=style.size, label=arm, linestyle=linestyle, linewidth=1
-    )
+    if points:
+        style = _STYLES.get(arm, _OTHER)
+        shape = {"marker": style.marker, "markersize": style.size, "linestyle": linestyle, "linewidth": 1}
+        panel.plot(*zip(*points, strict=True), color=style.colour, label=arm, **shape)
 
 
 def _ratio_axis(axis: Any, set_scale: Callable[[str], object]) -> None:
@@ -228,7 +224,8 @@ def _legend(figure: Any, panels: Sequence[Any]) -> None:
     labelled = {
         label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(labelled.values(), labelled.keys(), loc="outside upper center", ncols=6, frameon=False)
+    columns = min(len(labelled), int(figure.get_figwidth() / 1.6))
+    figure.legend(labelled.values(), labelled.keys(), loc="outside upper center", ncols=columns, frameon=False)
 
 
 def _groups(rows: Iterable[T], group: Callable[[T], Hashable], size: Callable[[T], int]) -> dict[Any, list[T]]:
@@ -242,18 +239,20 @@ def _distinct(values: Iterable[T]) -> list[T]:
     return list(dict.fromkeys(values))
 
 
+def _largest_first(arms: Iterable[str]) -> list[str]:
+    """So that no mark hides another where lines coincide."""
+    return sorted(_distinct(arms), key=lambda arm: -_STYLES.get(arm, _OTHER).size)
+
+
 def _case_label(case: Case) -> str:
     tokens = f" M={case.m}" if case.m else ""
     return f"{case.layer} {tokens} R={case.r} {case.dtype}{f' p={case.dropout:g}' if case.dropout else ''}"
 
 
 def _model_label(case: ModelCase) -> str:
-    sequence = f" × {case.sequence}" if case.sequence else ""
+    batch = f"{case.batch} × {case.sequence}" if case.sequence else f"batch {case.batch}"
     dropout = f" p={case.dropout:g}" if case.dropout else ""
-    return (
-        f"{case.model}  {case.batch}{sequence}  R={case.r} {case.dtype}{dropout}"
-        f"{'  checkpointing' if case.checkpointing else ''}"
-    )
+    return f"{case.model}  {batch}  R={case.r} {case.dtype}{dropout}{'  checkpointing' if case.checkpointing else ''}"
 
 
 def _is_drawn(row: LayerRow, timed: Sequence[LayerRow]) -> bool:
