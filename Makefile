@@ -39,10 +39,9 @@ bench: $(READY)
 	$(PY) examples/finetune.py
 
 publish: $(READY)
-	$(PY) -m benchmarks layers --publish
-	$(PY) -m benchmarks model --publish
-	$(PY) -m benchmarks paper --publish
-	$(PY) -m benchmarks report
+	status=0; for command in layers model paper; do \
+	  $(PY) -m benchmarks $$command --publish || status=$$?; [ $$status -lt 2 ] || exit $$status; \
+	done; $(PY) -m benchmarks report && exit $$status
 
 lint: $(READY)
 	$(PY) -m ruff check

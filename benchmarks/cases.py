@@ -22,7 +22,7 @@ FLOOR = "frozen"
 
 SCALE = 1.7
 
-# Inputs are rotated over this many copies, so that no call finds its x where the last one left it.
+# Inputs are rotated over this many copies.
 COPIES = 3
 
 
@@ -213,7 +213,7 @@ PROFILES = {
     },
     "cuda": {
         "quick": Profile(
-            "the targets of the design: Llama-3 8B and 70B at M = 8192",
+            "Llama-3 8B and 70B at M = 8192",
             rounds=21,
             seconds=15.0,
             kind=Case,

@@ -8,7 +8,8 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def describe(device: torch.device, command: str, settings: dict[str, Any], cases
         "commit": _run(["git", "rev-parse", "HEAD"]),
         "dirty": None if (status := _run(_STATUS)) is None else bool(status),
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "packages": {name: _version(name) for name in _PACKAGES},
         "device": device.type,
         "device_name": device_name(device),
@@ -89,6 +90,25 @@ def _flat(environment: Environment, prefix: str = "") -> dict[str, Any]:
         if name not in _VOLATILE:
             flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return flat
+
+
+@contextmanager
+def variables_set(variables: Mapping[str, str | None]) -> Iterator[None]:
+    """Environment variables for a while; None unsets."""
+    before = {name: os.environ.get(name) for name in variables}
+    _set(variables)
+    try:
+        yield
+    finally:
+        _set(before)
+
+
+def _set(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def device_name(device: torch.device) -> str:

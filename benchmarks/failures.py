@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
 from .rows import Measured
+
+# What CUDA, cuBLAS, Triton and torch's CPU allocator say.
+_OUT_OF_MEMORY = re.compile("out of memory|ALLOC_FAILED|can't allocate memory", re.IGNORECASE)
+
+
+class DeviceLostError(Exception):
+    """Nothing can run on the GPU any more in this process, such as after an illegal access of memory."""
 
 
 class AbsentError(Exception):
@@ -16,22 +24,37 @@ class AbsentError(Exception):
 
 @contextmanager
 def failures_into(rows: Sequence[Measured]) -> Iterator[None]:
-    """An exception ends up as status and reason of the rows; Ctrl-C passes."""
+    """An exception ends up as status and reason of the rows; Ctrl-C passes.
+
+    Raises:
+        DeviceLostError: the GPU answers no more, and what follows would fail without a fault of its own.
+    """
     verdict = None
     try:
         yield
+    except DeviceLostError:
+        raise
     except Exception as error:
         verdict = _verdict(error)
     if verdict is not None:
         for row in rows:
             row.fail(*verdict)
-        if verdict[0] == "oom" and torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        if torch.cuda.is_initialized():
+            _check_device(rows, verdict[1])
+
+
+def _check_device(rows: Sequence[Measured], reason: str) -> None:
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        provider = rows[0].provider if rows else "a provider"
+        raise DeviceLostError(f"the GPU is lost to this process after {provider}: {reason}") from None
 
 
 def _verdict(error: Exception) -> tuple[str, str]:
     if isinstance(error, AbsentError):
         return "absent", str(error)
     message = f"{type(error).__name__}: {error}".splitlines()[0]
-    out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-    return ("oom" if out_of_memory else "error"), message
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return ("oom" if known or _OUT_OF_MEMORY.search(str(error)) else "error"), message

@@ -7,26 +7,11 @@ from collections.abc import Sequence
 from .cases import FLOOR
 from .environment import Environment
 from .layers.table import PAIRS, step_speedups
-from .rows import LayerRow, Measured, ModelRow
+from .rows import LayerRow, Measured, ModelRow, shown
 from .units import geometric_mean, readable_bytes
 
-# Worth a column of a page's width; forced backends are in the result file.
-LAYER_ARMS = (
-    "plain",
-    "addmm",
-    "compiled",
-    "loralib",
-    "lorafusion",
-    "unsloth",
-    "freesolo-chalk",
-    "lycoris",
-    "peft-fp32",
-    "peft-same",
-    "full",
-    "fastlora-fp32",
-    "fastlora",
-)
-MODEL_ARMS = ("full", "peft-fp32", "peft-same", "fastlora-fp32", "fastlora")
+# fastlora itself comes last, beside the margin.
+OURS = "fastlora"
 
 
 def machine(environment: Environment) -> str:
@@ -53,7 +38,7 @@ def layers(rows: Sequence[LayerRow]) -> str:
     the FLOPs allow; ``kept`` is what fastlora and PEFT (adapters in the base's dtype) keep for the backward beyond x.
     """
     steps = {(row.case, row.provider): row for row in rows if row.mode == "step"}
-    arms = [name for name in LAYER_ARMS if any(provider == name and row.ms for (_, provider), row in steps.items())]
+    arms = _arms([row for row in shown(rows) if row.ms is not None and row.provider != FLOOR])
     heads = ["layer", "M", "K → N", "R", "dtype", "dropout", "frozen, ms", "arithmetic", *arms, "kept: ours / PEFT"]
     lines = [_line(heads), _line(["---"] * 3 + ["--:"] * (len(heads) - 3))]
     for case in dict.fromkeys(row.case for row in rows if not row.case.is_host):
@@ -61,25 +46,26 @@ def layers(rows: Sequence[LayerRow]) -> str:
         cells = [case.layer, str(case.m), f"{case.k} → {case.n}", str(case.r), case.dtype, f"{case.dropout:g}"]
         cells.append("-" if floor is None or floor.ms is None else f"{floor.ms.p50:.3g}")
         cells.append("-" if floor is None or floor.theory is None else f"{floor.theory:.3f}")
-        cells += [_ratio(steps.get((case, arm)), bold=arm == "fastlora") for arm in arms]
-        kept = [steps.get((case, name)) for name in ("fastlora", "peft-same")]
+        cells += [_ratio(steps.get((case, arm)), bold=arm == OURS) for arm in arms]
+        kept = [steps.get((case, name)) for name in (OURS, "peft-same")]
         cells.append(" / ".join(readable_bytes(row.kept_bytes if row else None) for row in kept))
         lines.append(_line(cells))
     return "\n".join([*lines, "", *_noise(rows), *_speedups(rows), *_host_overhead(rows)]).strip()
 
 
 def models(rows: Sequence[ModelRow]) -> str:
-    """Tokens a second and peak memory of whole training steps, a line a case; best of each line in bold."""
-    arms = [name for name in MODEL_ARMS if any(row.provider == name and row.status != "absent" for row in rows)]
+    """Tokens a second and peak memory of whole training steps, a line a case; noise is one arm timed twice."""
+    arms = _arms([row for row in rows if row.status != "absent"])
     heads = ["model", "batch × tokens", "R", "dtype", "dropout", "checkpointing"]
-    heads += [f"{arm}, tokens/s" for arm in arms] + ["peak memory: " + " / ".join(arms)]
+    heads += [f"{arm}, tokens/s" for arm in arms] + ["noise", "peak memory: " + " / ".join(arms)]
     lines = [_line(heads), _line(["---"] * 2 + ["--:"] * (len(heads) - 2))]
     for case in dict.fromkeys(row.case for row in rows):
         group = {row.provider: row for row in rows if row.case == case}
-        best = max((row.tokens_per_second or 0 for row in group.values()), default=0)
         cells = [case.model, f"{case.batch} × {case.sequence}", str(case.r), case.dtype, f"{case.dropout:g}"]
         cells.append("on" if case.checkpointing else "off")
-        cells += [_tokens(group.get(arm), best) for arm in arms]
+        cells += [_tokens(group.get(arm), bold=arm == OURS) for arm in arms]
+        noise = next((row.noise for row in group.values() if row.noise is not None), None)
+        cells.append("-" if noise is None else f"{noise:.1%}")
         cells.append(" / ".join(_peak(group.get(arm)) for arm in arms))
         lines.append(_line(cells))
     return "\n".join(lines)
@@ -106,10 +92,19 @@ def absences(rows: Sequence[Measured]) -> str:
 
 
 def _noise(rows: Sequence[LayerRow]) -> list[str]:
-    noise = [row.noise for row in rows if row.mode == "step" and row.provider == FLOOR and row.noise is not None]
-    if not noise:
-        return []
-    return [f"- noise: the frozen layer's second timing lay within {max(noise):.1%} of its first in every step"]
+    steps = [row for row in rows if row.mode == "step" and not row.case.is_host]
+    noise = [row.noise for row in steps if row.provider == FLOOR and row.noise is not None]
+    lines = [f"- noise: the frozen layer's second timing lay within {max(noise):.1%} of its first"] if noise else []
+    ours = {row.case: row for row in steps if row.provider == OURS and row.ms is not None}
+    twins = [
+        abs(row.ms.p50 / chosen.ms.p50 - 1)
+        for row in steps
+        if row.is_forced and row.ms is not None and (chosen := ours.get(row.case)) is not None
+        if chosen.ms is not None and (row.backend, row.tile) == (chosen.backend, chosen.tile)
+    ]
+    if twins:
+        lines.append(f"- and fastlora's own, the same backend by choice and by force: within {max(twins):.1%}")
+    return lines
 
 
 def _speedups(rows: Sequence[LayerRow]) -> list[str]:
@@ -119,7 +114,7 @@ def _speedups(rows: Sequence[LayerRow]) -> list[str]:
         if speedups:
             lines.append(
                 f"- `{theirs}` over `{ours}`, step: {geometric_mean(speedups):.2f}× (geometric mean of "
-                f"{len(speedups)} layers, worst {min(speedups):.2f}×)"
+                f"{len(speedups)} cases, worst {min(speedups):.2f}×)"
             )
     return lines
 
@@ -127,15 +122,15 @@ def _speedups(rows: Sequence[LayerRow]) -> list[str]:
 def _host_overhead(rows: Sequence[LayerRow]) -> list[str]:
     lines = []
     for case in dict.fromkeys(row.case for row in rows if row.case.is_host):
-        steps = [row for row in rows if row.case == case and row.mode == "step" and not _forced(row)]
+        steps = [row for row in shown(rows) if row.case == case and row.mode == "step"]
         times = ", ".join(f"{row.provider} {1e3 * row.wall_ms.p50:.0f}" for row in steps if row.wall_ms)
         lines.append(f"- host overhead of a step (M = {case.m}, K = N = {case.k}, {case.dtype}), µs: {times}")
     return lines
 
 
-def _forced(row: LayerRow) -> bool:
-    """Whether the row belongs to one backend by force."""
-    return row.backend is not None and row.provider.endswith(f"-{row.backend}")
+def _arms(rows: Sequence[Measured]) -> list[str]:
+    """Their providers in the order of the rows, fastlora itself last."""
+    return sorted(dict.fromkeys(row.provider for row in rows), key=lambda name: name == OURS)
 
 
 def _ratio(row: LayerRow | None, bold: bool) -> str:
@@ -144,11 +139,11 @@ def _ratio(row: LayerRow | None, bold: bool) -> str:
     return f"**{row.ratio:.2f}**" if bold else f"{row.ratio:.2f}"
 
 
-def _tokens(row: ModelRow | None, best: float) -> str:
+def _tokens(row: ModelRow | None, bold: bool) -> str:
     if row is None or row.tokens_per_second is None:
         return "-" if row is None or row.status in ("ok", "absent") else row.status
     text = f"{row.tokens_per_second:,.0f}"
-    return f"**{text}**" if row.tokens_per_second == best else text
+    return f"**{text}**" if bold else text
 
 
 def _peak(row: ModelRow | None) -> str:

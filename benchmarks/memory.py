@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -15,6 +16,12 @@ class Allocation(NamedTuple):
 
     peak: int
     live: int
+
+
+def stored_bytes(tensors: Iterable[Tensor | None]) -> int:
+    """The bytes of all storages beneath, each once."""
+    storages = (tensor.untyped_storage() for tensor in tensors if tensor is not None)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def allocation(work: Callable[[], object], device: torch.device) -> Allocation:

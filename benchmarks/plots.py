@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from .cases import FLOOR, Case, ModelCase
 from .results import read
-from .rows import LayerRow, ModelRow
+from .rows import LayerRow, ModelRow, shown
 
 T = TypeVar("T")
 
@@ -34,6 +34,14 @@ _STYLES = {
     "peft-fp32": _Style("#c5b0d5", "D"),
     "loralib": _Style("#bcbd22", "p"),
     "full": _Style("#2ca02c", "v"),
+    "fastlora-library": _Style("#e377c2", "x"),
+    "fastlora-triton": _Style("#ff7f0e", "o", 8),
+    "fastlora-triton-portable": _Style("#ffbb78", "<"),
+    "fastlora-triton-one_launch": _Style("#d95f02", ">"),
+    "lorafusion": _Style("#8c564b", "*", 8),
+    "unsloth": _Style("#aec7e8", "h"),
+    "freesolo-chalk": _Style("#98df8a", "8"),
+    "lycoris": _Style("#c49c94", "d"),
 }
 _OTHER = _Style("#8c564b", "x")
 _RATIOS = (0.5, 0.75, 1, 1.25, 1.5, 2, 3, 4, 6, 10, 20)
@@ -54,7 +62,7 @@ _FEWEST_SIZES = 3
 def save(path: Path) -> list[Path]:
     """Draws what a result file has rows for, beside it; returns the pictures: none without matplotlib."""
     rows = read(path).rows
-    layers = [row for row in rows if isinstance(row, LayerRow)]
+    layers = shown([row for row in rows if isinstance(row, LayerRow)])
     models = [row for row in rows if isinstance(row, ModelRow)]
     try:
         figures = (ratio_by_layer(layers), time_by_tokens(layers), throughput(models), memory_by_sequence(models))
@@ -80,7 +88,7 @@ def ratio_by_layer(rows: Sequence[LayerRow]) -> Any:
     if not timed:
         return None
     cases, modes = _distinct(row.case for row in timed), _distinct(row.mode for row in timed)
-    arms = _distinct(row.provider for row in timed if _is_drawn(row, timed))
+    arms = _distinct(row.provider for row in timed)
     figure = _figure(3 + 4 * len(modes), 1.6 + 0.36 * len(cases))
     panels = figure.subplots(1, len(modes), sharex=True, sharey=True, squeeze=False)[0]
     for panel, mode in zip(panels, modes, strict=True):
@@ -107,7 +115,7 @@ def time_by_tokens(rows: Sequence[LayerRow]) -> Any:
     groups = _groups(timed, lambda row: row.case._replace(m=0), lambda row: row.m)
     if not groups:
         return None
-    arms = _largest_first(row.provider for row in timed if _is_drawn(row, timed))
+    arms = _largest_first(row.provider for row in timed)
     figure = _figure(3 + 4 * len(groups), 4.5)
     panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
     for panel, (case, group) in zip(panels, groups.items(), strict=True):
@@ -253,9 +261,3 @@ def _model_label(case: ModelCase) -> str:
     batch = f"{case.batch} × {case.sequence}" if case.sequence else f"batch {case.batch}"
     dropout = f" p={case.dropout:g}" if case.dropout else ""
     return f"{case.model}  {batch}  R={case.r} {case.dtype}{dropout}{'  checkpointing' if case.checkpointing else ''}"
-
-
-def _is_drawn(row: LayerRow, timed: Sequence[LayerRow]) -> bool:
-    """Leaves out a forced backend where it is what ``fastlora`` chose anyway."""
-    chosen = {other.backend for other in timed if other.provider == "fastlora"}
-    return row.provider not in {f"fastlora-{backend}" for backend in chosen} or len(chosen) > 1

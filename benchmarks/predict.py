@@ -6,17 +6,18 @@ The model and what it leaves out: benchmarks/floor.py.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from .cases import DTYPES, MODES, Layer, layer_named
+from .cases import DTYPES, LAYERS, MODES, layer_named
 from .floor import DESIGNS, Device, Problem, gemm, in_whole_waves, kernels, minimum, theory
+from .runner import layer_name, positive
 
 HELP = "predict what each design costs over the frozen layer, from FLOPs and bytes"
 
@@ -49,6 +50,13 @@ DEVICES = {
         # NVIDIA Ada GPU architecture white paper, appendix A.
         _specified("rtx-4090", 165.2, 82.6, 1.008, 128),
     )
+}
+
+
+# Layers and ranks.
+PROFILES = {
+    "quick": (("llama3-8b.q", "llama3-70b.gate", "llama3-8b.kv"), (16, 64)),
+    "full": (tuple(name for name in LAYERS if name.startswith(("llama3-", "qwen"))), (8, 16, 64, 128)),
 }
 
 
@@ -102,42 +110,52 @@ class Prediction:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The subcommand's options; the defaults are the shapes of the targets, and a key or value projection."""
-    default = [parse_layer(name) for name in ("llama3-8b.q", "llama3-70b.gate", "llama3-8b.kv")]
-    known = ", ".join(DEVICES)
-    axes = parser.add_argument_group("axes", "several values make a product")
-    axes.add_argument(
-        "--layer", dest="layers", nargs="+", type=parse_layer, default=default, metavar="NAME",
-        help="named layers, or KxN: in_features x out_features, such as 4096x14336",
-    )  # fmt: skip
-    axes.add_argument("--tokens", nargs="+", type=_count, default=[8192], metavar="M", help="tokens")
-    axes.add_argument("--rank", dest="ranks", nargs="+", type=_count, default=[16, 64], metavar="R", help="ranks")
+    """The subcommand's options. An axis given on the command line replaces the profile's own."""
+    parser.add_argument(
+        "--profile",
+        choices=PROFILES,
+        default="quick",
+        help="full: every Llama-3 and Qwen layer",
+    )
+    axes = parser.add_argument_group("axes", "each replaces the profile's own; several values make a product")
+    axes.add_argument("--layer", nargs="+", type=layer_name, metavar="NAME", help="named layers, or KxN: 4096x14336")
+    axes.add_argument("--tokens", nargs="+", type=positive, default=[8192], metavar="M", help="tokens (default: 8192)")
+    axes.add_argument("--rank", nargs="+", type=positive, metavar="R", help="ranks")
+    parser.add_argument("--design", nargs="+", choices=DESIGNS, default=list(DESIGNS), help="only these")
+    parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES, help="only these")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="dtype of base and adapters (default: bf16)")
     parser.add_argument(
-        "--device", type=str.lower, choices=DEVICES, default="h200", metavar="NAME", help=f"{known} (default: h200)"
+        "--device",
+        type=str.lower,
+        choices=DEVICES,
+        default="h200",
+        metavar="NAME",
+        help=f"{', '.join(DEVICES)} (default: h200)",
     )
     rates = parser.add_argument_group("another device", "each replaces the device's own")
     rates.add_argument("--flops", type=_rate, metavar="TFLOP/S", help="what it sustains in the dtype, in 10^12 FLOP/s")
     rates.add_argument("--bandwidth", type=_rate, metavar="TB/S", help="what it sustains, in 10^12 bytes/s")
-    rates.add_argument("--sms", type=_count, metavar="COUNT", help="streaming multiprocessors")
+    rates.add_argument("--sms", type=positive, metavar="COUNT", help="streaming multiprocessors")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write a JSON line for each shape, design and mode")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints a block for each shape; returns the exit status."""
     device = _device(args)
-    shapes = [
-        Shape(name, m, layer.k, layer.n, r, args.dtype)
-        for name, layer in args.layers for m in args.tokens for r in args.ranks
-    ]  # fmt: skip
-    blocks = {shape: list(predict(shape, device)) for shape in shapes}
+    layers, ranks = PROFILES[args.profile]
+    axes = itertools.product(args.layer or layers, args.tokens, args.rank or ranks)
+    shapes = [Shape(name, m, layer_named(name).k, layer_named(name).n, r, args.dtype) for name, m, r in axes]
+    blocks = {
+        shape: [row for row in predict(shape, device) if row.design in args.design and row.mode in args.mode]
+        for shape in shapes
+    }
     print(
         f"Predictions for {device.name}: {device.flops[args.dtype] / 1e12:g} TFLOP/s {args.dtype}, "
         f"{device.bytes_per_s / 1e12:g} TB/s, {device.sms} SMs ({device.basis})\n"
     )
     for shape, rows in blocks.items():
         print(render(shape, rows, device), end="\n\n")
-    print("\n".join(f"  {name:<12}  {design.about}" for name, design in DESIGNS.items()))
+    print("\n".join(f"  {name:<12}  {DESIGNS[name].about}" for name in args.design))
     if args.json:
         try:
             args.json.parent.mkdir(parents=True, exist_ok=True)
@@ -186,24 +204,17 @@ def render(shape: Shape, rows: Sequence[Prediction], device: Device) -> str:
             f"  {name:<20}{kernel.flops / 1e9:>10.1f}{kernel.bytes / 1e6:>10.1f}"
             f"{1e3 * arithmetic:>16.4f}{1e3 * traffic:>16.4f}"
         )
-    lines.append(f"  {'× frozen':<20}" + "".join(f"{mode:>10}" for mode in MODES) + f"{'step ms':>12}")
-    least = [theory(shape, mode) for mode in MODES]
+    modes = list(dict.fromkeys(row.mode for row in rows))
+    lines.append(f"  {'× frozen':<20}" + "".join(f"{mode:>10}" for mode in modes) + f"{modes[-1] + ' ms':>14}")
+    least = [theory(shape, mode) for mode in modes]
     lines.append(f"  {'theory (FLOPs only)':<20}" + "".join(f"{ratio:>10.3f}" for ratio in least))
-    for design in DESIGNS:
+    for design in dict.fromkeys(row.design for row in rows):
         by_mode = {row.mode: row for row in rows if row.design == design}
-        ratios = "".join(f"{by_mode[mode].ratio:>10.3f}" for mode in MODES)
-        lines.append(f"  {design:<20}{ratios}{by_mode['step'].ms:>12.4f}")
+        ratios = "".join(f"{by_mode[mode].ratio:>10.3f}" for mode in modes)
+        lines.append(f"  {design:<20}{ratios}{by_mode[modes[-1]].ms:>14.4f}")
     waves = ", ".join(f"{name} {ratio:.3f}" for name, ratio in in_whole_waves(problem, device, shape.dtype).items())
     lines.append(f"  forward in whole waves of tiles, 2 µs for a second launch: {waves}")
     return "\n".join(lines)
-
-
-def parse_layer(text: str) -> tuple[str, Layer]:
-    """A name of LAYERS, or ``KxN``, with its layer; for argparse."""
-    try:
-        return text, layer_named(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _problem(shape: Shape, device: Device) -> Problem:
@@ -223,12 +234,6 @@ def _device(args: argparse.Namespace) -> Device:
         1e12 * args.bandwidth if args.bandwidth else device.bytes_per_s,
         args.sms or device.sms,
     )
-
-
-def _count(text: str) -> int:
-    if not re.fullmatch(r"0*[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 def _rate(text: str) -> float:

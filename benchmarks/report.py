@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -13,10 +12,14 @@ from . import markdown, plots
 from .paper import command as paper
 from .results import RESULTS, Results, read
 from .rows import ClaimRow, LayerRow, Measured, ModelRow, Row
+from .runner import StopError
 
 HELP = "render the committed results into README.md, pages and pictures"
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
 NO_GPU = "No GPU result yet: `make publish` on a machine with one adds its tables here."
+
+# The pictures that the README shows, by suffix.
+_BRIEF = ("", "-throughput")
 
 R = TypeVar("R", bound=Row)
 Runs = dict[Path, Results]
@@ -35,10 +38,9 @@ def run(args: argparse.Namespace) -> int:
         folders = devices(args.results)
         written = [picture for runs in folders.values() for path in runs for picture in plots.save(path)]
         rendered = {folder / "README.md": page(runs) for folder, runs in folders.items()}
-        rendered[args.readme] = replace_between_markers(text, digest(folders, args.readme.parent))
+        rendered[args.readme] = replace_between_markers(text, readme_section(folders, args.readme.parent))
     except (OSError, ValueError) as error:
-        print(f"{args.readme}: {error}", file=sys.stderr)
-        return 2
+        raise StopError(2, str(error)) from None
     for path, content in rendered.items():
         path.write_text(content, encoding="utf-8")
     print("\n".join(f"wrote {path}" for path in (*written, *rendered)))
@@ -54,7 +56,7 @@ def replace_between_markers(text: str, body: str) -> str:
     head, start, rest = text.partition(START)
     _, end, tail = rest.partition(END)
     if not start or not end or START in rest or END in head + tail:
-        raise ValueError(f"expected {START} and {END}, once each and in this order")
+        raise ValueError(f"the file to rewrite: expected {START} and {END}, once each and in this order")
     return f"{head}{START}\n{body.strip()}\n{END}{tail}"
 
 
@@ -67,7 +69,7 @@ def devices(results: Path) -> dict[Path, Runs]:
     return dict(sorted(folders.items(), key=lambda item: _first(item[1]).environment["device"] == "cpu"))
 
 
-def digest(folders: dict[Path, Runs], relative_to: Path) -> str:
+def readme_section(folders: dict[Path, Runs], relative_to: Path) -> str:
     """What the README shows: each device's quick profile, or its full one where that is all there is."""
     on_gpu = any(_first(runs).environment["device"] == "cuda" for runs in folders.values())
     sections = [] if on_gpu else [NO_GPU]
@@ -98,19 +100,16 @@ def _section(path: Path, results: Results, relative_to: Path, brief: bool) -> li
         tables += [markdown.models(models), *([] if brief else [markdown.memory(models)])]
     if claims := _of(rows, ClaimRow):
         tables.append(paper.markdown(claims))
-    pictures = sorted(path.parent.glob(f"{path.stem}*.png"))
-    shown = [picture for picture in pictures if not brief or picture.stem in (path.stem, f"{path.stem}-throughput")]
-    tables += [f"![{_caption(picture, path)}]({_link(picture, relative_to)})" for picture in shown]
+    for suffix, caption in plots.CAPTIONS.items():
+        picture = path.with_name(f"{path.stem}{suffix}.png")
+        if picture.exists() and (suffix in _BRIEF or not brief):
+            tables.append(f"![{caption}]({_link(picture, relative_to)})")
     absent = "" if brief else markdown.absences([row for row in rows if isinstance(row, Measured)])
     return [markdown.provenance(results.environment), *tables, *([absent] if absent else [])]
 
 
 def _of(rows: Sequence[Row], kind: type[R]) -> list[R]:
     return [row for row in rows if isinstance(row, kind)]
-
-
-def _caption(picture: Path, path: Path) -> str:
-    return plots.CAPTIONS[picture.stem.removeprefix(path.stem)]
 
 
 def _first(runs: Runs) -> Results:

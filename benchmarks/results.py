@@ -18,6 +18,8 @@ from .rows import Row, from_json
 RESULTS = Path(__file__).parent / "results"
 LOCAL = RESULTS / "local"
 
+_START = b'{"record": "environment"'
+
 
 class Results(NamedTuple):
     """What a file holds: ``cases`` are the rows of each finished one, ``size`` the bytes up to the last of them."""
@@ -38,7 +40,7 @@ class Results(NamedTuple):
 
 
 class ResultFile:
-    """A run being written, case by case.
+    """A run being written, case by case. An unfinished one of the same name is put aside as ``NAME.unfinished``.
 
     Raises:
         ValueError: ``path`` holds something else than results, or, to be resumed, results of another run.
@@ -47,9 +49,11 @@ class ResultFile:
     def __init__(self, path: Path, environment: Environment, resume: bool = False) -> None:
         before = None
         self.finished: dict[str, list[Row]] = {}
-        if path.exists() and path.stat().st_size:
-            _check_header(path)
-            before = read(path) if resume else None
+        if path.exists() and not _is_cut_off(path):
+            if resume:
+                before = read(path)
+            elif _is_unfinished(path):
+                path.replace(path.with_name(f"{path.name}.unfinished"))
         if before:
             if differing := differences(before.environment, environment):
                 raise ValueError(
@@ -84,10 +88,20 @@ class ResultFile:
         self._file.close()
 
 
-def _check_header(path: Path) -> None:
-    """Results of any version may be written over, nothing else."""
-    with path.open("rb") as file:
-        parse(file.readline(), str(path))
+def _is_cut_off(path: Path) -> bool:
+    """Whether there is nothing of worth: an empty file, or the start of one of ours without its first line's end."""
+    first = path.read_bytes().partition(b"\n")
+    return not first[1] and (not first[0] or first[0].startswith(_START))
+
+
+def _is_unfinished(path: Path) -> bool:
+    """Whether cases are missing. Results of any version may be written over, nothing else: that is a ValueError."""
+    content = path.read_bytes()
+    parse(content[: content.index(b"\n") + 1] if b"\n" in content else content, str(path))
+    try:
+        return not read(path).complete
+    except ValueError:
+        return False
 
 
 def read(path: Path) -> Results:

@@ -58,7 +58,7 @@ class Measured(Row):
     Attributes:
         status: one of STATUSES; ``reason`` says why it is not ``ok``.
         backend: what fastlora chose; None for anybody else.
-        tile: the design and tile of that backend's kernel, where it has one.
+        tile: the design and tile of that backend's kernel in the forward, where it has one; of layers alone.
         errors: for each result that was checked, rms and max error with their bounds.
         rounds: how many samples the times are of.
         noise: how far the second timing of the same provider lay from its first, relative; one number a case and mode.
@@ -115,7 +115,7 @@ class LayerRow(Measured):
         layer, m, k, n, r, bias, dtype, dropout: the case.
         mode: forward, backward or step.
         wall_ms, device_ms: milliseconds, ``device_ms`` on CUDA alone.
-        ratio: median over the frozen floor's in the same mode (device time on CUDA, else wall time).
+        ratio: median over the frozen floor's in the same mode, of the time that ``ms`` is.
         theory: the least ratio by arithmetic, whatever the device: the low-rank products' FLOPs over the floor's.
         peak_bytes: the most one step held beyond inputs and parameters.
         kept_bytes: kept for backward beyond x and parameters.
@@ -151,12 +151,17 @@ class LayerRow(Measured):
     def fail(self, status: str, reason: str) -> None:
         """Takes a status other than ``ok``, and has no speed any more."""
         super().fail(status, reason)
-        self.wall_ms = self.device_ms = self.ratio = self.noise = None
+        self.wall_ms = self.device_ms = self.ratio = self.noise = self.rounds = None
 
     @property
     def case(self) -> Case:
         """The case it belongs to."""
         return Case(self.layer, self.m, self.r, self.dtype, self.dropout)
+
+    @property
+    def is_forced(self) -> bool:
+        """Whether the provider is one of fastlora's backends, or of their designs, by force."""
+        return self.provider.startswith("fastlora-") and self.provider != "fastlora-fp32"
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -165,8 +170,8 @@ class LayerRow(Measured):
 
     @property
     def ms(self) -> Spread | None:
-        """The device's time where there is one, else the wall's."""
-        return self.device_ms or self.wall_ms
+        """The device's time where there is one, else the wall's; of a host-sized case always the wall's."""
+        return self.wall_ms if self.case.is_host else self.device_ms or self.wall_ms
 
 
 @dataclass
@@ -247,6 +252,17 @@ class ClaimRow(Row):
     how: str
     verdict: str
     note: str
+
+
+def shown(rows: Sequence[LayerRow]) -> list[LayerRow]:
+    """Rows without the forced arms that ran nothing but what ``fastlora`` chose by itself."""
+    chosen = {row.case: (row.backend, row.tile) for row in rows if row.provider == "fastlora"}
+    differing = {
+        row.provider
+        for row in rows
+        if row.is_forced and row.status == "ok" and (row.backend, row.tile) != chosen.get(row.case)
+    }
+    return [row for row in rows if not row.is_forced or row.provider in differing]
 
 
 KINDS: dict[str, type[Row]] = {kind.KIND: kind for kind in (LayerRow, ModelRow, ClaimRow)}

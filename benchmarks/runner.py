@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ import torch
 
 from . import environment
 from .cases import C, Profile, layer_named
+from .failures import DeviceLostError
 from .progress import Progress
 from .results import LOCAL, RESULTS, ResultFile
 from .rows import Row
@@ -99,11 +101,12 @@ class Run(Generic[C]):
                     else:
                         progress.skip()
                     rows += finished
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, DeviceLostError) as stop:
+                lost = isinstance(stop, DeviceLostError)
                 raise StopError(
-                    130,
-                    f"\ninterrupted: {len(file.finished)} of {len(self.cases)} cases are in {self.path}; "
-                    "the same command with --resume does the rest",
+                    1 if lost else 130,
+                    f"\n{stop if lost else 'interrupted'}: {len(file.finished)} of {len(self.cases)} cases are in "
+                    f"{self.path}; the same command with --resume does the rest",
                 ) from None
         return rows
 
@@ -154,10 +157,9 @@ def listing(profiles: Mapping[str, Mapping[str, Profile[C]]]) -> list[str]:
 
 def positive(text: str) -> int:
     """An option's whole number from 1 up."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+    if not re.fullmatch(r"0*[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 def probability(text: str) -> float:

@@ -7,6 +7,7 @@ the device is done; ``extra_info`` holds the device's own time and the environme
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from .failures import AbsentError
 from .layers.gate import Gate
 from .layers.operands import make_operands
 from .layers.providers import providers
-from .layers.work import prepare
+from .layers.work import broken, prepare
 from .rows import Spread
 
 ON_GPU = torch.cuda.is_available()
@@ -40,10 +41,14 @@ def _environment() -> dict[str, Any]:
     return environment.describe(DEVICE, "pytest", {"rounds": ROUNDS}, len(CASES))
 
 
-def _synchronised(work: Work) -> None:
-    work()
+def _wait() -> None:
     if ON_GPU:
         torch.cuda.synchronize()
+
+
+def _synchronised(work: Work) -> None:
+    work()
+    _wait()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -52,7 +57,7 @@ def _synchronised(work: Work) -> None:
 def test_layer(case: Case, name: str, mode: str, benchmark: BenchmarkFixture) -> None:
     """One provider in one mode of one case."""
     arm, operands, clock = providers()[name], make_operands(case, DEVICE), Clock(DEVICE)
-    turns = iter(range(10**6))
+    calls = itertools.count()
     with arm.turn():
         try:
             errors = Gate(case, operands).check(arm)
@@ -61,13 +66,20 @@ def test_layer(case: Case, name: str, mode: str, benchmark: BenchmarkFixture) ->
             pytest.skip(str(absent))
         assert [f"{result}: {error}" for result, error in errors.items() if not error.ok] == []
         benchmark.group = f"{case}  {mode}"
+        assert broken(built, operands) is None
+
+        def set_up() -> tuple[tuple[Work], dict[str, object]]:
+            work = prepare(mode, built, operands, next(calls))
+            _wait()
+            return (work,), {}
+
         benchmark.pedantic(  # type: ignore[no-untyped-call]
             _synchronised,
-            setup=lambda: ((prepare(mode, built, operands, next(turns)),), {}),
+            setup=set_up,
             rounds=ROUNDS,
             warmup_rounds=WARM_UP,
         )
-        samples = [clock.device(prepare(mode, built, operands, next(turns))) for _ in range(ROUNDS)]
+        samples = [clock.device(prepare(mode, built, operands, next(calls))) for _ in range(ROUNDS)]
     times = [ms for ms in samples if ms is not None]
     benchmark.extra_info.update(
         backend=built.backend,

@@ -31,7 +31,8 @@ from benchmarks.results import read
 from benchmarks.rows import ModelRow, Spread, from_json
 
 CPU = torch.device("cpu")
-LORA = [name for name in arms() if name != FULL]
+ON_CPU = [name for name, arm in arms().items() if arm.backend == "auto"]
+LORA = [name for name in ON_CPU if name != FULL]
 
 # Small enough that building, checking and timing an arm takes a tenth of a second.
 WIDTHS = {"hidden_size": 64, "num_attention_heads": 4}
@@ -94,7 +95,7 @@ def test_every_arm_passes_the_gate(name, dtype, checkpointing):
     case, gate = ModelCase(name, 2, 64, 8, dtype, 0.1, checkpointing), ModelGate(CPU)
     passed = {}
     for arm in arms().values():
-        if arm.refuses(case) is None:
+        if arm.refuses(case, CPU) is None:
             errors = gate.check(arm, case)
             assert all(e.ok for e in errors.values()), (arm.name, errors)
             passed[arm.name] = list(errors)
@@ -178,7 +179,7 @@ def test_a_step_without_gradients_is_noticed():
 def test_bytes_and_parameters_are_exact(kind, dtype):
     case = micro(kind, dtype=dtype)
     rows = {row.provider: row for row in run_micro(arms(), case) if row.status == "ok"}
-    assert rows.keys() == ({FULL, "peft-same", "fastlora"} if dtype == "fp32" else arms().keys())
+    assert rows.keys() == ({FULL, "peft-same", "fastlora"} if dtype == "fp32" else set(ON_CPU))
     base = build(MICRO[kind], case.torch_dtype, CPU, False)
     base_parameters, itemsize = parameter_count(case.model), case.torch_dtype.itemsize
     buffers = sum(t.untyped_storage().nbytes() for t in base.buffers())
@@ -208,7 +209,7 @@ def test_gpt2_weights_are_the_base_s_own_storage():
     assert {name: adapted.get_submodule(name).weight.data_ptr() for name in own} == own
 
 
-@pytest.mark.parametrize("name", arms())
+@pytest.mark.parametrize("name", ON_CPU)
 def test_checkpointing_lowers_the_activations(name):
     with_it, without = (
         training(name, micro(sequence=64, dtype="bf16", checkpointing=on)).memory() for on in (True, False)
@@ -298,7 +299,12 @@ def test_the_gate_runs_once_for_a_sweep(monkeypatch):
 
 def test_absent_arms_say_why(monkeypatch):
     rows = {row.provider: row for row in run_micro(arms())}
-    assert {name for name, row in rows.items() if row.status == "absent"} == {"peft-fp32", "fastlora-fp32"}
+    assert rows.keys() - {name for name, row in rows.items() if row.status == "ok"} == {
+        "peft-fp32",
+        "fastlora-fp32",
+        "fastlora-triton",
+    }
+    assert rows["fastlora-triton"].reason == "the kernels need a CUDA GPU"
     assert rows["peft-fp32"].reason == "the base is float32 already"
     long = run_micro(["fastlora"], micro("gpt2", sequence=65))[0]
     assert (long.status, long.reason) == ("absent", "gpt2-micro takes at most 64 tokens")
@@ -390,10 +396,13 @@ def test_rows_survive_the_file_and_are_printed(tmp_path, capsys):
     assert main(path, *options, "--checkpointing", "off", "on") == 0
     rows = read(path).rows
     assert [row.provider for row in rows] == 2 * list(arms())
-    assert [row.checkpointing for row in rows] == [False] * 5 + [True] * 5
+    assert [row.checkpointing for row in rows] == [False] * 6 + [True] * 6
     assert {row.backend for row in rows} == {None, "library"}
     assert all(from_json(row.to_json()) == row for row in rows)
     for row in rows:
+        if row.status != "ok":
+            assert (row.provider, row.step_ms) == ("fastlora-triton", None)
+            continue
         assert row.tokens_per_second == pytest.approx(32e3 / row.step_ms.p50)
     printed = capsys.readouterr().out
     assert all(name in printed for name in (*arms(), "tokens/s", "optimiser", "fastlora / peft-fp32"))

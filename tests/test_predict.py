@@ -1,4 +1,4 @@
-"""The predictions: the design's targets and tables, hand arithmetic, the simulated schedule, and the command line."""
+"""The predictions: targets and published tables, hand arithmetic, the simulated schedule, and the command line."""
 
 from __future__ import annotations
 

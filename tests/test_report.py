@@ -86,16 +86,27 @@ def test_a_layer_table_holds_the_numbers():
     cells = ["gpt2.attn", "256", "768 → 2304", "8", "bf16", "0", "2", f"{least:.3f}"]
     cells += ["1.50", "3.00", "**1.25**", "1.0 KiB / 2.0 KiB"]
     assert table[2] == f"| {' | '.join(cells)} |"
-    assert "- noise: the frozen layer's second timing lay within 1.0% of its first in every step" in table
-    assert "- `peft-same` over `fastlora`, step: 2.40× (geometric mean of 1 layers, worst 2.40×)" in table
+    assert "- noise: the frozen layer's second timing lay within 1.0% of its first" in table
+    assert "- `peft-same` over `fastlora`, step: 2.40× (geometric mean of 1 cases, worst 2.40×)" in table
 
 
 def test_a_model_table_names_the_best_and_who_ran_out():
     rows = [model("peft-same", 90.0), model("fastlora", 100.4)]
     rows.append(replace(ModelRow.of(MODEL, "full"), status="oom", reason="out of memory"))
     table = markdown.models(rows).splitlines()
-    assert table[2] == ("| gpt2 | 2 × 128 | 8 | fp32 | 0 | off | oom | 90 | **100** | oom / 1.0 MiB / 1.0 MiB |")
+    assert table[2] == ("| gpt2 | 2 × 128 | 8 | fp32 | 0 | off | 90 | oom | **100** | - | 1.0 MiB / oom / 1.0 MiB |")
     assert "| fastlora | 100 | 3.9 KiB | 400 B | 800 B | 2.0 KiB | 1.0 MiB |" in markdown.memory(rows)
+
+
+def test_forced_arms_are_shown_where_they_ran_something_else():
+    forced = [layer("fastlora-triton", 2.2, backend="triton", tile="serial 128x256x64, 8 warps, 3 stages")]
+    heads = markdown.layers([*LAYERS, *forced]).splitlines()[0].split(" | ")
+    assert heads[8:-1] == ["plain", "peft-same", "fastlora-triton", "fastlora"]
+
+
+def test_noise_tells_the_same_code_apart_from_itself():
+    rows = [*LAYERS[:-2], layer("fastlora-library", 2.6, backend="library")]
+    assert "- and fastlora's own, the same backend by choice and by force: within 4.0%" in markdown.layers(rows)
 
 
 def test_absences_give_each_reason_once():
@@ -141,7 +152,7 @@ def test_a_gpu_result_silences_the_missing_gpu_line(results):
     header, *rows = path.read_text(encoding="utf-8").splitlines()
     gpu = json.dumps(json.loads(header) | {"device": "cuda", "device_name": "NVIDIA H200"})
     (folder / path.name).write_text("\n".join([gpu, *rows, ""]), encoding="utf-8")
-    rendered = report.digest(report.devices(results), results)
+    rendered = report.readme_section(report.devices(results), results)
     assert report.NO_GPU not in rendered
     assert rendered.startswith("**NVIDIA H200**")
 
@@ -161,7 +172,7 @@ STALE = "stale: run `python -m benchmarks report` and commit what it writes"
 def test_what_is_committed_is_not_stale():
     folders = report.devices(RESULTS)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert report.replace_between_markers(readme, report.digest(folders, ROOT)) == readme, STALE
+    assert report.replace_between_markers(readme, report.readme_section(folders, ROOT)) == readme, STALE
     for folder, runs in folders.items():
         assert (folder / "README.md").read_text(encoding="utf-8") == report.page(runs), STALE
 

@@ -151,6 +151,28 @@ def test_results_of_another_version_are_written_over_but_not_resumed(tmp_path):
     assert read(path).rows == [LAYER]
 
 
+def test_an_unfinished_run_is_put_aside_and_a_finished_one_written_over(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    with ResultFile(path, described()) as file:
+        file.append("first", [LAYER], {})
+    unfinished = path.read_bytes()
+    with ResultFile(path, described(cases=1)) as file:
+        file.append("first", [LAYER], {})
+    assert path.with_name("rows.jsonl.unfinished").read_bytes() == unfinished
+    ResultFile(path, described()).__exit__(None, None, None)
+    assert path.with_name("rows.jsonl.unfinished").read_bytes() == unfinished
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("content", [b"", b'{"record": "environment", "time": "2026'])
+def test_a_file_cut_off_in_its_first_line_starts_anew(content, resume, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    with ResultFile(path, described(), resume=resume) as file:
+        file.append("first", [LAYER], {})
+    assert read(path).rows == [LAYER]
+
+
 def test_resuming_nothing_starts(tmp_path):
     with ResultFile(tmp_path / "new" / "rows.jsonl", described(), resume=True) as file:
         assert file.finished == {}

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cases import Case
+from ..environment import variables_set
 from ..failures import AbsentError
 from .operands import Operands
 
@@ -38,7 +38,7 @@ class Provider:
     """One arm.
 
     ``build`` raises :class:`AbsentError` where the arm has nothing to offer. ``own_mask`` says that its dropout mask is
-    fastlora's, so that it can be checked with dropout on. ``variables`` are set in the environment meanwhile.
+    fastlora's, so that it can be checked with dropout on. ``variables`` of the environment hold meanwhile; None unsets.
     ``by_name_only`` keeps it out of runs that do not name it: its import changes other libraries in the whole process,
     so that the arms beside it would no longer be what they claim.
     """
@@ -47,22 +47,12 @@ class Provider:
     about: str
     build: Callable[[Case, Operands, float], Built]
     own_mask: bool = False
-    variables: Mapping[str, str] = field(default_factory=dict)
+    variables: Mapping[str, str | None] = field(default_factory=dict)
     by_name_only: bool = False
 
-    @contextmanager
-    def turn(self) -> Iterator[None]:
+    def turn(self) -> AbstractContextManager[None]:
         """Sets the provider's variables for a while; entered and left outside every clock."""
-        before = {name: os.environ.get(name) for name in self.variables}
-        os.environ.update(self.variables)
-        try:
-            yield
-        finally:
-            for name, value in before.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value
+        return variables_set(self.variables)
 
 
 def imported(module: str, distribution: str | None = None) -> ModuleType:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 
 from .. import plots, runner
 from ..cases import DTYPES, FLOOR, LAYERS, MODES, PROFILES, Case
 from ..clocks import Clock
+from ..failures import AbsentError
 from ..rows import LayerRow
 from ..runner import Doing, layer_name, positive, probability
+from .arms import Built, Provider
 from .contest import run_case
 from .providers import providers
 from .table import render_case, render_summary
@@ -42,8 +45,8 @@ def run(args: argparse.Namespace) -> int:
     if args.list:
         print(_listing())
         return 0
-    named = args.provider or [name for name, provider in providers().items() if not provider.by_name_only]
-    arms = [provider for name, provider in providers().items() if name in (FLOOR, *named)]
+    named = (FLOOR, *args.provider) if args.provider else tuple(providers())
+    arms = [_unless_named(arm, args.provider or ()) for name, arm in providers().items() if name in named]
     settings = {"providers": [arm.name for arm in arms], "modes": list(args.mode), "rounds": args.rounds}
     axes = {axis: getattr(args, axis) for axis in Case._fields}
     whole = not (args.provider or args.rounds or tuple(args.mode) != MODES)
@@ -58,6 +61,15 @@ def run(args: argparse.Namespace) -> int:
     print(render_summary(rows))
     job.publish([job.path, *plots.save(job.path)])
     return 1 if any(row.status in ("wrong", "error") for row in rows) else 0
+
+
+def _unless_named(arm: Provider, named: Sequence[str]) -> Provider:
+    """An arm that takes part only by name is absent where it was not named."""
+
+    def build(*_: object) -> Built:
+        raise AbsentError(f"takes part only where it is named: --provider {arm.name}")
+
+    return replace(arm, build=build) if arm.by_name_only and arm.name not in named else arm
 
 
 def _listing() -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +16,7 @@ from ..rows import LayerRow, Spread
 from .arms import Built, Provider
 from .gate import Gate
 from .operands import Operands, make_operands
-from .work import kept_bytes, peak_bytes, prepare
+from .work import broken, kept_bytes, peak_bytes, prepare
 
 WARM_UP = 2
 
@@ -36,24 +37,24 @@ class _Entrant:
     wall: list[float] = field(default_factory=list)
     device: list[float] = field(default_factory=list)
 
-    def sample(self, clock: Clock, operands: Operands, turn: int) -> None:
+    def sample(self, clock: Clock, operands: Operands, calls: Iterator[int]) -> None:
         """Times one call; on CUDA a second one for the device's time. A failure ends up in the row."""
         with self.provider.turn(), failures_into([self.row]):
             mode = self.row.mode
-            self.wall.append(clock.wall(prepare(mode, self.built, operands, turn)))
-            if (ms := clock.device(prepare(mode, self.built, operands, turn))) is not None:
+            self.wall.append(clock.wall(prepare(mode, self.built, operands, next(calls))))
+            if (ms := clock.device(prepare(mode, self.built, operands, next(calls)))) is not None:
                 self.device.append(ms)
 
-    def warm_up(self, operands: Operands) -> None:
-        """Calls often enough for lazy set-up and compilation to be over."""
+    def warm_up(self, clock: Clock, operands: Operands, calls: Iterator[int]) -> None:
+        """Calls often enough for lazy set-up and compilation to be over, each until the device is done."""
         with self.provider.turn(), failures_into([self.row]):
-            for turn in range(WARM_UP):
-                prepare(self.row.mode, self.built, operands, turn)()
+            for _ in range(WARM_UP):
+                clock.wall(prepare(self.row.mode, self.built, operands, next(calls)))
 
     @property
     def median(self) -> float:
-        """Of device time where there is any, else of wall time."""
-        return Spread.of(self.device or self.wall).p50
+        """Of device time where there is any and it is not the host's that matters, else of wall time."""
+        return Spread.of(self.wall if self.row.case.is_host else self.device or self.wall).p50
 
 
 def run_case(
@@ -109,9 +110,13 @@ def _admit(
             if any(row.status != "ok" for row in group):
                 continue
             built = arm.build(case, operands, case.dropout)
+            wrong = broken(built, operands)
             for row in group:
                 row.backend, row.tile = built.backend, built.tile
-            admitted.append((arm, built))
+                if wrong is not None:
+                    row.fail("wrong", wrong)
+            if wrong is None:
+                admitted.append((arm, built))
     return admitted
 
 
@@ -129,8 +134,9 @@ def _time(entrants: list[_Entrant], rounds: int, seconds: float, clock: Clock, o
     floor = next((e for e in entrants if e.provider.name == FLOOR), None)
     again = None if floor is None else _Entrant(floor.provider, floor.built, floor.row)
     arms = [*entrants, *([] if again is None else [again])]
+    calls = itertools.count()
     for arm in arms:
-        arm.warm_up(operands)
+        arm.warm_up(clock, operands, calls)
     torch.manual_seed(0)
     deadline = time.perf_counter() + seconds
     with no_garbage_collection():
@@ -139,7 +145,7 @@ def _time(entrants: list[_Entrant], rounds: int, seconds: float, clock: Clock, o
                 break
             for arm in shuffled(arms, turn):
                 if arm.row.status == "ok":
-                    arm.sample(clock, operands, turn)
+                    arm.sample(clock, operands, calls)
     floor_ms = noise = None
     if floor is not None and again is not None and floor.row.status == "ok":
         floor_ms, noise = floor.median, abs(again.median / floor.median - 1)

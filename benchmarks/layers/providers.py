@@ -146,16 +146,20 @@ def _fastlora(backend: str, wide: bool = False) -> Callable[[Case, Operands, flo
             raise AbsentError(dict(chosen.verdicts)[backend] or "refused")
         if chosen.chosen == "triton" and not o.w.is_cuda:
             raise AbsentError("runs here in Triton's interpreter, whose time means nothing")
-        tile = None
-        if chosen.chosen == "triton":
-            masked = Dropout(p, draw_seed(o.w.device)) if p else None
-            try:
-                tile = triton.plan(o.xs[0].detach(), layer.weight, layer.lora_A, layer.lora_B, dropout=masked)
-            except RuntimeError as refusal:
-                raise AbsentError(str(refusal)) from refusal
+        tile = _tile(o, layer, p) if chosen.chosen == "triton" else None
         return Built(layer, {"da": layer.lora_A, "db": layer.lora_B}, backend=chosen.chosen, tile=tile)
 
     return build
+
+
+def _tile(o: Operands, layer: fastlora.LoRALinear, p: float) -> str:
+    """The forward's. A forced design may be impossible in either direction."""
+    a, b = layer.lora_A.detach(), layer.lora_B.detach()
+    try:
+        triton.plan(o.dys[0], o.w.T, b.T, a.T)
+        return triton.plan(o.xs[0].detach(), o.w, a, b, dropout=Dropout(p, draw_seed(o.w.device)) if p else None)
+    except RuntimeError as refusal:
+        raise AbsentError(str(refusal)) from refusal
 
 
 def providers() -> dict[str, Provider]:
@@ -179,12 +183,12 @@ def providers() -> dict[str, Provider]:
         if name != "reference"
     ]
     known += [
-        _ours(f"fastlora-triton-{design}", f"and to its {design} design", "triton", FASTLORA_TRITON_DESIGN=design)
+        _ours(f"fastlora-triton-{design}", f"fastlora forced to triton's {design} design", "triton", design=design)
         for design in ("portable", "one_launch")
     ]
     return {provider.name: provider for provider in known}
 
 
-def _ours(name: str, about: str, backend: str, wide: bool = False, **variables: str) -> Provider:
-    variables = {"FASTLORA_BACKEND": backend, **variables}
+def _ours(name: str, about: str, backend: str, wide: bool = False, design: str | None = None) -> Provider:
+    variables = {"FASTLORA_BACKEND": backend, "FASTLORA_TRITON_DESIGN": design}
     return Provider(name, about, _fastlora(backend, wide), own_mask=True, variables=variables)

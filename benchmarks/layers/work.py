@@ -12,12 +12,12 @@ from .arms import Built
 from .operands import Operands
 
 
-def prepare(mode: str, built: Built, operands: Operands, turn: int) -> Work:
+def prepare(mode: str, built: Built, operands: Operands, call: int) -> Work:
     """The call to be timed: all it needs exists, and for ``backward`` the forward has run.
 
-    ``turn`` picks the copy of x and dy.
+    ``call`` picks the copy of x and dy: with one more each time, no call finds its x where the last one left it.
     """
-    x, dy = operands.xs[turn % COPIES], operands.dys[turn % COPIES]
+    x, dy = operands.xs[call % COPIES], operands.dys[call % COPIES]
     leaves = (x, *built.trained.values())
     layer = built.layer
     if mode == "forward":
@@ -26,6 +26,24 @@ def prepare(mode: str, built: Built, operands: Operands, turn: int) -> Work:
         return lambda: torch.autograd.grad(layer(x), leaves, dy)
     y = layer(x)
     return lambda: torch.autograd.grad(y, leaves, dy)
+
+
+def broken(built: Built, operands: Operands) -> str | None:
+    """What is missing, not finite or all zero in one step of the very layer that is timed; None where all is there.
+
+    The gate knows no mask but fastlora's, and checks the others without dropout: this looks at what it could not.
+    """
+    x, dy = operands.xs[0], operands.dys[0]
+    y = built.layer(x)
+    gradients = torch.autograd.grad(y, (x, *built.trained.values()), dy, allow_unused=True)
+    for name, tensor in zip(("y", "dx", *built.trained), (y, *gradients), strict=True):
+        if tensor is None:
+            return f"{name}: no gradient arrived"
+        if not tensor.isfinite().all():
+            return f"{name}: not finite"
+        if not tensor.any():
+            return f"{name}: all zero"
+    return None
 
 
 def peak_bytes(built: Built, operands: Operands) -> int:

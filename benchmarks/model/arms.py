@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 import fastlora
 
 from ..cases import SCALE, ModelCase
+from ..environment import variables_set
 from .architectures import Architecture, architecture_named, as_linear, targets
 
 FULL = "full"
@@ -41,16 +43,23 @@ Adapt = Callable[[nn.Module, Architecture, ModelCase], Adapted]
 
 @dataclass(frozen=True)
 class Arm:
-    """One arm: ``wide`` says that its adapters are float32 whatever the base is."""
+    """One arm: ``wide`` says that its adapters are float32 whatever the base is; ``backend`` is forced meanwhile."""
 
     name: str
     about: str
     adapt: Adapt
     wide: bool = False
     needs: str | None = None
+    backend: str = "auto"
 
-    def refuses(self, case: ModelCase) -> str | None:
+    def turn(self) -> AbstractContextManager[None]:
+        """Forces the backend for a while; entered and left outside every clock."""
+        return variables_set({"FASTLORA_BACKEND": self.backend, "FASTLORA_TRITON_DESIGN": None})
+
+    def refuses(self, case: ModelCase, device: torch.device) -> str | None:
         """Why it has nothing to offer for the case; None where it has."""
+        if self.backend == "triton" and device.type != "cuda":
+            return "the kernels need a CUDA GPU"
         longest = architecture_named(case.model).longest
         if longest is not None and case.sequence > longest:
             return f"{case.model} takes at most {longest} tokens"
@@ -143,5 +152,6 @@ def arms() -> dict[str, Arm]:
         Arm("peft-same", "PEFT, adapters in the base's dtype", _peft(False), needs="peft"),
         Arm("fastlora", "fastlora, backend chosen by itself", _fastlora(False)),
         Arm("fastlora-fp32", "the same with float32 adapters", _fastlora(True), wide=True),
+        Arm("fastlora-triton", "fastlora forced to triton", _fastlora(False), backend="triton"),
     )
     return {arm.name: arm for arm in known}

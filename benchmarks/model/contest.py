@@ -41,7 +41,7 @@ class _Entrant:
 
     def sample(self, training: Training, clock: Clock, turn: int) -> None:
         """Times one step. A failure ends up in the row."""
-        with failures_into([self.row]):
+        with self.arm.turn(), failures_into([self.row]):
             self.samples.append(clock.wall(training.prepare(turn)))
 
 
@@ -63,7 +63,7 @@ def run_case(
     rows = [ModelRow.of(case, arm.name) for arm in arms]
     entrants = []
     for arm, row in zip(arms, rows, strict=True):
-        if reason := arm.refuses(case):
+        if reason := arm.refuses(case, device):
             row.fail("absent", reason)
         elif smaller := _out_of_memory(row, earlier):
             row.fail("oom", f"out of memory already at batch {smaller.batch} x {smaller.sequence} tokens")
@@ -89,7 +89,7 @@ def _out_of_memory(row: ModelRow, earlier: Sequence[ModelRow]) -> ModelRow | Non
 
 def _admit(case: ModelCase, arm: Arm, row: ModelRow, gate: ModelGate, device: torch.device) -> list[_Entrant]:
     """Holds the arm to the oracle and measures its bytes, alone on the device; empty where it may not be timed."""
-    with failures_into([row]):
+    with arm.turn(), failures_into([row]):
         require_room(case, arm, device)
         row.record_errors(gate.check(arm, case))
         if row.status != "ok":
@@ -136,7 +136,7 @@ def _step_by_step(
     trainings: dict[str, Training] = {}
     for entrant in entrants:
         if entrant.arm.name not in trainings:
-            with failures_into([entrant.row]):
+            with entrant.arm.turn(), failures_into([entrant.row]):
                 trainings[entrant.arm.name] = Training(case, entrant.arm, device)
     deadline = time.perf_counter() + seconds
     for turn in range(rounds):
@@ -158,7 +158,7 @@ def _block_by_block(
         for entrant in shuffled(entrants, block):
             if entrant.row.status != "ok":
                 continue
-            with failures_into([entrant.row]):
+            with entrant.arm.turn(), failures_into([entrant.row]):
                 _block(case, entrant, range(block * steps, (block + 1) * steps), clock, device)
             release(device)
 

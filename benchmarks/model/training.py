@@ -6,6 +6,7 @@ import gc
 import importlib.util
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ import fastlora
 
 from ..cases import COPIES, ModelCase
 from ..clocks import Work
-from ..memory import allocation
+from ..memory import allocation, stored_bytes
 from .architectures import architecture_named, build, parameter_count, random_batch
 from .arms import FULL, Arm
 
@@ -94,11 +95,11 @@ class Training:
         """Where the bytes of a step are, every storage once."""
         model, trained = self.subject.model, self.subject.trained
         states = [t for state in self._optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
-        weights, optimizer = stored([*model.parameters(), *model.buffers()]), stored(states)
+        weights, optimizer = stored_bytes([*model.parameters(), *model.buffers()]), stored_bytes(states)
         self._optimizer.zero_grad()
         activations = allocation(lambda: self.loss(0), self.device).live
         step = allocation(self.prepare(0), self.device).peak
-        gradients = stored(p.grad for p in trained if p.grad is not None)
+        gradients = stored_bytes(p.grad for p in trained if p.grad is not None)
         return Memory(weights, gradients, optimizer, activations, weights + optimizer + step)
 
     @property
@@ -113,12 +114,6 @@ class Training:
                 )
                 chosen.add(plan.chosen or "none")
         return "+".join(sorted(chosen)) or None
-
-
-def stored(tensors: Iterable[Tensor]) -> int:
-    """The bytes of all storages beneath, each once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
 
 
 def require_room(case: ModelCase, arm: Arm, device: torch.device) -> None:
@@ -149,7 +144,10 @@ def release(device: torch.device) -> None:
 
 
 def capacity(device: torch.device) -> int:
-    """The device's whole memory."""
+    """The device's whole memory; of a CPU's what the machine has, or a container may use."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    allowed = limit.read_text().strip() if limit.exists() else "max"
+    return min(whole, int(allowed)) if allowed.isdigit() else whole

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..clocks import Work
+from ..memory import stored_bytes
 from .claims import MEASURED, Claim, Finding, Lab, NotMeasuredError
 from .lab import RANK, decoder, interleaved, milliseconds, tokens_for
 from .models import DECODERS, Decoder, adapt, count, trained_parameters
@@ -60,7 +60,7 @@ def _memory(lab: Lab) -> Finding:
         step()
         gradients = (parameter.grad for parameter in model.parameters())
         moments = (value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value))
-        held[name] = (_bytes(model.parameters()), _bytes(gradients), _bytes(moments))
+        held[name] = (stored_bytes(model.parameters()), stored_bytes(gradients), stored_bytes(moments))
     full, lora = map(sum, held.values())
     return Finding(
         f"{full / 1e6:,.0f} MB → {lora / 1e6:,.0f} MB, {full / lora:.2f}×",
@@ -69,11 +69,6 @@ def _memory(lab: Lab) -> Finding:
         + ", ".join(f"{name} {' + '.join(f'{size / 1e6:,.1f}' for size in sizes)} MB" for name, sizes in held.items())
         + ". Activations come on top of both.",
     )
-
-
-def _bytes(tensors: Iterable[Tensor | None]) -> int:
-    storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def _throughput(lab: Lab) -> Finding:
