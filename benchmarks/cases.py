@@ -183,7 +183,7 @@ PROFILES = {
         "quick": Profile(
             "two minutes",
             rounds=25,
-            seconds=3.0,
+            seconds=2.5,
             kind=Case,
             sweeps=(
                 _sweep(["roberta-base.query"], [512], [8], ["fp32", "bf16"], [0.0, 0.1]),
