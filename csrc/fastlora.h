@@ -1,0 +1,80 @@
+// The C ABI of the CUDA kernels: raw pointers, sizes, strides in elements, dtype codes, the stream as a pointer.
+//
+// A function returns NULL, or what went wrong, in words that live as long as the program. Nothing is launched then. The
+// caller keeps every pointer alive until the stream has passed, and has made the device of the stream current.
+// fastlora/cuda.py mirrors these structs field by field.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Grows with every change of a struct below; fastlora/cuda.py refuses a library of another one.
+#define FASTLORA_ABI 1
+int32_t fastlora_abi(void);
+
+enum { FASTLORA_BF16 = 0, FASTLORA_FP16 = 1, FASTLORA_FP32 = 2 };
+enum { FASTLORA_MASK_NONE = 0, FASTLORA_MASK_INPUT = 1, FASTLORA_MASK_PRODUCT = 2 };
+enum { FASTLORA_ONE_LAUNCH = 0, FASTLORA_SERIAL = 1 };
+
+// The dropout mask, as fastlora/dropout.py defines it: seed is (key, offset) int64 [2] on the device.
+typedef struct {
+  int32_t kind;
+  int32_t threshold;
+  float rescale;
+  const int64_t* seed;
+} fastlora_mask;
+
+// z = scale · D(x) aᵀ, y = x wᵀ + z bᵀ + bias (mask on the input), or y = x wᵀ + D(z bᵀ) + bias (mask on the product).
+//
+//   x [m, k], y [m, n], z [m, r]: rows contiguous, base and row stride multiples of 16 bytes; dtype
+//   w [n, k]: w_stride is that of its rows; where w_transposed, it is stored as [k, n] and w_stride is that of k
+//   a [r, k], b [n, r]: adapter_dtype, which is dtype or FP32; any strides
+//   bias [n] contiguous, dtype, or NULL
+//   w, b, bias and y NULL: z alone
+//   r <= 256
+typedef struct {
+  const void *x, *w, *a, *b, *bias;
+  void *y, *z;
+  int64_t m, k, n, r;
+  int64_t x_stride, w_stride, y_stride, z_stride;
+  int64_t a_stride_r, a_stride_k, b_stride_n, b_stride_r;
+  int32_t w_transposed, dtype, adapter_dtype;
+  float scale;
+  fastlora_mask mask;
+  // Who makes z: CTAs of the one launch, or a launch before it.
+  int32_t design;
+  // Columns of a tile, 128 or 256; 0 chooses.
+  int32_t tile_columns;
+} fastlora_lora_matmul;
+
+// Bytes of device memory that a call needs beside its operands; aligned to 256.
+size_t fastlora_lora_matmul_workspace(const fastlora_lora_matmul* call);
+
+const char* fastlora_lora_matmul_sm90(const fastlora_lora_matmul* call, void* workspace, int32_t sms, void* stream);
+
+// g = pᵀ D(q), where wide and narrow are the wider and the narrower of p and q.
+//
+//   wide [m, c], narrow [m, r]: rows contiguous, base and row stride multiples of 16 bytes; dtype
+//   grad: element (i of r, j of c) at i * grad_stride_r + j * grad_stride_c; grad_dtype, any of the three
+//   the mask is NONE, or INPUT: on wide
+//   r <= 256
+typedef struct {
+  const void *wide, *narrow;
+  void* grad;
+  int64_t m, c, r;
+  int64_t wide_stride, narrow_stride, grad_stride_r, grad_stride_c;
+  int32_t dtype, grad_dtype;
+  fastlora_mask mask;
+} fastlora_rank_grad;
+
+size_t fastlora_rank_grad_workspace(const fastlora_rank_grad* call);
+
+const char* fastlora_rank_grad_sm90(const fastlora_rank_grad* call, void* workspace, int32_t sms, void* stream);
+
+#ifdef __cplusplus
+}
+#endif
