@@ -30,7 +30,8 @@ typedef struct {
 
 // z = scale · D(x) aᵀ, y = x wᵀ + z bᵀ + bias (mask on the input), or y = x wᵀ + D(z bᵀ) + bias (mask on the product).
 //
-//   x [m, k], y [m, n], z [m, r]: rows contiguous, base and row stride multiples of 16 bytes; dtype
+//   x [m, k], y [m, n], z [m, r]: rows contiguous, base and row stride multiples of 16 bytes; dtype. Rows of z are written
+//   up to the next multiple of 8 columns
 //   w [n, k]: w_stride is that of its rows; where w_transposed, it is stored as [k, n] and w_stride is that of k
 //   a [r, k], b [n, r]: adapter_dtype, which is dtype or FP32; any strides
 //   bias [n] contiguous, dtype, or NULL
@@ -73,7 +74,7 @@ typedef struct {
 
 size_t fastlora_rank_grad_workspace(const fastlora_rank_grad* call);
 
-const char* fastlora_rank_grad_sm90(const fastlora_rank_grad* call, void* workspace, int32_t sms, void* stream);
+const char* fastlora_rank_grad_sm90(const fastlora_rank_grad* call, void* workspace, void* stream);
 
 #ifdef __cplusplus
 }

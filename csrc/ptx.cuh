@@ -30,6 +30,7 @@ __device__ __forceinline__ uint32_t warp_index() { return __shfl_sync(~0u, threa
 __device__ __forceinline__ uint32_t block_index() { return blockIdx.x; }
 __device__ __forceinline__ uint32_t block_index_y() { return blockIdx.y; }
 __device__ __forceinline__ uint32_t grid_blocks() { return gridDim.x; }
+__device__ __forceinline__ uint32_t grid_blocks_y() { return gridDim.y; }
 
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t rank;
@@ -267,6 +268,7 @@ __device__ __forceinline__ void registers_increase() {
 // ---- 16-bit elements
 
 struct BF16 {
+  static constexpr bool IS_BF16 = true;
   static __device__ __forceinline__ uint16_t round(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
   static __device__ __forceinline__ float widen(uint16_t x) { return __bfloat162float(__ushort_as_bfloat16(x)); }
   // low and high half of a word, each rounded to nearest even.
@@ -278,6 +280,7 @@ struct BF16 {
 };
 
 struct FP16 {
+  static constexpr bool IS_BF16 = false;
   static __device__ __forceinline__ uint16_t round(float x) { return __half_as_ushort(__float2half_rn(x)); }
   static __device__ __forceinline__ float widen(uint16_t x) { return __half2float(__ushort_as_half(x)); }
   static __device__ __forceinline__ uint32_t pack(float low, float high) {
@@ -300,20 +303,23 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(PENDING) : "memory");
 }
 
-#define FASTLORA_ACCUMULATORS_8(i) \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
-      "+f"(d[i + 7])
-#define FASTLORA_ACCUMULATORS_32 \
-  FASTLORA_ACCUMULATORS_8(0), FASTLORA_ACCUMULATORS_8(8), FASTLORA_ACCUMULATORS_8(16), FASTLORA_ACCUMULATORS_8(24)
-#define FASTLORA_ACCUMULATORS_64 \
-  FASTLORA_ACCUMULATORS_32, FASTLORA_ACCUMULATORS_8(32), FASTLORA_ACCUMULATORS_8(40), FASTLORA_ACCUMULATORS_8(48), \
-      FASTLORA_ACCUMULATORS_8(56)
-#define FASTLORA_ACCUMULATORS_128 \
-  FASTLORA_ACCUMULATORS_64, FASTLORA_ACCUMULATORS_8(64), FASTLORA_ACCUMULATORS_8(72), FASTLORA_ACCUMULATORS_8(80), \
-      FASTLORA_ACCUMULATORS_8(88), FASTLORA_ACCUMULATORS_8(96), FASTLORA_ACCUMULATORS_8(104), \
-      FASTLORA_ACCUMULATORS_8(112), FASTLORA_ACCUMULATORS_8(120)
+#define FASTLORA_ACCUMULATORS_8(C, i) \
+  C(d[i]), C(d[i + 1]), C(d[i + 2]), C(d[i + 3]), C(d[i + 4]), C(d[i + 5]), C(d[i + 6]), C(d[i + 7])
+#define FASTLORA_ACCUMULATORS_32(C) \
+  FASTLORA_ACCUMULATORS_8(C, 0), FASTLORA_ACCUMULATORS_8(C, 8), FASTLORA_ACCUMULATORS_8(C, 16), \
+      FASTLORA_ACCUMULATORS_8(C, 24)
+#define FASTLORA_ACCUMULATORS_64(C) \
+  FASTLORA_ACCUMULATORS_32(C), FASTLORA_ACCUMULATORS_8(C, 32), FASTLORA_ACCUMULATORS_8(C, 40), \
+      FASTLORA_ACCUMULATORS_8(C, 48), FASTLORA_ACCUMULATORS_8(C, 56)
+#define FASTLORA_ACCUMULATORS_128(C) \
+  FASTLORA_ACCUMULATORS_64(C), FASTLORA_ACCUMULATORS_8(C, 64), FASTLORA_ACCUMULATORS_8(C, 72), \
+      FASTLORA_ACCUMULATORS_8(C, 80), FASTLORA_ACCUMULATORS_8(C, 88), FASTLORA_ACCUMULATORS_8(C, 96), \
+      FASTLORA_ACCUMULATORS_8(C, 104), FASTLORA_ACCUMULATORS_8(C, 112), FASTLORA_ACCUMULATORS_8(C, 120)
+// Added to, or only set: with the latter the compiler needs no value before, and so no moves.
+#define FASTLORA_ADD(x) "+f"(x)
+#define FASTLORA_SET(x) "=f"(x)
 
-#define FASTLORA_WGMMA_64(TYPE) \
+#define FASTLORA_WGMMA_64(TYPE, C) \
   asm volatile( \
       "{\n.reg .pred p;\n" \
       "setp.ne.b32 p, %34, 0;\n" \
@@ -321,10 +327,10 @@ __device__ __forceinline__ void wgmma_wait() {
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, " \
       "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31" \
       "}, %32, %33, p, 1, 1, %35, %36;\n}\n" \
-      : FASTLORA_ACCUMULATORS_32 \
-      : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(A_MN_MAJOR)), "n"(int(B_MN_MAJOR)))
+      : FASTLORA_ACCUMULATORS_32(C) \
+      : "l"(a), "l"(b), "r"(int(ADD)), "n"(int(A_MN_MAJOR)), "n"(int(B_MN_MAJOR)))
 
-#define FASTLORA_WGMMA_128(TYPE) \
+#define FASTLORA_WGMMA_128(TYPE, C) \
   asm volatile( \
       "{\n.reg .pred p;\n" \
       "setp.ne.b32 p, %66, 0;\n" \
@@ -334,10 +340,10 @@ __device__ __forceinline__ void wgmma_wait() {
       "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, " \
       "%59, %60, %61, %62, %63" \
       "}, %64, %65, p, 1, 1, %67, %68;\n}\n" \
-      : FASTLORA_ACCUMULATORS_64 \
-      : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(A_MN_MAJOR)), "n"(int(B_MN_MAJOR)))
+      : FASTLORA_ACCUMULATORS_64(C) \
+      : "l"(a), "l"(b), "r"(int(ADD)), "n"(int(A_MN_MAJOR)), "n"(int(B_MN_MAJOR)))
 
-#define FASTLORA_WGMMA_256(TYPE) \
+#define FASTLORA_WGMMA_256(TYPE, C) \
   asm volatile( \
       "{\n.reg .pred p;\n" \
       "setp.ne.b32 p, %130, 0;\n" \
@@ -350,29 +356,35 @@ __device__ __forceinline__ void wgmma_wait() {
       "%97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, " \
       "%113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127" \
       "}, %128, %129, p, 1, 1, %131, %132;\n}\n" \
-      : FASTLORA_ACCUMULATORS_128 \
-      : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(A_MN_MAJOR)), "n"(int(B_MN_MAJOR)))
+      : FASTLORA_ACCUMULATORS_128(C) \
+      : "l"(a), "l"(b), "r"(int(ADD)), "n"(int(A_MN_MAJOR)), "n"(int(B_MN_MAJOR)))
 
-// d [64, N] (+)= A [64, 16] · B [16, N], a and b matrix descriptors; asynchronous. Thread t of the warpgroup holds
-//   d[4 j + 2 h + c] = D[16 (t / 32) + 8 h + (t % 32) / 4, 8 j + 2 (t % 4) + c]     j < N / 8, h < 2, c < 2
-// where ``accumulate`` is false D starts at zero.
-template <class T, int N, bool A_MN_MAJOR, bool B_MN_MAJOR>
-__device__ __forceinline__ void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
-  static_assert(N == 64 || N == 128 || N == 256, "an N that the kernels use");
-  constexpr bool BF = __is_same(T, BF16);
-  if constexpr (N == 64 && BF) {
-    FASTLORA_WGMMA_64("bf16");
-  } else if constexpr (N == 64) {
-    FASTLORA_WGMMA_64("f16");
-  } else if constexpr (N == 128 && BF) {
-    FASTLORA_WGMMA_128("bf16");
-  } else if constexpr (N == 128) {
-    FASTLORA_WGMMA_128("f16");
-  } else if constexpr (BF) {
-    FASTLORA_WGMMA_256("bf16");
-  } else {
-    FASTLORA_WGMMA_256("f16");
+#define FASTLORA_WGMMA(C)                                            \
+  static_assert(N == 64 || N == 128 || N == 256, "an N in use");     \
+  if constexpr (N == 64) {                                           \
+    if constexpr (T::IS_BF16) FASTLORA_WGMMA_64("bf16", C);          \
+    if constexpr (!T::IS_BF16) FASTLORA_WGMMA_64("f16", C);          \
+  } else if constexpr (N == 128) {                                   \
+    if constexpr (T::IS_BF16) FASTLORA_WGMMA_128("bf16", C);         \
+    if constexpr (!T::IS_BF16) FASTLORA_WGMMA_128("f16", C);         \
+  } else {                                                           \
+    if constexpr (T::IS_BF16) FASTLORA_WGMMA_256("bf16", C);         \
+    if constexpr (!T::IS_BF16) FASTLORA_WGMMA_256("f16", C);         \
   }
+
+// d [64, N] += A [64, 16] · B [16, N], a and b matrix descriptors; asynchronous. Thread t of the warpgroup holds
+//   d[4 j + 2 h + c] = D[16 (t / 32) + 8 h + (t % 32) / 4, 8 j + 2 (t % 4) + c]     j < N / 8, h < 2, c < 2
+template <class T, int N, bool A_MN_MAJOR, bool B_MN_MAJOR>
+__device__ __forceinline__ void wgmma_add(float (&d)[N / 2], uint64_t a, uint64_t b) {
+  constexpr bool ADD = true;
+  FASTLORA_WGMMA(FASTLORA_ADD)
+}
+
+// d = A · B.
+template <class T, int N, bool A_MN_MAJOR, bool B_MN_MAJOR>
+__device__ __forceinline__ void wgmma_set(float (&d)[N / 2], uint64_t a, uint64_t b) {
+  constexpr bool ADD = false;
+  FASTLORA_WGMMA(FASTLORA_SET)
 }
 
 }  // namespace fastlora

@@ -1,0 +1,320 @@
+// rank_grad for sm_90a: g = pᵀ D(q), the gradient of an adapter; a tall-skinny reduction over the M tokens.
+//
+//   wide, narrow = the wider and the narrower of p and q        wide [M, C], narrow [M, R]
+//   for each block of 128 columns of C, split of M:             one CTA
+//     producer:   for 64 tokens of the split: ring <- wide_mc, narrow_mr
+//     consumers:  acc_cr += D(wide_mc)ᵀ · narrow_mr             64 columns each
+//                 partial[split] <- acc_cr
+//     the last CTA of the columns:  g = sum of partial over splits, in order
+//
+// Operands: wide and narrow 16-bit, rows of whole 16 bytes; R <= 256; g in any dtype, any strides. The mask is on wide and
+// is made anew. Both operands are read as they lie, tokens outermost: wgmma takes both MN-major.
+// Bytes: one read of wide, C / 128 of narrow (from L2), 8 · splits · C · R of partial sums. Memory-bound for R <= 64.
+// The same bits run after run: the splits follow from the shapes, and whoever ends last adds in the same order.
+
+#include <cstdint>
+
+#include <fastlora.h>
+#include <layout.cuh>
+#include <philox.cuh>
+#include <ptx.cuh>
+#include <schedule.cuh>
+
+#include <launch.cuh>
+
+namespace fastlora {
+namespace {
+
+constexpr uint32_t WARPGROUP = 128;
+constexpr uint32_t CONSUMERS = 2;
+constexpr uint32_t THREADS = (1 + CONSUMERS) * WARPGROUP;
+constexpr uint32_t COLUMNS = CONSUMERS * PANEL;
+constexpr uint32_t TOKENS = 64;
+constexpr uint32_t PANEL_BYTES = TOKENS * PANEL_ROW_BYTES;
+
+constexpr int PRODUCER_REGISTERS = 40;
+constexpr int CONSUMER_REGISTERS = 232;
+
+// As many CTAs as fill an H100 or H200 once: a constant, so that the sums are the same on every GPU.
+constexpr uint32_t TARGET_CTAS = 132;
+// Fewer tokens than this a split and the partial sums cost more than the reads.
+constexpr uint32_t LEAST_TOKENS = 4 * TOKENS;
+
+struct Parameters {
+  TensorMap wide, narrow;
+  // [splits, c, r_padded] float32, and for each block of columns how many splits have ended.
+  float* partial;
+  uint32_t* ended;
+  void* grad;
+  int64_t grad_stride_r, grad_stride_c;
+  uint32_t m, c, r, r_padded;
+  uint32_t tokens_per_split;
+  int32_t grad_dtype;
+  int32_t masked;
+  Mask mask;
+};
+
+template <int PANELS>
+struct Layout {
+  static constexpr uint32_t STAGE_BYTES = (CONSUMERS + PANELS) * PANEL_BYTES;
+  static constexpr uint32_t STAGES = PANELS == 1 ? 8 : PANELS == 2 ? 6 : 4;
+  static constexpr uint32_t FULL = STAGES * STAGE_BYTES;
+  static constexpr uint32_t EMPTY = FULL + 8 * STAGES;
+  static constexpr uint32_t LAST = EMPTY + 8 * STAGES;
+  static constexpr uint32_t BYTES = LAST + 4;
+};
+
+template <int PANELS>
+struct Ring {
+  using L = Layout<PANELS>;
+  Shared memory;
+  uint32_t slot = 0, parity = 0;
+
+  __device__ __forceinline__ explicit Ring(Shared memory) : memory(memory) {}
+
+  __device__ __forceinline__ Shared stage() const { return memory + slot * L::STAGE_BYTES; }
+  __device__ __forceinline__ Shared full() const { return memory + L::FULL + 8 * slot; }
+  __device__ __forceinline__ Shared empty(uint32_t slot) const { return memory + L::EMPTY + 8 * slot; }
+
+  __device__ __forceinline__ void advance() {
+    if (++slot == L::STAGES) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+template <int PANELS>
+__device__ __forceinline__ void produce(const Parameters& p, Ring<PANELS> ring, uint32_t first_m, uint32_t last_m) {
+  using L = Layout<PANELS>;
+  for (uint32_t m = first_m; m < last_m; m += TOKENS) {
+    barrier_wait(ring.empty(ring.slot), ring.parity ^ 1);
+    barrier_arrive_expect(ring.full(), L::STAGE_BYTES);
+    for (uint32_t i = 0; i < CONSUMERS; ++i) {
+      tma_load(ring.stage() + i * PANEL_BYTES, &p.wide, ring.full(), block_index() * COLUMNS + i * PANEL, m);
+    }
+    for (uint32_t i = 0; i < PANELS; ++i) {
+      tma_load(ring.stage() + (CONSUMERS + i) * PANEL_BYTES, &p.narrow, ring.full(), i * PANEL, m);
+    }
+    ring.advance();
+  }
+}
+
+template <class T, int PANELS>
+struct Consumer {
+  const Parameters& p;
+  Ring<PANELS> ring;
+  uint32_t consumer, thread, first_c;
+  Fragment fragment;
+
+  __device__ __forceinline__ Consumer(const Parameters& p, Ring<PANELS> ring)
+      : p(p),
+        ring(ring),
+        consumer(thread_index() / WARPGROUP - 1),
+        thread(thread_index() % WARPGROUP),
+        first_c(block_index() * COLUMNS + consumer * PANEL),
+        fragment(thread) {}
+
+  // acc_cr (+)= D(wide_mc)ᵀ · narrow_mr for the 64 tokens of the stage.
+  template <bool SET>
+  __device__ __forceinline__ void multiply(float (&acc_cr)[PANELS][PANEL / 2], uint32_t m) {
+    barrier_wait(ring.full(), ring.parity);
+    const Shared wide = ring.stage() + consumer * PANEL_BYTES, narrow = ring.stage() + CONSUMERS * PANEL_BYTES;
+    if (p.masked) {
+      // In place: nobody else reads this warpgroup's columns.
+      mask_panel(MaskBits(p.mask), wide, 0, m, first_c, thread);
+      fence_async_shared();
+      named_barrier_sync(1 + consumer, WARPGROUP);
+    }
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < PANELS; ++i) {
+#pragma unroll
+      for (uint32_t step = 0; step < TOKENS / 16; ++step) {
+        const uint64_t wide_cm = panel_descriptor(wide + step * k16_bytes<true>(), PANEL_BYTES);
+        const uint64_t narrow_mr = panel_descriptor(narrow + i * PANEL_BYTES + step * k16_bytes<true>(), PANEL_BYTES);
+        if (SET && step == 0) {
+          wgmma_set<T, PANEL, true, true>(acc_cr[i], wide_cm, narrow_mr);
+        } else {
+          wgmma_add<T, PANEL, true, true>(acc_cr[i], wide_cm, narrow_mr);
+        }
+      }
+    }
+    wgmma_commit();
+  }
+
+  __device__ __forceinline__ void release(uint32_t slot) const {
+    if (thread == 0) barrier_arrive(ring.empty(slot));
+  }
+
+  __device__ __forceinline__ void run(uint32_t first_m, uint32_t last_m) {
+    float acc_cr[PANELS][PANEL / 2];
+    multiply<true>(acc_cr, first_m);
+    uint32_t previous = ring.slot;
+    ring.advance();
+    for (uint32_t m = first_m + TOKENS; m < last_m; m += TOKENS) {
+      multiply<false>(acc_cr, m);
+      wgmma_wait<1>();
+      release(previous);
+      previous = ring.slot;
+      ring.advance();
+    }
+    wgmma_wait<0>();
+    store_partial(acc_cr);
+    if (is_last()) add_splits();
+  }
+
+  __device__ __forceinline__ void store_partial(const float (&acc_cr)[PANELS][PANEL / 2]) const {
+    const float rescale = p.masked ? p.mask.rescale : 1.0f;
+    float* partial = p.partial + uint64_t(block_index_y()) * p.c * p.r_padded;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const uint32_t c = first_c + fragment.row() + 8 * h;
+      float* row = partial + uint64_t(c) * p.r_padded;
+#pragma unroll
+      for (int i = 0; i < PANELS; ++i) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          const uint32_t r = i * PANEL + 8 * j + fragment.column();
+          if (c < p.c && r < p.r_padded) {
+            row[r] = acc_cr[i][4 * j + 2 * h] * rescale;
+            row[r + 1] = acc_cr[i][4 * j + 2 * h + 1] * rescale;
+          }
+        }
+      }
+    }
+  }
+
+  // One thread's addition releases what all consumers wrote, and acquires what those of the other splits did.
+  __device__ __forceinline__ bool is_last() const {
+    const Shared last = ring.memory + Layout<PANELS>::LAST;
+    named_barrier_sync(1 + CONSUMERS, CONSUMERS * WARPGROUP);
+    if (consumer == 0 && thread == 0) {
+      store_shared(last, add_acquire_release(p.ended + block_index(), 1) + 1 == grid_blocks_y());
+    }
+    named_barrier_sync(1 + CONSUMERS, CONSUMERS * WARPGROUP);
+    return load_shared(last) != 0;
+  }
+
+  __device__ __forceinline__ void add_splits() const {
+    const uint32_t block_c = block_index() * COLUMNS;
+    const uint32_t columns = p.c - block_c < COLUMNS ? p.c - block_c : COLUMNS;
+    const uint32_t size = columns * p.r;
+    for (uint32_t i = consumer * WARPGROUP + thread; i < size; i += CONSUMERS * WARPGROUP) {
+      // Neighbours in a warp write neighbours in memory.
+      const uint32_t c = p.grad_stride_c == 1 ? i % columns : i / p.r;
+      const uint32_t r = p.grad_stride_c == 1 ? i / columns : i % p.r;
+      const float* partial = p.partial + uint64_t(block_c + c) * p.r_padded + r;
+      float sum = 0.0f;
+      for (uint32_t split = 0; split < grid_blocks_y(); ++split) sum += partial[uint64_t(split) * p.c * p.r_padded];
+      const int64_t at = r * p.grad_stride_r + (block_c + c) * p.grad_stride_c;
+      if (p.grad_dtype == FASTLORA_FP32) {
+        static_cast<float*>(p.grad)[at] = sum;
+      } else {
+        static_cast<uint16_t*>(p.grad)[at] = p.grad_dtype == FASTLORA_BF16 ? BF16::round(sum) : FP16::round(sum);
+      }
+    }
+  }
+};
+
+template <class T, int PANELS>
+__global__ void __launch_bounds__(THREADS, 1) rank_grad_kernel(const __grid_constant__ Parameters p) {
+  using L = Layout<PANELS>;
+  const Ring<PANELS> ring(shared_memory());
+  const uint32_t warp = warp_index();
+  if (warp == 0 && elect_one()) {
+    for (uint32_t i = 0; i < L::STAGES; ++i) {
+      barrier_init(ring.memory + L::FULL + 8 * i, 1, "full", i);
+      barrier_init(ring.memory + L::EMPTY + 8 * i, CONSUMERS, "empty", i);
+    }
+    fence_barrier_init();
+    prefetch_map(&p.wide);
+    prefetch_map(&p.narrow);
+  }
+  warp_sync();
+  cta_sync();
+  const uint32_t first_m = block_index_y() * p.tokens_per_split;
+  const uint32_t last_m = p.m - first_m < p.tokens_per_split ? p.m : first_m + p.tokens_per_split;
+  if (warp < WARPGROUP / 32) {
+    registers_decrease<PRODUCER_REGISTERS>();
+    if (warp == 0 && elect_one()) produce<PANELS>(p, ring, first_m, last_m);
+  } else {
+    registers_increase<CONSUMER_REGISTERS>();
+    Consumer<T, PANELS>(p, ring).run(first_m, last_m);
+  }
+}
+
+struct Plan {
+  uint32_t blocks, splits, tokens_per_split, r_padded;
+
+  explicit Plan(const fastlora_rank_grad& c) : blocks(ceil_div(c.c, COLUMNS)), r_padded(ceil_div(c.r, 8) * 8) {
+    const uint32_t wanted = blocks < TARGET_CTAS ? TARGET_CTAS / blocks : 1, most = ceil_div(c.m, LEAST_TOKENS);
+    tokens_per_split = ceil_div(ceil_div(c.m, wanted < most ? wanted : most), TOKENS) * TOKENS;
+    splits = ceil_div(c.m, tokens_per_split);
+  }
+
+  size_t partial_bytes(const fastlora_rank_grad& c) const { return size_t(4) * splits * c.c * r_padded; }
+  size_t bytes(const fastlora_rank_grad& c) const { return partial_bytes(c) + 4 * blocks; }
+};
+
+template <class T, int PANELS>
+const char* launch_panels(const Parameters& p, const Plan& plan, void* stream) {
+  LaunchShape shape = {};
+  shape.blocks_x = plan.blocks;
+  shape.blocks_y = plan.splits;
+  shape.threads = THREADS;
+  shape.shared_bytes = Layout<PANELS>::BYTES;
+  return launch(+rank_grad_kernel<T, PANELS>, p, shape, stream);
+}
+
+template <class T>
+const char* run_rank_grad(const fastlora_rank_grad& c, void* workspace, void* stream) {
+  const Plan plan(c);
+  Parameters p = {};
+  p.partial = static_cast<float*>(workspace);
+  p.ended = reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(workspace) + plan.partial_bytes(c));
+  p.grad = c.grad;
+  p.grad_stride_r = c.grad_stride_r;
+  p.grad_stride_c = c.grad_stride_c;
+  p.m = c.m, p.c = c.c, p.r = c.r, p.r_padded = plan.r_padded;
+  p.tokens_per_split = plan.tokens_per_split;
+  p.grad_dtype = c.grad_dtype;
+  p.masked = c.mask.kind == FASTLORA_MASK_INPUT;
+  p.mask = {c.mask.seed, c.mask.threshold, c.mask.rescale};
+  if (const char* error = make_map(&p.wide, c.wide, c.m, c.c, 2 * c.wide_stride, TOKENS)) return error;
+  if (const char* error = make_map(&p.narrow, c.narrow, c.m, c.r, 2 * c.narrow_stride, TOKENS)) return error;
+  if (const char* error = set_zero(p.ended, 4 * plan.blocks, stream)) return error;
+  const uint32_t panels = ceil_div(c.r, PANEL);
+  return panels == 1   ? launch_panels<T, 1>(p, plan, stream)
+         : panels == 2 ? launch_panels<T, 2>(p, plan, stream)
+                       : launch_panels<T, 4>(p, plan, stream);
+}
+
+const char* refusal(const fastlora_rank_grad& c) {
+  constexpr int64_t LIMIT = int64_t(1) << 31;
+  const auto aligned = [](const void* base, int64_t stride) {
+    return reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride % 8 == 0;
+  };
+  if (c.m < 1 || c.c < 1 || c.r < 1) return "rank_grad: m, c and r must be at least 1";
+  if (c.m >= LIMIT || c.c >= LIMIT) return "rank_grad: m and c must be below 2^31";
+  if (c.r > 256) return "rank_grad: r must be at most 256";
+  if (c.dtype != FASTLORA_BF16 && c.dtype != FASTLORA_FP16) return "rank_grad: dtype must be BF16 or FP16";
+  if (c.mask.kind == FASTLORA_MASK_PRODUCT) return "rank_grad: the mask is on wide, or there is none";
+  if (!aligned(c.wide, c.wide_stride)) return "rank_grad: rows of wide must start on 16 bytes";
+  if (!aligned(c.narrow, c.narrow_stride)) return "rank_grad: rows of narrow must start on 16 bytes";
+  return nullptr;
+}
+
+}  // namespace
+}  // namespace fastlora
+
+extern "C" size_t fastlora_rank_grad_workspace(const fastlora_rank_grad* call) {
+  return fastlora::Plan(*call).bytes(*call);
+}
+
+extern "C" const char* fastlora_rank_grad_sm90(const fastlora_rank_grad* call, void* workspace, void* stream) {
+  using namespace fastlora;
+  if (const char* reason = refusal(*call)) return reason;
+  return call->dtype == FASTLORA_BF16 ? run_rank_grad<BF16>(*call, workspace, stream)
+                                      : run_rank_grad<FP16>(*call, workspace, stream);
+}
