@@ -2,7 +2,8 @@
 //
 // A function returns NULL, or what went wrong, in words that live as long as the program. Nothing is launched then. The
 // caller keeps every pointer alive until the stream has passed, and has made the device of the stream current.
-// fastlora/cuda.py mirrors these structs field by field.
+// fastlora/cuda.py mirrors these structs field by field. Both verbs are called alike; rank_grad ignores ``sms``, since its sums
+// must be the same on every GPU.
 #pragma once
 
 #include <stddef.h>
@@ -74,7 +75,7 @@ typedef struct {
 
 size_t fastlora_rank_grad_workspace(const fastlora_rank_grad* call);
 
-const char* fastlora_rank_grad_sm90(const fastlora_rank_grad* call, void* workspace, void* stream);
+const char* fastlora_rank_grad_sm90(const fastlora_rank_grad* call, void* workspace, int32_t sms, void* stream);
 
 #ifdef __cplusplus
 }

@@ -8,6 +8,8 @@
 
 namespace fastlora {
 
+__host__ __device__ constexpr uint32_t ceil_div(uint64_t a, uint64_t b) { return static_cast<uint32_t>((a + b - 1) / b); }
+
 constexpr int PANEL = 64;
 constexpr int PANEL_ROW_BYTES = 128;
 constexpr int SWIZZLE_BYTES = 1024;

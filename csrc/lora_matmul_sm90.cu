@@ -25,6 +25,7 @@
 #include <fastlora.h>
 #include <layout.cuh>
 #include <philox.cuh>
+#include <pipeline.cuh>
 #include <ptx.cuh>
 #include <schedule.cuh>
 
@@ -33,19 +34,10 @@
 namespace fastlora {
 namespace {
 
-constexpr uint32_t WARPGROUP = 128;
-constexpr uint32_t CONSUMERS = 2;
-constexpr uint32_t THREADS = (1 + CONSUMERS) * WARPGROUP;
 constexpr uint32_t CONSUMER_ROWS = TILE_M / CONSUMERS;
 constexpr uint32_t X_BYTES = TILE_M * PANEL_ROW_BYTES;
-constexpr uint32_t PANEL_64 = 64 * PANEL_ROW_BYTES;
 constexpr uint32_t JOB_SLOTS = 2;
 constexpr uint32_t NO_JOB = ~0u;
-constexpr uint32_t WHOLE = CONSUMERS;
-
-// At entry 65536 / 384 = 168 registers a thread; the producer needs few, and the accumulators take what it leaves.
-constexpr int PRODUCER_REGISTERS = 40;
-constexpr int CONSUMER_REGISTERS = 232;
 
 struct Parameters {
   TensorMap x, w, a, b, z, y;
@@ -77,23 +69,11 @@ struct Layout {
   static constexpr uint32_t JOB_EMPTY = JOB_FULL + 8 * JOB_SLOTS;
   static constexpr uint32_t JOB = JOB_EMPTY + 8 * JOB_SLOTS;
   static constexpr uint32_t BYTES = JOB + 4 * JOB_SLOTS;
+  static_assert(BYTES <= MOST_SHARED_BYTES, "shared memory of a CTA");
 
   // z jobs: x_mk and PANELS panels of a_rk, so many slices of 64 k a trip.
   static __host__ __device__ constexpr uint32_t slice_bytes(uint32_t panels) { return X_BYTES + panels * PANEL_64; }
   static __host__ __device__ constexpr uint32_t slices(uint32_t panels) { return STAGE_BYTES / slice_bytes(panels); }
-};
-
-// A place in a ring of SLOTS, and the parity of the lap.
-template <uint32_t SLOTS>
-struct Cursor {
-  uint32_t slot = 0, parity = 0;
-
-  __device__ __forceinline__ void advance() {
-    if (++slot == SLOTS) {
-      slot = 0;
-      parity ^= 1;
-    }
-  }
 };
 
 // What producer and consumers know alike.
@@ -230,7 +210,7 @@ struct Producer : Block<TILE_N, CLUSTER> {
       z_is_there = true;
     } else {
       if (block * TILE_M >= p.m) return;
-      while (load_acquire(p.flags + block) < WHOLE) back_off();
+      while (load_acquire(p.flags + block) < CONSUMERS) back_off();
     }
     fence_async_global();
   }
@@ -316,8 +296,8 @@ struct Consumer : Block<TILE_N, CLUSTER> {
   template <bool SET, int N>
   __device__ __forceinline__ void multiply_16(float (&acc_mn)[N / 2], Shared x, Shared w, uint32_t step) const {
     const uint32_t rows = x + consumer * CONSUMER_ROWS * PANEL_ROW_BYTES;
-    const uint64_t x_mk = panel_descriptor(rows + step * k16_bytes<false>(), PANEL_64);
-    const uint64_t w_kn = panel_descriptor(w + step * k16_bytes<TRANSPOSED>(), PANEL_64);
+    const uint64_t x_mk = panel_descriptor(rows, PANEL_64) + step * (k16_bytes<false>() >> 4);
+    const uint64_t w_kn = panel_descriptor(w, PANEL_64) + step * (k16_bytes<TRANSPOSED>() >> 4);
     if constexpr (SET) {
       wgmma_set<T, N, false, TRANSPOSED>(acc_mn, x_mk, w_kn);
     } else {
@@ -629,10 +609,6 @@ __global__ void __launch_bounds__(PACK_THREADS) pack_kernel(const __grid_constan
 }
 
 constexpr uint64_t round_up(uint64_t size, uint64_t step) { return (size + step - 1) / step * step; }
-
-bool is_aligned(const void* base, int64_t stride) {
-  return reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride % 8 == 0;
-}
 
 // An adapter as the kernel will read it: ``rows`` of ``columns`` contiguous 16-bit elements.
 struct Adapter {

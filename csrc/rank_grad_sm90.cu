@@ -17,23 +17,16 @@
 #include <fastlora.h>
 #include <layout.cuh>
 #include <philox.cuh>
+#include <pipeline.cuh>
 #include <ptx.cuh>
-#include <schedule.cuh>
 
 #include <launch.cuh>
 
 namespace fastlora {
 namespace {
 
-constexpr uint32_t WARPGROUP = 128;
-constexpr uint32_t CONSUMERS = 2;
-constexpr uint32_t THREADS = (1 + CONSUMERS) * WARPGROUP;
 constexpr uint32_t COLUMNS = CONSUMERS * PANEL;
 constexpr uint32_t TOKENS = 64;
-constexpr uint32_t PANEL_BYTES = TOKENS * PANEL_ROW_BYTES;
-
-constexpr int PRODUCER_REGISTERS = 40;
-constexpr int CONSUMER_REGISTERS = 232;
 
 // As many CTAs as fill an H100 or H200 once: a constant, so that the sums are the same on every GPU.
 constexpr uint32_t TARGET_CTAS = 132;
@@ -56,47 +49,41 @@ struct Parameters {
 
 template <int PANELS>
 struct Layout {
-  static constexpr uint32_t STAGE_BYTES = (CONSUMERS + PANELS) * PANEL_BYTES;
+  static constexpr uint32_t STAGE_BYTES = (CONSUMERS + PANELS) * PANEL_64;
   static constexpr uint32_t STAGES = PANELS == 1 ? 8 : PANELS == 2 ? 6 : 4;
   static constexpr uint32_t FULL = STAGES * STAGE_BYTES;
   static constexpr uint32_t EMPTY = FULL + 8 * STAGES;
   static constexpr uint32_t LAST = EMPTY + 8 * STAGES;
   static constexpr uint32_t BYTES = LAST + 4;
+  static_assert(BYTES <= MOST_SHARED_BYTES, "shared memory of a CTA");
 };
 
 template <int PANELS>
 struct Ring {
   using L = Layout<PANELS>;
   Shared memory;
-  uint32_t slot = 0, parity = 0;
+  Cursor<L::STAGES> trip;
 
   __device__ __forceinline__ explicit Ring(Shared memory) : memory(memory) {}
 
-  __device__ __forceinline__ Shared stage() const { return memory + slot * L::STAGE_BYTES; }
-  __device__ __forceinline__ Shared full() const { return memory + L::FULL + 8 * slot; }
+  __device__ __forceinline__ Shared stage() const { return memory + trip.slot * L::STAGE_BYTES; }
+  __device__ __forceinline__ Shared full() const { return memory + L::FULL + 8 * trip.slot; }
   __device__ __forceinline__ Shared empty(uint32_t slot) const { return memory + L::EMPTY + 8 * slot; }
-
-  __device__ __forceinline__ void advance() {
-    if (++slot == L::STAGES) {
-      slot = 0;
-      parity ^= 1;
-    }
-  }
 };
 
 template <int PANELS>
 __device__ __forceinline__ void produce(const Parameters& p, Ring<PANELS> ring, uint32_t first_m, uint32_t last_m) {
   using L = Layout<PANELS>;
   for (uint32_t m = first_m; m < last_m; m += TOKENS) {
-    barrier_wait(ring.empty(ring.slot), ring.parity ^ 1);
+    barrier_wait(ring.empty(ring.trip.slot), ring.trip.parity ^ 1);
     barrier_arrive_expect(ring.full(), L::STAGE_BYTES);
     for (uint32_t i = 0; i < CONSUMERS; ++i) {
-      tma_load(ring.stage() + i * PANEL_BYTES, &p.wide, ring.full(), block_index() * COLUMNS + i * PANEL, m);
+      tma_load(ring.stage() + i * PANEL_64, &p.wide, ring.full(), block_index() * COLUMNS + i * PANEL, m);
     }
     for (uint32_t i = 0; i < PANELS; ++i) {
-      tma_load(ring.stage() + (CONSUMERS + i) * PANEL_BYTES, &p.narrow, ring.full(), i * PANEL, m);
+      tma_load(ring.stage() + (CONSUMERS + i) * PANEL_64, &p.narrow, ring.full(), i * PANEL, m);
     }
-    ring.advance();
+    ring.trip.advance();
   }
 }
 
@@ -118,8 +105,8 @@ struct Consumer {
   // acc_cr (+)= D(wide_mc)ᵀ · narrow_mr for the 64 tokens of the stage.
   template <bool SET>
   __device__ __forceinline__ void multiply(float (&acc_cr)[PANELS][PANEL / 2], uint32_t m) {
-    barrier_wait(ring.full(), ring.parity);
-    const Shared wide = ring.stage() + consumer * PANEL_BYTES, narrow = ring.stage() + CONSUMERS * PANEL_BYTES;
+    barrier_wait(ring.full(), ring.trip.parity);
+    const Shared wide = ring.stage() + consumer * PANEL_64, narrow = ring.stage() + CONSUMERS * PANEL_64;
     if (p.masked) {
       // In place: nobody else reads this warpgroup's columns.
       mask_panel(MaskBits(p.mask), wide, 0, m, first_c, thread);
@@ -131,8 +118,8 @@ struct Consumer {
     for (int i = 0; i < PANELS; ++i) {
 #pragma unroll
       for (uint32_t step = 0; step < TOKENS / 16; ++step) {
-        const uint64_t wide_cm = panel_descriptor(wide + step * k16_bytes<true>(), PANEL_BYTES);
-        const uint64_t narrow_mr = panel_descriptor(narrow + i * PANEL_BYTES + step * k16_bytes<true>(), PANEL_BYTES);
+        const uint64_t wide_cm = panel_descriptor(wide + step * k16_bytes<true>(), PANEL_64);
+        const uint64_t narrow_mr = panel_descriptor(narrow + i * PANEL_64 + step * k16_bytes<true>(), PANEL_64);
         if (SET && step == 0) {
           wgmma_set<T, PANEL, true, true>(acc_cr[i], wide_cm, narrow_mr);
         } else {
@@ -150,14 +137,14 @@ struct Consumer {
   __device__ __forceinline__ void run(uint32_t first_m, uint32_t last_m) {
     float acc_cr[PANELS][PANEL / 2];
     multiply<true>(acc_cr, first_m);
-    uint32_t previous = ring.slot;
-    ring.advance();
+    uint32_t previous = ring.trip.slot;
+    ring.trip.advance();
     for (uint32_t m = first_m + TOKENS; m < last_m; m += TOKENS) {
       multiply<false>(acc_cr, m);
       wgmma_wait<1>();
       release(previous);
-      previous = ring.slot;
-      ring.advance();
+      previous = ring.trip.slot;
+      ring.trip.advance();
     }
     wgmma_wait<0>();
     store_partial(acc_cr);
@@ -292,16 +279,13 @@ const char* run_rank_grad(const fastlora_rank_grad& c, void* workspace, void* st
 
 const char* refusal(const fastlora_rank_grad& c) {
   constexpr int64_t LIMIT = int64_t(1) << 31;
-  const auto aligned = [](const void* base, int64_t stride) {
-    return reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride % 8 == 0;
-  };
   if (c.m < 1 || c.c < 1 || c.r < 1) return "rank_grad: m, c and r must be at least 1";
   if (c.m >= LIMIT || c.c >= LIMIT) return "rank_grad: m and c must be below 2^31";
   if (c.r > 256) return "rank_grad: r must be at most 256";
   if (c.dtype != FASTLORA_BF16 && c.dtype != FASTLORA_FP16) return "rank_grad: dtype must be BF16 or FP16";
   if (c.mask.kind == FASTLORA_MASK_PRODUCT) return "rank_grad: the mask is on wide, or there is none";
-  if (!aligned(c.wide, c.wide_stride)) return "rank_grad: rows of wide must start on 16 bytes";
-  if (!aligned(c.narrow, c.narrow_stride)) return "rank_grad: rows of narrow must start on 16 bytes";
+  if (!is_aligned(c.wide, c.wide_stride)) return "rank_grad: rows of wide must start on 16 bytes";
+  if (!is_aligned(c.narrow, c.narrow_stride)) return "rank_grad: rows of narrow must start on 16 bytes";
   return nullptr;
 }
 
@@ -312,7 +296,7 @@ extern "C" size_t fastlora_rank_grad_workspace(const fastlora_rank_grad* call) {
   return fastlora::Plan(*call).bytes(*call);
 }
 
-extern "C" const char* fastlora_rank_grad_sm90(const fastlora_rank_grad* call, void* workspace, void* stream) {
+extern "C" const char* fastlora_rank_grad_sm90(const fastlora_rank_grad* call, void* workspace, int32_t, void* stream) {
   using namespace fastlora;
   if (const char* reason = refusal(*call)) return reason;
   return call->dtype == FASTLORA_BF16 ? run_rank_grad<BF16>(*call, workspace, stream)

@@ -10,6 +10,8 @@
 
 #include <cstdint>
 
+#include <layout.cuh>
+
 namespace fastlora {
 
 constexpr int TILE_M = 128;
@@ -42,12 +44,9 @@ struct Schedule {
   }
 };
 
-__host__ __device__ constexpr uint32_t ceil_div(uint64_t a, uint64_t b) { return static_cast<uint32_t>((a + b - 1) / b); }
-
-// ``one_launch``: with producers of z. A producer takes about 0.4 of a tile's time for each unit it makes. In the last wave
-// some clusters have no tile: where they are too few for a unit each, producers make two units, so that the same clusters
-// that would idle at the end are busy at the start (predicted at 8192 x 4096 x 4096: 1.004 of the plain product, against
-// 1.05 with one unit each).
+// ``one_launch``: with producers of z. A producer takes about 0.4 of a tile's time for each unit it makes, and in the last
+// wave some clusters have no tile. Where they are half as many as the units, producers make two each: the clusters that
+// would idle at the end are then the ones that are busy at the start (csrc/NOTES.md has the predictions).
 constexpr Schedule make_schedule(uint64_t m, uint64_t n, uint32_t tile_n, uint32_t cluster, bool one_launch, bool tiles,
                                  uint32_t sms) {
   Schedule s = {};
@@ -56,7 +55,7 @@ constexpr Schedule make_schedule(uint64_t m, uint64_t n, uint32_t tile_n, uint32
   if (!one_launch && tiles) return s;
   const uint32_t clusters = sms / cluster > 0 ? sms / cluster : 1;
   const uint32_t idle = (clusters - s.row_units * s.columns % clusters) % clusters;
-  s.z_run = tiles && tile_n == 256 && idle < s.row_units ? 2 : 1;
+  s.z_run = tiles && idle < s.row_units && 2 * idle >= s.row_units ? 2 : 1;
   s.z_jobs = ceil_div(s.row_units, s.z_run);
   return s;
 }
