@@ -1,4 +1,4 @@
-# make test | bench | publish | lint | gate | test-gpu | test-newest-triton: each works on a fresh clone.
+# make test | bench | publish | lint | csrc | gate | test-gpu | test-newest-triton: each works on a fresh clone.
 # PY=python3 uses an interpreter that has the requirements already, and makes no .venv.
 
 PYTHON ?= python3
@@ -12,18 +12,19 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: help test bench publish lint gate test-gpu test-newest-triton clean
+.PHONY: help test bench publish lint csrc gate test-gpu test-newest-triton clean
 
 help:
 	@echo "make test                the compile gate, then the tests: oracle, autograd, kernels in Triton's interpreter"
 	@echo "make bench               what a LoRA layer and a LoRA model cost here, then a real fine-tune"
 	@echo "make publish             measures this machine for benchmarks/results/ and renders README.md from it"
 	@echo "make lint                ruff and mypy"
+	@echo "make csrc                the CUDA kernels, compiled where nvcc is: what changed"
 	@echo "make gate                the compile gate's table: registers, spills, shared memory of every kernel"
 	@echo "make test-gpu            every kernel on this machine's GPU"
 	@echo "make test-newest-triton  the kernel tests on Triton $(NEWEST_TRITON)"
 
-$(VENV)/.ready: requirements.txt pyproject.toml setup.py
+$(VENV)/.ready: requirements.txt pyproject.toml setup.py csrc/build.py
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --requirement requirements.txt
 	$(PY) -m pip install --quiet --no-deps --editable .
@@ -48,7 +49,10 @@ lint: $(READY)
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
 
-gate: $(READY)
+csrc: $(READY)
+	$(PY) csrc/build.py
+
+gate: $(READY) csrc
 	$(PY) tests/compile_gate.py
 
 test-gpu: $(READY)
@@ -60,4 +64,4 @@ test-newest-triton: $(READY)
 	PYTHONPATH=.cache/triton-$(NEWEST_TRITON) $(PY) -m pytest tests/test_kernels.py
 
 clean:
-	rm -rf $(VENV) .cache build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf fastlora/*.so $(VENV) .cache build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

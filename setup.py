@@ -1,14 +1,70 @@
-"""Installs fastlora; ``kernels/`` is installed as ``fastlora.kernels`` through the symlink ``fastlora/kernels``."""
+"""Installs fastlora: Python, and the CUDA kernels (``csrc/build.py``) where there is a compiler for them.
+
+``kernels/`` is installed as ``fastlora.kernels`` through the symlink ``fastlora/kernels``. ``FASTLORA_BUILD_CUDA=0|1``
+keeps the CUDA kernels out or insists on them.
+"""
 
 import re
+import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
-_INIT = (Path(__file__).parent / "fastlora" / "__init__.py").read_text()
+_ROOT = Path(__file__).resolve().parent
+_INIT = (_ROOT / "fastlora" / "__init__.py").read_text()
+
+sys.path.insert(0, str(_ROOT))  # pip leaves it out
+from csrc import build as cuda  # noqa: E402
+
+try:
+    _OBSTACLE = cuda.obstacle()
+except cuda.BuildError as error:
+    sys.exit(f"error: {error}")
+
+
+def _say_what_is_missing() -> None:
+    if _OBSTACLE is not None:
+        print(f"fastlora is installed without its CUDA kernels: {_OBSTACLE}")
+
+
+class _BuildPython(build_py):
+    def run(self) -> None:
+        _say_what_is_missing()
+        super().run()
+
+
+class _BuildLibrary(build_ext):
+    """The one extension is a plain shared library, for ctypes: any Python loads it."""
+
+    def run(self) -> None:
+        if self.extensions:
+            super().run()
+        else:
+            _say_what_is_missing()
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            cuda.build(Path(self.get_ext_fullpath(ext.name)))
+        except cuda.BuildError as error:
+            sys.exit(f"error: {error}")
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split("."))) + ".so"
+
+
+class _Wheel(bdist_wheel):
+    def get_tag(self) -> tuple[str, str, str]:
+        platform: str = super().get_tag()[2]
+        return "py3", "none", platform
+
 
 setup(
     version=re.search(r'^__version__ = "(.+)"$', _INIT, re.MULTILINE).group(1),  # type: ignore[union-attr]
     packages=["fastlora", "fastlora.kernels"],
     package_data={"fastlora": ["py.typed"]},
+    ext_modules=[] if _OBSTACLE else [Extension(f"fastlora.{cuda.NAME}", sources=[])],
+    cmdclass={"build_py": _BuildPython, "build_ext": _BuildLibrary, "bdist_wheel": _Wheel},
 )

@@ -9,13 +9,16 @@
 #include <stddef.h>
 #include <stdint.h>
 
+// The rest of the library is hidden.
+#define FASTLORA_API __attribute__((visibility("default")))
+
 #ifdef __cplusplus
 extern "C" {
 #endif
 
 // Grows with every change of a struct below; fastlora/cuda.py refuses a library of another one.
 #define FASTLORA_ABI 1
-int32_t fastlora_abi(void);
+FASTLORA_API int32_t fastlora_abi(void);
 
 enum { FASTLORA_BF16 = 0, FASTLORA_FP16 = 1, FASTLORA_FP32 = 2 };
 enum { FASTLORA_MASK_NONE = 0, FASTLORA_MASK_INPUT = 1, FASTLORA_MASK_PRODUCT = 2 };
@@ -54,9 +57,9 @@ typedef struct {
 } fastlora_lora_matmul;
 
 // Bytes of device memory that a call needs beside its operands; aligned to 256.
-size_t fastlora_lora_matmul_workspace(const fastlora_lora_matmul* call);
+FASTLORA_API size_t fastlora_lora_matmul_workspace(const fastlora_lora_matmul* call);
 
-const char* fastlora_lora_matmul_sm90(const fastlora_lora_matmul* call, void* workspace, int32_t sms, void* stream);
+FASTLORA_API const char* fastlora_lora_matmul_sm90(const fastlora_lora_matmul* call, void* workspace, int32_t sms, void* stream);
 
 // g = pᵀ D(q), where wide and narrow are the wider and the narrower of p and q.
 //
@@ -73,9 +76,9 @@ typedef struct {
   fastlora_mask mask;
 } fastlora_rank_grad;
 
-size_t fastlora_rank_grad_workspace(const fastlora_rank_grad* call);
+FASTLORA_API size_t fastlora_rank_grad_workspace(const fastlora_rank_grad* call);
 
-const char* fastlora_rank_grad_sm90(const fastlora_rank_grad* call, void* workspace, int32_t sms, void* stream);
+FASTLORA_API const char* fastlora_rank_grad_sm90(const fastlora_rank_grad* call, void* workspace, int32_t sms, void* stream);
 
 #ifdef __cplusplus
 }
