@@ -18,11 +18,11 @@ from torch import Tensor
 
 from .request import Request
 
-BACKENDS = ("reference", "library", "triton")
-AUTO = ("triton", "library")
+BACKENDS = ("reference", "library", "triton", "cuda")
+AUTO = ("cuda", "triton", "library")
 
 # Backends proven and measured to win on a compute capability; each entry has its line in benchmarks/HARDWARE.md.
-PROVEN: dict[str, frozenset[tuple[int, int]]] = {"triton": frozenset()}
+PROVEN: dict[str, frozenset[tuple[int, int]]] = {"triton": frozenset(), "cuda": frozenset()}
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -88,7 +88,7 @@ def unproven(backend: str, device: torch.device) -> str | None:
     if backend not in PROVEN:
         return None
     if device.type != "cuda":
-        return f"can run in the interpreter, but auto keeps it for GPUs; FASTLORA_BACKEND={backend} forces it"
+        return f"can run without a GPU, but auto keeps it for GPUs; FASTLORA_BACKEND={backend} forces it"
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) in PROVEN[backend]:
         return None
@@ -120,7 +120,7 @@ def explain(
     check(x, weight, lora_a, lora_b, scale, bias, dropout_p)
     x, weight, lora_a, lora_b, bias = autocast(x, weight, lora_a, lora_b, bias)
     check_dtypes(x, weight, lora_a, lora_b, bias)
-    request = Request.of_lora_matmul(rows_of(x), lora_a, lora_b, training and dropout_p > 0)
+    request = Request.of_lora_matmul(rows_of(x), weight, lora_a, lora_b, training and dropout_p > 0)
     return _explain(request, os.environ.get("FASTLORA_BACKEND", "auto"))
 
 

@@ -42,7 +42,7 @@ def _lora_matmul(
     on_product: bool,
 ) -> tuple[Tensor, Tensor]:
     dropout = None if seed is None else Dropout(dropout_p, seed)
-    backend = dispatch.backend_for(Request.of_lora_matmul(x, a, b, dropout is not None))
+    backend = dispatch.backend_for(Request.of_lora_matmul(x, w, a, b, dropout is not None))
     y, z = backend.lora_matmul(x, w, a, b, scale=scale, bias=bias, dropout=dropout, on_product=on_product)
     return (x.new_empty(0) if y is None else y), z
 

@@ -12,6 +12,13 @@ from . import __version__
 from .dispatch import explain
 
 _PACKAGES = ("torch", "triton", "numpy", "peft", "transformers")
+_VARIABLES = (
+    "FASTLORA_BACKEND",
+    "FASTLORA_CUDA_DESIGN",
+    "FASTLORA_CUDA_LIBRARY",
+    "FASTLORA_TRITON_DESIGN",
+    "TRITON_INTERPRET",
+)
 
 
 def report() -> str:
@@ -19,7 +26,7 @@ def report() -> str:
     lines = [f"fastlora {__version__}, Python {platform.python_version()} on {platform.platform()}"]
     lines += [f"  {package:<14}{_version(package)}" for package in _PACKAGES]
     lines.append(f"  {'CUDA':<14}{torch.version.cuda or 'this torch has none'}")
-    for variable in ("FASTLORA_BACKEND", "FASTLORA_TRITON_DESIGN", "TRITON_INTERPRET"):
+    for variable in _VARIABLES:
         lines.append(f"  {variable:<24}{os.environ.get(variable, 'not set')}")
     devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     for device in devices:

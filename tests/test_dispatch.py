@@ -234,7 +234,10 @@ def test_explain_describes_the_call(lead: tuple[int, ...]) -> None:
     operands = make(lead=lead, dtype=torch.bfloat16, adapter_dtype=torch.float32)
     request = fastlora.explain(*operands[:4], scale=SCALE, bias=operands.bias, dropout_p=0.1).request
     m = operands.x.numel() // 48
-    assert request == Request("lora_matmul", CPU, torch.bfloat16, torch.float32, m=m, k=48, n=29, r=6, dropout=True)
+    assert request._replace(unaligned=None) == Request(
+        "lora_matmul", CPU, torch.bfloat16, torch.float32, m=m, k=48, n=29, r=6, dropout=True
+    )
+    assert request.unaligned.startswith("N = 29: ")
 
 
 def test_explain_describes_what_autocast_would_run() -> None:
@@ -299,5 +302,54 @@ def test_proven_backends_and_the_library_need_no_further_proof(monkeypatch: pyte
 
 
 def test_request_of_rank_grad() -> None:
-    request = Request.of_rank_grad(torch.empty(37, 6), torch.empty(37, 48, dtype=torch.bfloat16), torch.float32, True)
+    p, q = torch.empty(37, 8, dtype=torch.bfloat16)[:, :6], torch.empty(37, 48, dtype=torch.bfloat16)
+    request = Request.of_rank_grad(p, q, torch.float32, True)
     assert request == Request("rank_grad", CPU, torch.bfloat16, torch.float32, m=37, k=6, n=48, r=6, dropout=True)
+
+
+def half(rows: int, columns: int) -> Tensor:
+    return torch.empty(rows, columns, dtype=torch.float16)
+
+
+ROWS = "rows must be contiguous and start on 16 bytes, a multiple of 8 elements"
+ADDRESS = "starts at an address that is no multiple of 16 bytes: pass a copy of it"
+
+# x [7, 48], w [24, 48] with one thing changed, and what a request says of it.
+ALIGNMENTS: dict[str, tuple[dict[str, Tensor | None], str | None]] = {
+    "aligned": ({}, None),
+    "w_turned": ({"w": half(48, 24).T}, None),
+    "no_w": ({"w": None, "b": half(29, 4)}, None),
+    "x_sliced": ({"x": half(7, 64)[:, 8:56]}, None),
+    "x_row_stride": ({"x": half(7, 49)[:, :48]}, f"x has strides (49, 1): {ROWS}"),
+    "x_turned": ({"x": half(48, 7).T}, f"x has strides (1, 7): {ROWS}"),
+    "x_expanded": ({"x": half(1, 48).expand(7, 48)}, f"x has strides (0, 1): {ROWS}"),
+    "x_address": ({"x": half(7, 64)[:, 1:49]}, f"x {ADDRESS}"),
+    "w_row_stride": ({"w": half(24, 50)[:, :48]}, f"w has strides (50, 1): {ROWS}"),
+    "w_turned_row_stride": ({"w": half(48, 25)[:, :24].T}, f"wᵀ has strides (25, 1): {ROWS}"),
+    "w_every_second": ({"w": half(24, 96)[:, ::2]}, f"wᵀ has strides (2, 96): {ROWS}"),
+    "w_address": ({"w": half(48, 32)[:, 4:28].T}, f"wᵀ {ADDRESS}"),
+    "n": (
+        {"w": half(29, 48), "b": half(29, 4)},
+        "N = 29: rows of y must start on 16 bytes, a multiple of 8 elements",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ALIGNMENTS)
+def test_a_request_knows_what_tensor_copies_cannot_read(case: str) -> None:
+    changes, expected = ALIGNMENTS[case]
+    operands = {"x": half(7, 48), "w": half(24, 48), "a": half(4, 48), "b": half(24, 4)} | changes
+    assert Request.of_lora_matmul(**operands, dropout=False).unaligned == expected
+
+
+def test_alignment_is_a_fact_of_16_bit_operands() -> None:
+    x = torch.empty(7, 49)
+    assert (
+        Request.of_lora_matmul(x, torch.empty(29, 49), torch.empty(3, 49), torch.empty(29, 3), False).unaligned is None
+    )
+
+
+@pytest.mark.parametrize(("name", "p", "q"), [("p", half(7, 6), half(7, 48)), ("q", half(7, 8), half(7, 49))])
+def test_a_request_knows_what_rank_grad_cannot_read(name: str, p: Tensor, q: Tensor) -> None:
+    unaligned = Request.of_rank_grad(p, q, torch.float32, False).unaligned
+    assert unaligned == f"{name} has strides {(p if name == 'p' else q).stride()}: {ROWS}"
