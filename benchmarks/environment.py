@@ -29,7 +29,14 @@ _PACKAGES = (
     "freesolo-chalk",
     "lycoris-lora",
 )
-_VARIABLES = ("FASTLORA_BACKEND", "FASTLORA_TRITON_DESIGN", "CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE")
+_VARIABLES = (
+    "FASTLORA_BACKEND",
+    "FASTLORA_CUDA_DESIGN",
+    "FASTLORA_CUDA_LIBRARY",
+    "FASTLORA_TRITON_DESIGN",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "NVIDIA_TF32_OVERRIDE",
+)
 # Results are written between one published run and the next: they make no tree dirty.
 _STATUS = ["git", "status", "--porcelain", "--", ":(top)", ":(top,exclude)benchmarks/results"]
 _GPU_FACTS = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "temperature.gpu")

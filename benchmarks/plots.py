@@ -38,6 +38,8 @@ _STYLES = {
     "fastlora-triton": _Style("#ff7f0e", "o", 8),
     "fastlora-triton-portable": _Style("#ffbb78", "<"),
     "fastlora-triton-one_launch": _Style("#d95f02", ">"),
+    "fastlora-cuda": _Style("#000000", "o", 8),
+    "fastlora-cuda-serial": _Style("#636363", ">"),
     "lorafusion": _Style("#8c564b", "*", 8),
     "unsloth": _Style("#aec7e8", "h"),
     "freesolo-chalk": _Style("#98df8a", "8"),

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 import fastlora
-from fastlora import dispatch, triton
+from fastlora import cuda, dispatch, triton
 from fastlora.dropout import Dropout, draw_seed
 
 from ..cases import FLOOR, Case
@@ -146,14 +146,20 @@ def _fastlora(backend: str, wide: bool = False) -> Callable[[Case, Operands, flo
             raise AbsentError(dict(chosen.verdicts)[backend] or "refused")
         if chosen.chosen == "triton" and not o.w.is_cuda:
             raise AbsentError("runs here in Triton's interpreter, whose time means nothing")
-        tile = _tile(o, layer, p) if chosen.chosen == "triton" else None
+        if chosen.chosen == "cuda" and not o.w.is_cuda:
+            raise AbsentError("runs here in the host model, whose time means nothing")
+        tile = _tile(chosen.chosen, o, layer, p)
         return Built(layer, {"da": layer.lora_A, "db": layer.lora_B}, backend=chosen.chosen, tile=tile)
 
     return build
 
 
-def _tile(o: Operands, layer: fastlora.LoRALinear, p: float) -> str:
-    """The forward's. A forced design may be impossible in either direction."""
+def _tile(backend: str, o: Operands, layer: fastlora.LoRALinear, p: float) -> str | None:
+    """The design and tile of the forward, of a backend that has several. A forced one may be impossible."""
+    if backend == "cuda":
+        return cuda.design()
+    if backend != "triton":
+        return None
     a, b = layer.lora_A.detach(), layer.lora_B.detach()
     try:
         triton.plan(o.dys[0], o.w.T, b.T, a.T)
@@ -183,12 +189,14 @@ def providers() -> dict[str, Provider]:
         if name != "reference"
     ]
     known += [
-        _ours(f"fastlora-triton-{design}", f"fastlora forced to triton's {design} design", "triton", design=design)
-        for design in ("portable", "one_launch")
+        _ours(f"fastlora-{name}-{design}", f"fastlora forced to {name}'s {design} design", name, design=design)
+        for name, design in (("triton", "portable"), ("triton", "one_launch"), ("cuda", "serial"))
     ]
     return {provider.name: provider for provider in known}
 
 
 def _ours(name: str, about: str, backend: str, wide: bool = False, design: str | None = None) -> Provider:
-    variables = {"FASTLORA_BACKEND": backend, "FASTLORA_TRITON_DESIGN": design}
+    variables = {"FASTLORA_BACKEND": backend, "FASTLORA_TRITON_DESIGN": None, "FASTLORA_CUDA_DESIGN": None}
+    if design is not None:
+        variables[f"FASTLORA_{backend.upper()}_DESIGN"] = design
     return Provider(name, about, _fastlora(backend, wide), own_mask=True, variables=variables)

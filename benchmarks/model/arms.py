@@ -23,6 +23,7 @@ from ..environment import variables_set
 from .architectures import Architecture, architecture_named, as_linear, targets
 
 FULL = "full"
+_DESIGNS = ("FASTLORA_TRITON_DESIGN", "FASTLORA_CUDA_DESIGN")
 
 
 @dataclass(frozen=True)
@@ -54,18 +55,29 @@ class Arm:
 
     def turn(self) -> AbstractContextManager[None]:
         """Forces the backend for a while; entered and left outside every clock."""
-        return variables_set({"FASTLORA_BACKEND": self.backend, "FASTLORA_TRITON_DESIGN": None})
+        return variables_set({"FASTLORA_BACKEND": self.backend, **dict.fromkeys(_DESIGNS)})
 
     def refuses(self, case: ModelCase, device: torch.device) -> str | None:
         """Why it has nothing to offer for the case; None where it has."""
-        if self.backend == "triton" and device.type != "cuda":
+        if self.backend in ("triton", "cuda") and device.type != "cuda":
             return "the kernels need a CUDA GPU"
         longest = architecture_named(case.model).longest
         if longest is not None and case.sequence > longest:
             return f"{case.model} takes at most {longest} tokens"
         if self.needs is not None and importlib.util.find_spec(self.needs) is None:
             return f"{self.needs} is not installed"
-        return "the base is float32 already" if self.wide and case.dtype == "fp32" else None
+        if self.wide and case.dtype == "fp32":
+            return "the base is float32 already"
+        return self._refusal(case, device)
+
+    def _refusal(self, case: ModelCase, device: torch.device) -> str | None:
+        """Why the forced backend takes no layer here, however well shaped."""
+        if self.backend == "auto":
+            return None
+        square = torch.empty(16, 16, dtype=case.torch_dtype, device=device)
+        with self.turn():
+            explanation = fastlora.explain(square, square, square, square)
+        return dict(explanation.verdicts)[self.backend] if explanation.chosen is None else None
 
 
 def _full(model: nn.Module, architecture: Architecture, case: ModelCase) -> Adapted:
@@ -153,5 +165,6 @@ def arms() -> dict[str, Arm]:
         Arm("fastlora", "fastlora, backend chosen by itself", _fastlora(False)),
         Arm("fastlora-fp32", "the same with float32 adapters", _fastlora(True), wide=True),
         Arm("fastlora-triton", "fastlora forced to triton", _fastlora(False), backend="triton"),
+        Arm("fastlora-cuda", "fastlora forced to cuda", _fastlora(False), backend="cuda"),
     )
     return {arm.name: arm for arm in known}
