@@ -554,7 +554,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_matmul_kernel(const __grid_co
   if (warp == 0 && elect_one()) {
     Block<TILE_N, CLUSTER>(p).initialise();
     prefetch_map(&p.x);
-    prefetch_map(&p.w);
+    if (p.schedule.columns > 0) prefetch_map(&p.w);
   }
   warp_sync();
   if (CLUSTER > 1) {
