@@ -36,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         text = args.readme.read_text(encoding="utf-8")
         folders = devices(args.results)
+        if not folders:
+            raise ValueError(f"--results {args.results}: expected FOLDER/<device>/*.jsonl, found none")
         written = [picture for runs in folders.values() for path in runs for picture in plots.save(path)]
         rendered = {folder / "README.md": page(runs) for folder, runs in folders.items()}
         rendered[args.readme] = replace_between_markers(text, readme_section(folders, args.readme.parent))

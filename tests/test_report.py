@@ -158,12 +158,21 @@ def test_a_gpu_result_silences_the_missing_gpu_line(results):
 
 
 @pytest.mark.parametrize("text", ["", report.START, f"{report.END}{report.START}", 2 * (report.START + report.END)])
-def test_report_without_its_markers_changes_nothing(text, tmp_path, capsys):
+def test_report_without_its_markers_changes_nothing(text, results, tmp_path, capsys):
     readme = tmp_path / "README.md"
     readme.write_text(text, encoding="utf-8")
-    assert main(["report", "--readme", str(readme), "--results", str(tmp_path)]) == 2
+    assert main(["report", "--readme", str(readme), "--results", str(results)]) == 2
     assert readme.read_text(encoding="utf-8") == text
     assert report.START in capsys.readouterr().err
+
+
+def test_report_without_results_changes_nothing(tmp_path, capsys):
+    readme, nowhere = tmp_path / "README.md", tmp_path / "nowhere"
+    text = f"{report.START}\nwhat was measured\n{report.END}\n"
+    readme.write_text(text, encoding="utf-8")
+    assert main(["report", "--readme", str(readme), "--results", str(nowhere)]) == 2
+    assert readme.read_text(encoding="utf-8") == text
+    assert f"--results {nowhere}: expected FOLDER/<device>/*.jsonl, found none" in capsys.readouterr().err
 
 
 STALE = "stale: run `python -m benchmarks report` and commit what it writes"
