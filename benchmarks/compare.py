@@ -28,7 +28,7 @@ from .cases import FLOOR, MODES
 from .environment import Environment, differences
 from .results import parse
 from .rows import LayerRow, Measured, Spread
-from .runner import StopError
+from .runner import StopError, number
 from .units import geometric_mean, readable_bytes
 
 HELP = "compare two result files, or one with what was committed; regressions end with exit status 1"
@@ -138,9 +138,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _percent(text: str) -> float:
-    value = float(text)
+    value = number(text)
     if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
     return value / 100
 
 

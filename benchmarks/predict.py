@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from .cases import DTYPES, LAYERS, MODES, layer_named
 from .floor import DESIGNS, Device, Problem, gemm, in_whole_waves, kernels, minimum, theory
-from .runner import layer_name, positive
+from .runner import layer_name, number, positive
 
 HELP = "predict what each design costs over the frozen layer, from FLOPs and bytes"
 
@@ -237,10 +237,7 @@ def _device(args: argparse.Namespace) -> Device:
 
 
 def _rate(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = number(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
     return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import shutil
 import sys
@@ -78,14 +79,16 @@ class Run(Generic[C]):
         Raises:
             StopError: the file is of something else, or Ctrl-C; what was finished is in the file.
         """
-        if self.device.type == "cpu" and (busy := environment.busy()):
-            print(busy, file=sys.stderr)
         settings = {"profile": self.args.profile, **self.settings, "all": [str(case) for case in self.cases]}
         record = environment.describe(self.device, self.command, settings, len(self.cases))
         try:
             file = ResultFile(self.path, record, self.args.resume)
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             raise StopError(2, str(error)) from None
+        except OSError as error:
+            raise StopError(2, f"{self.path} cannot be written: {error.strerror}; --json PATH names another") from None
+        if self.device.type == "cpu" and (busy := environment.busy()):
+            print(busy, file=sys.stderr)
         progress = Progress([work(case) for case in self.cases])
         rows: list[R] = []
         with file:
@@ -164,10 +167,18 @@ def positive(text: str) -> int:
 
 def probability(text: str) -> float:
     """An option's dropout probability."""
-    value = float(text)
+    value = number(text)
     if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 0 and below 1, got {value}")
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0 and below 1, got {text!r}")
     return value
+
+
+def number(text: str) -> float:
+    """An option's number; what is none is NaN, which lies in no range."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def layer_name(text: str) -> str:

@@ -332,6 +332,18 @@ def test_unknown_names_list_the_known_ones(option, capsys):
     assert all(name in message for name in known.get(option, ("bf16", "fp16", "fp32")))
 
 
+@pytest.mark.parametrize("value", ["1", "-0.1", "nan", "some"])
+def test_a_dropout_that_is_none_is_told_what_was_expected(value, capsys):
+    with pytest.raises(SystemExit):
+        main([f"--dropout={value}"])
+    assert f"--dropout: expected a number of at least 0 and below 1, got '{value}'" in capsys.readouterr().err
+
+
+def test_a_path_that_cannot_be_written_is_named_with_the_remedy(tmp_path, capsys):
+    assert main([*TINY, "--json", str(tmp_path)]) == 2
+    assert f"{tmp_path} cannot be written: Is a directory; --json PATH names another" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_gpu_run_without_gpu_offers_the_cpu_one(capsys):
     assert main(["--device", "cuda"]) == 2

@@ -139,6 +139,13 @@ def test_the_least_change_that_counts_can_be_set(before: Path, tmp_path: Path) -
     assert run(before, after, "--threshold", "3") == 1
 
 
+@pytest.mark.parametrize("value", ["-1", "nan", "some"])
+def test_a_threshold_that_is_none_is_told_what_was_expected(value: str, before: Path, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        run(before, before, f"--threshold={value}")
+    assert f"--threshold: expected a number of at least 0, got '{value}'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("loud", [{FLOOR, "plain"}, {"fastlora"}], ids=["the run's", "the row's own"])
 @pytest.mark.parametrize("noisy", ["before", "after"])
 def test_a_change_within_twice_the_noise_of_either_run_is_not_flagged(
