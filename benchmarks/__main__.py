@@ -42,6 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StopError as stop:
         print(stop, file=sys.stderr)
         return stop.status
+    except KeyboardInterrupt:
+        # Outside the cases, whose loop says more: while packages are imported or pictures drawn.
+        print("\ninterrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         # The reader, such as `head`, has seen enough; nothing is left to be flushed to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -133,6 +133,42 @@ def test_a_wrong_provider_gets_no_speed():
     assert "wrong: y: rms error" in render_case(rows)
 
 
+def spoil_gradient(spoil):
+    def build(case, operands, p):
+        built = contestants("plain")[0].build(case, operands, p)
+        built.trained["db"].register_hook(spoil)
+        return built
+
+    return build
+
+
+def spoil_output(spoil):
+    def build(case, operands, p):
+        built = contestants("plain")[0].build(case, operands, p)
+        return replace(built, layer=lambda x: spoil(built.layer(x)))
+
+    return build
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("where", [spoil_output, spoil_gradient], ids=["output", "gradient"])
+@pytest.mark.parametrize(
+    ("factor", "found"), [(0.0, ("rms error", "all zero")), (torch.nan, ("is nan", "not finite"))], ids=["zero", "nan"]
+)
+def test_what_is_zero_or_not_finite_gets_no_speed(factor, found, where, dropout):
+    """The gate sees it without dropout, and what the gate cannot see is seen in the layer itself."""
+
+    def build(case, operands, p):
+        return (where(lambda tensor: factor * tensor) if p == dropout else contestants("plain")[0].build)(
+            case, operands, p
+        )
+
+    rows = run_tiny([*contestants(FLOOR), Provider("spoilt", "at one dropout alone", build)], ["step"], dropout=dropout)
+    assert (rows[1].status, rows[1].ms, rows[1].rounds) == ("wrong", None, None)
+    assert any(words in rows[1].reason for words in found)
+    assert ("db: " if where is spoil_gradient else "y: ") in rows[1].reason
+
+
 def test_a_gradient_that_never_arrives_is_wrong():
     def detached(case, operands, p):
         built = contestants("plain")[0].build(case, operands, p)
@@ -252,21 +288,6 @@ def test_no_call_finds_its_input_where_the_last_one_left_it(monkeypatch):
     run_tiny(contestants(FLOOR, "plain"), ["step"], rounds=3)
     assert len(copies) > 9
     assert all(one != two for one, two in pairwise(copies))
-
-
-@pytest.mark.parametrize(
-    ("spoil", "reason"),
-    [(lambda y: y * float("nan"), "y: not finite"), (lambda y: y * 0, "y: all zero")],
-    ids=["nan", "zero"],
-)
-def test_what_the_gate_could_not_see_with_dropout_is_seen_in_the_layer_itself(spoil, reason):
-    def build(case, operands, p):
-        built = contestants("plain")[0].build(case, operands, p)
-        return replace(built, layer=lambda x: spoil(built.layer(x))) if p else built
-
-    arm = Provider("spoilt", "wrong with dropout alone", build)
-    rows = run_tiny([*contestants(FLOOR), arm], ["step"], dropout=0.1)
-    assert (rows[1].status, rows[1].reason, rows[1].ms) == ("wrong", reason, None)
 
 
 def test_a_lost_gpu_ends_the_run_and_keeps_what_was_finished(tmp_path, monkeypatch, capsys):
@@ -404,6 +425,18 @@ def test_an_interrupted_run_keeps_finished_cases_and_is_resumed(tmp_path, monkey
     assert [(row.dtype, row.provider) for row in after.rows] == [
         (dtype, name) for dtype in ("fp32", "bf16") for name in (FLOOR, "plain")
     ]
+
+
+def test_an_interruption_outside_the_cases_is_no_traceback(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "rows.jsonl"
+
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(layers.plots, "save", interrupted)
+    assert main([*SHORT, "--json", str(path)]) == 130
+    assert capsys.readouterr().err.endswith("\ninterrupted\n")
+    assert read(path).complete
 
 
 def test_a_wrong_row_makes_the_run_fail(tmp_path, monkeypatch):
