@@ -19,16 +19,16 @@ import math
 import statistics
 import subprocess
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from .cases import FLOOR, MODES
+from .cases import FLOOR, MODES, Case
 from .environment import Environment, differences
 from .results import parse
 from .rows import LayerRow, Measured, Spread
-from .runner import StopError, number
+from .runner import StopError, number, positive
 from .units import geometric_mean, readable_bytes
 
 HELP = "compare two result files, or one with what was committed; regressions end with exit status 1"
@@ -98,6 +98,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threshold", type=_percent, default=0.05, metavar="PERCENT", help="the least change of time that counts (5)"
     )
+    parser.add_argument("--layer", nargs="+", metavar="NAME", help="only these, or these models")
+    parser.add_argument("--rank", nargs="+", type=positive, metavar="R", help="only these")
     parser.add_argument("--provider", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--mode", nargs="+", choices=MODES, help="only these; what a model does is a step")
     parser.add_argument("--only-changes", action="store_true", help="print regressions and improvements alone")
@@ -112,14 +114,15 @@ def run(args: argparse.Namespace) -> int:
     """
     whole = _side(args.before, args.after), _side(args.after, args.before)
     rows = [row for side in whole for _, row in side.rows.values()]
-    known = list(dict.fromkeys(row.provider for row in rows))
-    if unknown := [name for name in args.provider or () if name not in known]:
-        raise StopError(2, f"--provider {' '.join(unknown)}: in neither run; expected of {', '.join(known)}")
+    for option, facet in _FACETS.items():
+        known = dict.fromkeys(str(facet(row)) for row in rows)
+        if unknown := [str(value) for value in getattr(args, option) or () if str(value) not in known]:
+            raise StopError(2, f"--{option} {' '.join(unknown)}: in neither run; expected of {', '.join(known)}")
     layers = all(isinstance(row, LayerRow) for row in rows)
     if args.by == "ratio" and not layers:
         raise StopError(2, "--by ratio: only layers have a frozen floor; leave it out to compare models by time")
     floor = [pair for pair in _pairs(*whole, "time", args.threshold) if layers and pair.provider == FLOOR]
-    before, after = (_select(side, args.provider or known, args.mode or MODES) for side in whole)
+    before, after = (_select(side, args) for side in whole)
     pairs = _pairs(before, after, args.by, args.threshold, floor if args.by == "ratio" else ())
     if not pairs:
         raise StopError(2, f"{before.name} and {after.name} have no row in common, or none that was asked for")
@@ -181,13 +184,25 @@ def _git(file: Path, otherwise: str, *arguments: str) -> bytes:
     return done.stdout
 
 
-def _select(side: Side, providers: Sequence[str], modes: Sequence[str]) -> Side:
-    rows = {k: named for k, named in side.rows.items() if named[1].provider in providers and _mode(named[1]) in modes}
-    return side._replace(rows=rows)
+def _select(side: Side, args: argparse.Namespace) -> Side:
+    asked = [(facet, getattr(args, option)) for option, facet in {**_FACETS, "mode": _mode}.items()]
+
+    def wanted(row: Measured) -> bool:
+        return all(facet(row) in values for facet, values in asked if values)
+
+    return side._replace(rows={key: named for key, named in side.rows.items() if wanted(named[1])})
 
 
 def _mode(row: Measured) -> str:
     return row.mode if isinstance(row, LayerRow) else "step"
+
+
+# What rows are selected by: the options' names, and what each is of a row.
+_FACETS: dict[str, Callable[[Measured], Any]] = {
+    "layer": lambda row: row.case.layer if isinstance(row.case, Case) else row.case.model,
+    "rank": lambda row: row.case.r,
+    "provider": lambda row: row.provider,
+}
 
 
 def _pairs(before: Side, after: Side, by: str, threshold: float, floor: Sequence[Pair] = ()) -> list[Pair]:

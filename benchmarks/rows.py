@@ -97,6 +97,11 @@ class Measured(Row):
         return max(quotients, default=None)
 
     @property
+    def case(self) -> Case | ModelCase:
+        """The case it belongs to."""
+        raise NotImplementedError
+
+    @property
     def key(self) -> tuple[object, ...]:
         """What was measured: two rows of the same key are comparable."""
         raise NotImplementedError

@@ -277,6 +277,22 @@ def test_options_select(before: Path, tmp_path: Path, capsys: Any) -> None:
     assert "expected of frozen, plain, fastlora" in refused(before, after, "--provider", "nonsense")
 
 
+def test_options_select_layers_models_and_ranks(before: Path, tmp_path: Path, capsys: Any) -> None:
+    after = write(tmp_path / "after.jsonl", [*layer_rows([SMALL]), *slowed(layer_rows([LARGE]), 1.2, "plain")])
+    assert run(before, after) == 1
+    capsys.readouterr()
+    for option in (("--layer", SMALL.layer), ("--rank", SMALL.r)):
+        assert run(before, after, *option) == 0
+        assert LARGE.layer not in capsys.readouterr().out
+    assert run(before, after, "--layer", SMALL.layer, LARGE.layer, "--rank", SMALL.r, LARGE.r) == 1
+    assert "--layer nonsense: in neither run; expected of gpt2.attn, llama3-8b.q" in refused(
+        before, after, "--layer", "nonsense"
+    )
+    assert "--rank 3: in neither run; expected of 8, 16" in refused(before, after, "--rank", 3)
+    models = write(tmp_path / "models.jsonl", model_rows())
+    assert run(models, models, "--layer", MODEL.model, "--rank", MODEL.r) == 0
+
+
 def test_only_changes_prints_the_flagged_rows(before: Path, tmp_path: Path, capsys: Any) -> None:
     assert run(before, write(tmp_path / "after.jsonl", slowed(layer_rows(), 1.2, "plain")), "--only-changes") == 1
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith((SMALL.layer, LARGE.layer))]
