@@ -42,6 +42,28 @@ _STATUS = ["git", "status", "--porcelain", "--", ":(top)", ":(top,exclude)benchm
 _GPU_FACTS = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "temperature.gpu")
 
 
+# The record, which every result file begins with: its fields, and what they may be.
+SCHEMA: Mapping[str, Any] = {
+    "time": str,
+    "command": str,
+    "settings": dict,
+    "cases": int,
+    "commit": str | None,
+    "dirty": bool | None,
+    "python": str,
+    "platform": str,
+    "packages": dict,
+    "device": str,
+    "device_name": str,
+    "cpu": str,
+    "cpu_count": int | None,
+    "load_average": float | None,
+    "threads": int,
+    "gpu": dict | None,
+    "flags": dict,
+    "variables": dict,
+}
+
 # What a resumed run may find changed.
 _VOLATILE = ("time", "load_average", "gpu.clocks.sm", "gpu.clocks.mem", "gpu.temperature.gpu", "gpu.power.draw")
 
@@ -75,6 +97,18 @@ def describe(device: torch.device, command: str, settings: dict[str, Any], cases
         },
         "variables": {name: os.environ.get(name) for name in _VARIABLES},
     }
+
+
+def check(environment: Environment) -> None:
+    """Raises ValueError where a field is missing, unknown or of another type; the message names it."""
+    missing, unknown = sorted(set(SCHEMA) - set(environment)), sorted(set(environment) - set(SCHEMA))
+    if missing or unknown:
+        raise ValueError(f"environment: missing {missing or 'nothing'}, unknown {unknown or 'nothing'}")
+    for name, kind in SCHEMA.items():
+        if not isinstance(environment[name], kind):
+            raise ValueError(
+                f"environment: {name} must be {getattr(kind, '__name__', kind)}, got {environment[name]!r}"
+            )
 
 
 def differences(before: Environment, after: Environment) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from .environment import Environment, differences
+from .environment import Environment, check, differences
 from .rows import Row, from_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -108,14 +108,22 @@ def read(path: Path) -> Results:
     """The results in a file; rows of a case that was cut short are left out.
 
     Raises:
-        ValueError: the file is none of ours, or a row is not of the schema.
+        ValueError: the file is none of ours, or the environment or a row is not of the schema.
         OSError: it cannot be read.
     """
-    return parse(path.read_bytes(), str(path))
+    results = parse(path.read_bytes(), str(path))
+    try:
+        check(results.environment)
+    except ValueError as error:
+        raise ValueError(f"{path}, line 1: {error}") from None
+    return results
 
 
 def parse(content: bytes, name: str) -> Results:
-    """The results in the bytes of a file; ``name`` is for the messages. Raises ValueError as :func:`read` does."""
+    """The results in the bytes of a file, its environment of any version; ``name`` is for the messages.
+
+    Raises ValueError as :func:`read` does.
+    """
     environment: Environment | None = None
     cases: dict[str, list[Row]] = {}
     rows: list[Row] = []

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -82,13 +83,59 @@ def test_a_missing_field_is_named():
         from_json(record)
 
 
+def test_the_environment_is_of_its_schema():
+    environment.check(described())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"threads": "many"}, "threads must be int, got 'many'"),
+        ({"gpu": "H200"}, r"gpu must be dict \| None, got 'H200'"),
+        ({"colour": "red"}, r"missing nothing, unknown \['colour'\]"),
+    ],
+)
+def test_an_environment_that_is_off_is_named(change, message, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    with ResultFile(path, described(**change)) as file:
+        file.append("first", [LAYER], {})
+    with pytest.raises(ValueError, match=f"{path}, line 1: environment: {message}"):
+        read(path)
+
+
+def test_a_gpu_is_described_with_driver_and_clocks(monkeypatch):
+    properties = {
+        "major": 9,
+        "minor": 0,
+        "multi_processor_count": 132,
+        "total_memory": 1 << 37,
+        "L2_cache_size": 1 << 25,
+    }
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="u", **properties))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    said = {"driver_version": "580.95", "clocks.sm": "1980 MHz", "clocks.mem": "3201 MHz", "power.draw": "310.00 W"}
+
+    def run(command):
+        query = next((word for word in command if word.startswith("--query-gpu=")), "=")
+        return ", ".join(said.get(fact, "1") for fact in query.partition("=")[2].split(","))
+
+    monkeypatch.setattr(environment, "_run", run)
+    gpu = torch.device("cuda")
+    found = environment.describe(gpu, "layers", {}, 1)
+    environment.check(found)
+    assert found["device_name"] == "NVIDIA H200"
+    expected = {"capability": "9.0", "driver_version": "580.95", "clocks.sm": "1980 MHz", "cuda": torch.version.cuda}
+    assert expected.items() <= found["gpu"].items()
+    assert {"clocks.sm": "1980 MHz", "power.draw": "310.00 W"}.items() <= environment.seen(gpu)["gpu"].items()
+
+
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_committed_results_are_of_the_schema(path):
     results = read(path)
     assert results.complete
-    assert {"time", "command", "settings", "cases", "commit", "dirty", "packages", "device_name", "flags"} <= set(
-        results.environment
-    )
+    assert results.environment["dirty"] is False
+    assert results.environment["commit"]
+    assert set(results.environment["packages"]) == set(described()["packages"])
     keys = Counter(row.key for row in results.rows if isinstance(row, Measured))
     assert [key for key, count in keys.items() if count > 1] == []
     for row in results.rows:
@@ -194,15 +241,18 @@ def test_a_killed_run_is_resumed_without_loss_or_doubling(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "layers", "--device", "cpu", "--json", str(path)]
     command += ["--layer", "64x48", "--tokens", "16", "24", "40", "--rank", "4", "--dtype", "fp32", "--dropout", "0"]
     command += ["--provider", "plain", "--rounds", "5"]
-    slow = {**os.environ, "PYTHONPATH": str(ROOT)}
-    run = subprocess.Popen(command, cwd=ROOT, env=slow, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while run.poll() is None and not (path.exists() and b'"done"' in path.read_bytes()):
         time.sleep(0.002)
     run.send_signal(signal.SIGKILL)
     run.wait()
     before = read(path)
     assert before.cases
-    assert subprocess.run([*command, "--resume"], cwd=ROOT, env=slow, check=False, capture_output=True).returncode == 0
+    assert (
+        subprocess.run([*command, "--resume"], cwd=ROOT, env=variables, check=False, capture_output=True).returncode
+        == 0
+    )
     after = read(path)
     assert after.complete
     assert {case: after.cases[case] for case in before.cases} == before.cases
