@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import fastlora
 from benchmarks.__main__ import main
@@ -164,6 +165,24 @@ def test_merged_runs_what_the_bare_layer_runs_and_unmerged_does_not():
     assert claims_serving.products(bare) == 1
     assert claims_serving.operators(layer, x) != bare
     assert claims_serving.operators(layer.merge(), x) == bare
+
+
+def test_a_merge_that_forgets_the_update_has_no_latency(monkeypatch):
+    monkeypatch.setattr(fastlora.LoRALinear, "merge", lambda self: self.eval())
+    monkeypatch.setattr(fastlora.LoRALinear, "forward", lambda self, x: F.linear(x, self.weight, self.bias))
+    monkeypatch.setattr(claims_serving, "require_accurate", lambda *_: None)
+    row = examined("latency")
+    assert (row.ours, row.verdict) == ("-", ERROR)
+    assert "inaccurate, so no speed: y of the merged layer: rms error" in row.note
+
+
+@pytest.mark.parametrize("name", ["latency", "throughput"])
+def test_a_wrong_layer_has_no_speed(name, monkeypatch):
+    forward = fastlora.LoRALinear.forward
+    monkeypatch.setattr(fastlora.LoRALinear, "forward", lambda self, x: 1.01 * forward(self, x))
+    row = examined(name)
+    assert (row.ours, row.verdict) == ("-", ERROR)
+    assert all(words in row.note for words in ("inaccurate, so no speed: y: rms error", "dx: ", "da: ", "db: "))
 
 
 def test_switching_loads_the_other_adapter_and_stays_merged(tmp_path):

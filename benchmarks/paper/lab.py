@@ -1,4 +1,4 @@
-"""What the measured claims share: decoders with random weights, and contenders timed in turns."""
+"""What the measured claims share: decoders with random weights, the accuracy gate, and contenders timed in turns."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ import torch
 from torch import Tensor, nn
 
 import fastlora
+from fastlora.testing import Errors
 
+from ..cases import DTYPES, Case
 from ..clocks import Clock, Work, no_garbage_collection, shuffled
+from ..layers.gate import Gate
+from ..layers.operands import make_operands
+from ..layers.providers import providers
 from ..rows import Spread
 from .claims import Lab
 from .models import DECODERS, Decoder, adapt
@@ -29,6 +34,26 @@ def decoder(lab: Lab, name: str, dtype: torch.dtype, r: int | None = None) -> De
     for layer in adapt(model, r) if r else ():
         nn.init.normal_(layer.lora_B, std=0.01)
     return model
+
+
+def require_accurate(lab: Lab, width: int, tokens: int) -> None:
+    """Holds a step of fastlora's layer of this width to the oracle: what is wrong gets no speed.
+
+    Raises:
+        ArithmeticError: an output or a gradient is out of bounds, not finite, or never arrives.
+    """
+    dtype = next(name for name, dtype in DTYPES.items() if dtype is lab.dtype)
+    case = Case(f"{width}x{width}", tokens, RANK, dtype, 0.0)
+    ours = providers()["fastlora"]
+    with ours.turn():
+        require_ok(Gate(case, make_operands(case, lab.device)).check(ours))
+
+
+def require_ok(errors: Mapping[str, Errors]) -> None:
+    """Raises ArithmeticError that names every error out of bounds."""
+    wrong = [f"{name}: {error}" for name, error in errors.items() if not error.ok]
+    if wrong:
+        raise ArithmeticError(f"inaccurate, so no speed: {'; '.join(wrong)}")
 
 
 def adapters(model: nn.Module) -> Iterator[fastlora.LoRALinear]:

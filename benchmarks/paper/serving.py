@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import fastlora
+from fastlora.testing import compare
 
 from ..clocks import Work
 from .claims import MEASURED, Claim, Finding, Lab
-from .lab import RANK, adapters, decoder, interleaved, milliseconds
+from .lab import RANK, adapters, decoder, interleaved, milliseconds, require_accurate, require_ok
 from .models import Decoder
 
 # Table 1 of the paper, milliseconds of a whole GPT-2 M by (batch, sequence): merged LoRA, Adapter-L, Adapter-H.
@@ -30,7 +32,9 @@ def _latency(lab: Lab) -> Finding:
     again, *bases = (copy.deepcopy(linear) for _ in range(3))
     merged, unmerged = (fastlora.LoRALinear.from_linear(base, r=RANK) for base in bases)
     nn.init.normal_(merged.lora_B)
-    contenders = {"bare": linear, "again": again, "merged": merged.merge(), "unmerged": unmerged}
+    require_accurate(lab, lab.scale.width, 64)
+    _require_merged(merged)
+    contenders = {"bare": linear, "again": again, "merged": merged, "unmerged": unmerged}
     ours, notes, holds = [], [], True
     with torch.inference_mode():
         for batch, sequence in lab.scale.inputs:
@@ -49,6 +53,18 @@ def _latency(lab: Lab) -> Finding:
         f"One layer of width {lab.scale.width:,}, {lab.dtype_name}, by batch × sequence; median and p20-p80. It holds "
         f"where the merged median is within the p80 of either bare layer. {'; '.join(notes)}.",
     )
+
+
+@torch.no_grad()
+def _require_merged(layer: fastlora.LoRALinear) -> None:
+    """Merges, and holds the layer to the product with W + scale · B A in float64, rounded once."""
+    w, a, b = layer.weight.double(), layer.lora_A.double(), layer.lora_B.double()
+    x = torch.randn(64, layer.in_features, device=layer.weight.device, dtype=layer.weight.dtype)
+    whole = w + layer.scale * b @ a
+    bias = None if layer.bias is None else layer.bias.double()
+    oracle = F.linear(x.double(), whole, bias)
+    baseline = F.linear(x, whole.to(x.dtype), layer.bias)
+    require_ok({"y of the merged layer": compare(layer.merge()(x), oracle=oracle, baseline=baseline)})
 
 
 def _adapter_layers(batch: int, sequence: int) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..clocks import Work
 from ..memory import stored_bytes
 from .claims import MEASURED, Claim, Finding, Lab, NotMeasuredError
-from .lab import RANK, decoder, interleaved, milliseconds, tokens_for
+from .lab import RANK, decoder, interleaved, milliseconds, require_accurate, tokens_for
 from .models import DECODERS, Decoder, adapt, count, trained_parameters
 
 # Section 4.2, footnote 5 of the paper: tokens/s per V100 of full fine-tuning and of LoRA.
@@ -77,6 +77,7 @@ def _throughput(lab: Lab) -> Finding:
     lora = copy.deepcopy(full)
     adapt(lora, RANK)
     tokens = tokens_for(full, scale.batch, scale.sequence)
+    require_accurate(lab, full.shape.width, scale.batch * scale.sequence)
     times = interleaved({"full": training_step(full, tokens)[0], "lora": training_step(lora, tokens)[0]}, lab)
     speed = {name: 1e3 * scale.batch * scale.sequence / ms.p50 for name, ms in times.items()}
     saved, stated = (1 - slow / fast for slow, fast in ((speed["full"], speed["lora"]), FOOTNOTE_5))
