@@ -50,7 +50,7 @@ def layers(rows: Sequence[LayerRow]) -> str:
         kept = [steps.get((case, name)) for name in (OURS, "peft-same")]
         cells.append(" / ".join(readable_bytes(row.kept_bytes if row else None) for row in kept))
         lines.append(_line(cells))
-    return "\n".join([*lines, "", *_noise(rows), *_speedups(rows), *_host_overhead(rows)]).strip()
+    return "\n".join([*lines, "", *_noise(rows), *_speedups(rows), *_wall(rows), *_host_overhead(rows)]).strip()
 
 
 def models(rows: Sequence[ModelRow]) -> str:
@@ -117,6 +117,18 @@ def _speedups(rows: Sequence[LayerRow]) -> list[str]:
                 f"{len(speedups)} cases, worst {min(speedups):.2f}×)"
             )
     return lines
+
+
+def _wall(rows: Sequence[LayerRow]) -> list[str]:
+    """How much longer the wall saw a step than the device, where both were measured."""
+    quotients: dict[str, list[float]] = {}
+    for row in shown(rows):
+        if row.mode == "step" and row.wall_ms and row.device_ms and not row.case.is_host:
+            quotients.setdefault(row.provider, []).append(row.wall_ms.p50 / row.device_ms.p50)
+    if not quotients:
+        return []
+    means = ", ".join(f"{name} {geometric_mean(group):.2f}" for name, group in quotients.items())
+    return [f"- wall time of a step over the device's (geometric mean; above 1 the host is seen): {means}"]
 
 
 def _host_overhead(rows: Sequence[LayerRow]) -> list[str]:

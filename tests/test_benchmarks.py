@@ -319,6 +319,15 @@ def test_host_sized_cases_compare_wall_time():
     assert {row.ms.p50 for row in rows if not row.case.is_host} == {0.01}
 
 
+def test_wall_time_stands_beside_the_device_s():
+    both = [timed(FLOOR, 2.0, device_ms=Spread(1.5, 1.5, 1.5)), timed("addmm", 2.5, device_ms=Spread(1.5, 1.6, 1.7))]
+    head, floor, addmm = (line.split() for line in render_case(both).splitlines()[1:4])
+    assert head[:6] == ["step", "ms", "×", "floor", "step", "wall"]
+    assert floor[:5] == [FLOOR, "1.500", "(1.500-1.500)", "1.00", "2.000"]
+    assert addmm[:5] == ["addmm", "1.600", "(1.500-1.700)", "1.25", "2.500"]
+    assert "wall" not in render_case([timed(FLOOR, 2.0)])
+
+
 def test_a_provider_by_name_only_is_listed_and_told_how(published):
     rows = [row for row in read(published).rows if row.provider == "unsloth"]
     assert {(row.status, row.reason) for row in rows} == {

@@ -109,6 +109,15 @@ def test_noise_tells_the_same_code_apart_from_itself():
     assert "- and fastlora's own, the same backend by choice and by force: within 4.0%" in markdown.layers(rows)
 
 
+def test_the_host_is_seen_where_wall_and_device_were_timed():
+    on_gpu = [replace(row, device_ms=Spread(1.0, 2.0, 3.0)) for row in (layer(FLOOR, 2.0), layer("fastlora", 2.5))]
+    line = (
+        "- wall time of a step over the device's (geometric mean; above 1 the host is seen): frozen 1.00, fastlora 1.25"
+    )
+    assert line in markdown.layers(on_gpu)
+    assert "wall time" not in markdown.layers(LAYERS)
+
+
 def test_absences_give_each_reason_once():
     assert markdown.absences(2 * LAYERS) == "- `addmm` absent: takes no dropout"
 

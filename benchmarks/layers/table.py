@@ -12,13 +12,14 @@ from ..units import geometric_mean, readable_bytes
 PAIRS = (("fastlora", "peft-same"), ("fastlora", "peft-fp32"), ("fastlora-fp32", "peft-fp32"))
 
 # Column widths.
-_TIME, _RATIO, _BYTES = 24, 9, 11
+_TIME, _RATIO, _WALL, _BYTES = 24, 9, 15, 11
 
 
 def render_case(rows: Sequence[LayerRow]) -> str:
     """One case: milliseconds (p20-p80) and times the floor in each mode, bytes, and the worst error over its bound.
 
-    The last line is the least ratio that the FLOPs allow on any device.
+    On a GPU these are the device's, and the wall's stand behind them: what lies between is the host's. The last line is
+    the least ratio that the FLOPs allow on any device.
     """
     modes = list(dict.fromkeys(row.mode for row in rows))
     noise = [f"{row.mode} {row.noise:.1%}" for row in rows if row.provider == FLOOR and row.noise is not None]
@@ -26,9 +27,10 @@ def render_case(rows: Sequence[LayerRow]) -> str:
     width = max(map(len, (*arms, "(arithmetic)")))
     lines = [str(rows[0].case) + (f"   noise: {', '.join(noise)}" if noise else "")]
     heads = "".join(f"{mode + ' ms':>{_TIME}}{'× floor':>{_RATIO}}" for mode in modes)
+    heads += "".join(f"{mode + ' wall':>{_WALL}}" for mode in modes if _on_gpu(rows))
     lines.append(f"  {'':{width}}{heads}{'kept':>{_BYTES}}{'peak':>{_BYTES}}{'error':>{_RATIO}}")
     least = "".join(f"{'':{_TIME}}{row.theory:>{_RATIO}.3f}" for row in next(iter(arms.values())) if row.theory)
-    lines += [f"  {name:<{width}}{_provider_line(group)}" for name, group in arms.items()]
+    lines += [f"  {name:<{width}}{_provider_line(group, wall=_on_gpu(rows))}" for name, group in arms.items()]
     lines.append(f"  {'(arithmetic)':<{width}}{least}")
     return "\n".join(lines)
 
@@ -53,12 +55,17 @@ def step_speedups(rows: Sequence[LayerRow], ours: str, theirs: str) -> list[floa
     return [steps[case, theirs] / ms for (case, name), ms in steps.items() if name == ours and (case, theirs) in steps]
 
 
-def _provider_line(group: list[LayerRow]) -> str:
+def _on_gpu(rows: Sequence[LayerRow]) -> bool:
+    return any(row.device_ms is not None for row in rows)
+
+
+def _provider_line(group: list[LayerRow], wall: bool) -> str:
     first = group[0]
     if all(row.status != "ok" for row in group):
         return f"  {first.status}: {first.reason}"
     error = first.worst_error
     line = "".join(_timing(row) for row in group)
+    line += "".join(f"{_three_digits(row.wall_ms):>{_WALL}}" for row in group if wall)
     line += f"{readable_bytes(first.kept_bytes):>{_BYTES}}{readable_bytes(first.peak_bytes):>{_BYTES}}"
     line += f"{_two_digits(error):>{_RATIO}}"
     return line + (f"  -> {first.backend}" if first.backend else "")
@@ -66,6 +73,10 @@ def _provider_line(group: list[LayerRow]) -> str:
 
 def _timing(row: LayerRow) -> str:
     return f"{row.status if row.ms is None else _milliseconds(row.ms):>{_TIME}}{_two_digits(row.ratio):>{_RATIO}}"
+
+
+def _three_digits(ms: Spread | None) -> str:
+    return "-" if ms is None else f"{ms.p50:.3f}"
 
 
 def _two_digits(value: float | None) -> str:
