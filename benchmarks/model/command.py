@@ -60,6 +60,7 @@ MODEL_PROFILES = {
             kind=ModelCase,
             sweeps=(
                 _sweep(["llama-tiny"], [1], [256, 512, 1024, 2048], [8], ["fp32", "bf16"], [0.0], [False, True]),
+                _sweep(["llama-tiny"], [1, 2, 4, 8, 16], [256], [8], ["fp32"]),
                 _sweep(["llama-tiny", "gpt2-tiny", "roberta-tiny"], [4], [256], [8], ["fp32", "bf16"], [0.0, 0.1]),
                 _sweep(["llama-tiny", "gpt2-tiny"], [4], [256], [64], ["fp32"]),
                 _sweep(["gpt2"], [1], [512], [8], ["fp32"]),
