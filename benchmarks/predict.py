@@ -84,6 +84,8 @@ class Prediction:
         design, mode: which way, and forward, backward or step.
         launches: how many kernels; the gaps between them are not in ``ms``.
         flops, bytes: over all kernels.
+        arithmetic_ms, bandwidth_ms: what the FLOPs take by themselves, and what the bytes take.
+        compulsory_bytes: each argument and result of the LoRA layer moved once, the same for every design.
         ms: the sum over kernels of the longer of arithmetic and traffic.
         ratio: ``ms`` over that of ``frozen``.
         theory: the FLOP minimum over the frozen layer's FLOPs, the same for every design.
@@ -104,6 +106,9 @@ class Prediction:
     launches: int
     flops: float
     bytes: float
+    arithmetic_ms: float
+    bandwidth_ms: float
+    compulsory_bytes: float
     ms: float
     ratio: float
     theory: float
@@ -171,10 +176,13 @@ def run(args: argparse.Namespace) -> int:
 def predict(shape: Shape, device: Device) -> Iterator[Prediction]:
     """Every design in every mode."""
     problem = _problem(shape, device)
+    least = {mode: kernel.bytes for mode, kernel in minimum(problem).items()}
+    least["step"] = sum(least.values())
     frozen: dict[str, float] = {}
     for design in DESIGNS:
         for mode, launches in kernels(design, problem).items():
             seconds = sum(kernel.seconds(device, shape.dtype) for kernel in launches)
+            flops, moved = sum(kernel.flops for kernel in launches), sum(kernel.bytes for kernel in launches)
             yield Prediction(
                 **shape._asdict(),
                 device=device.name,
@@ -184,8 +192,11 @@ def predict(shape: Shape, device: Device) -> Iterator[Prediction]:
                 design=design,
                 mode=mode,
                 launches=len(launches),
-                flops=sum(kernel.flops for kernel in launches),
-                bytes=sum(kernel.bytes for kernel in launches),
+                flops=flops,
+                bytes=moved,
+                arithmetic_ms=1e3 * flops / device.flops[shape.dtype],
+                bandwidth_ms=1e3 * moved / device.bytes_per_s,
+                compulsory_bytes=least[mode],
                 ms=1e3 * seconds,
                 ratio=seconds / frozen.setdefault(mode, seconds),
                 theory=theory(shape, mode),

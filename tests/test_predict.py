@@ -284,7 +284,11 @@ def test_json_has_a_row_for_each_shape_design_and_mode(tmp_path: Path) -> None:
         assert all(getattr(row, field.name) is not None for field in fields(row))
         assert (row.r, row.dtype, row.device, row.flops_per_s, row.bytes_per_s) == (8, "fp16", "h200", 790e12, 4.3e12)
         assert row.theory == theory(row, row.mode)
-        assert row.ms >= 1e3 * row.bytes / row.bytes_per_s * (1 - 1e-9)
+        assert row.arithmetic_ms == pytest.approx(1e3 * row.flops / row.flops_per_s)
+        assert row.bandwidth_ms == pytest.approx(1e3 * row.bytes / row.bytes_per_s)
+        assert row.ms >= (1 - 1e-9) * max(row.arithmetic_ms, row.bandwidth_ms)
+        least = floor.minimum(problem(row.k, row.n, row.r, row.m))
+        assert row.compulsory_bytes == sum(least[mode].bytes for mode in least if row.mode in (mode, "step"))
 
 
 def test_a_device_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
