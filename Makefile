@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV := .venv
 NEWEST_TRITON := 3.9.0
+GPU_TESTS_triton := kernels
+GPU_TESTS_cuda := cuda_kernels
 
 ifdef PY
 READY :=
@@ -21,7 +23,7 @@ help:
 	@echo "make lint                ruff and mypy"
 	@echo "make csrc                the CUDA kernels, compiled where nvcc is: what changed"
 	@echo "make gate                the compile gate's table: registers, spills, shared memory of every kernel"
-	@echo "make test-gpu            every kernel on this machine's GPU"
+	@echo "make test-gpu            every kernel on this machine's GPU; FASTLORA_BACKEND=triton|cuda picks"
 	@echo "make test-newest-triton  the kernel tests on Triton $(NEWEST_TRITON)"
 
 $(VENV)/.ready: requirements.txt pyproject.toml setup.py csrc/build.py
@@ -55,9 +57,9 @@ csrc: $(READY)
 gate: $(READY) csrc
 	$(PY) tests/compile_gate.py
 
-test-gpu: $(READY)
+test-gpu: $(READY) csrc
 	$(PY) -c "import torch; assert torch.cuda.is_available(), 'make test-gpu needs a CUDA GPU, and torch sees none'"
-	$(PY) -m pytest tests/test_kernels.py tests/test_gpu.py
+	$(PY) -m pytest $(if $(FASTLORA_BACKEND),tests/test_$(GPU_TESTS_$(FASTLORA_BACKEND)).py,tests/test_kernels.py tests/test_cuda_kernels.py) tests/test_gpu.py
 
 test-newest-triton: $(READY)
 	$(PY) -m pip install --quiet --no-deps --upgrade --target .cache/triton-$(NEWEST_TRITON) triton==$(NEWEST_TRITON)

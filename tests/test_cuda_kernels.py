@@ -29,9 +29,12 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 MASKS = ("none", "input", "product")
 HALVES = ("bf16", "fp16")
 
-pytestmark = pytest.mark.skipif(
-    not ON_GPU and shutil.which("g++") is None, reason="g++ builds the host model, and is not on PATH"
-)
+pytestmark = [
+    pytest.mark.skipif(not ON_GPU and shutil.which("g++") is None, reason="no g++ on PATH to build the host model"),
+    pytest.mark.skipif(
+        ON_GPU and torch.cuda.get_device_capability() != (9, 0), reason="the CUDA kernels are for sm_90"
+    ),
+]
 
 
 @pytest.fixture(scope="session")
