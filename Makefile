@@ -22,7 +22,7 @@ help:
 	@echo "make publish             measures this machine for benchmarks/results/ and renders README.md from it"
 	@echo "make lint                ruff and mypy"
 	@echo "make csrc                the CUDA kernels, compiled where nvcc is: what changed"
-	@echo "make gate                the compile gate's table: registers, spills, shared memory of every kernel"
+	@echo "make gate                the compile gates' tables: registers, spills, shared memory of every kernel"
 	@echo "make test-gpu            every kernel on this machine's GPU; FASTLORA_BACKEND=triton|cuda picks"
 	@echo "make test-newest-triton  the kernel tests on Triton $(NEWEST_TRITON)"
 
@@ -54,8 +54,9 @@ lint: $(READY)
 csrc: $(READY)
 	$(PY) csrc/build.py
 
-gate: $(READY) csrc
+gate: $(READY)
 	$(PY) tests/compile_gate.py
+	$(PY) tests/cuda_gate.py
 
 test-gpu: $(READY) csrc
 	$(PY) -c "import torch; assert torch.cuda.is_available(), 'make test-gpu needs a CUDA GPU, and torch sees none'"

@@ -137,6 +137,11 @@ def sources(root: Path = ROOT) -> list[Path]:
     return sorted((root / "csrc").glob("*.cu"))
 
 
+def logs(root: Path = ROOT) -> list[Path]:
+    """What ptxas said when it compiled each of them."""
+    return [root / FOLDER / f"{source.stem}.log" for source in sources(root)]
+
+
 def find_nvcc() -> Nvcc | None:
     """The CUDA compiler of this machine."""
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]

@@ -80,6 +80,10 @@ FASTLORA_API size_t fastlora_rank_grad_workspace(const fastlora_rank_grad* call)
 
 FASTLORA_API const char* fastlora_rank_grad_sm90(const fastlora_rank_grad* call, void* workspace, int32_t sms, void* stream);
 
+// Every kernel of the library, a line each: its name without namespaces, where * stands for anything, its threads, its
+// bytes of dynamic shared memory, and 1 if it multiplies by wgmma, else 0. For tests/cuda_gate.py.
+FASTLORA_API const char* fastlora_kernels(void);
+
 #ifdef __cplusplus
 }
 #endif

@@ -21,6 +21,7 @@
 // Designs: ONE_LAUNCH as above; SERIAL makes z in a launch of z jobs alone, and the launch of tiles depends on it.
 
 #include <cstdint>
+#include <cstdio>
 
 #include <fastlora.h>
 #include <layout.cuh>
@@ -769,6 +770,17 @@ const char* refusal(const fastlora_lora_matmul& c) {
 }  // namespace fastlora
 
 extern "C" int32_t fastlora_abi(void) { return FASTLORA_ABI; }
+
+extern "C" const char* fastlora_kernels(void) {
+  using namespace fastlora;
+  static char lines[512];
+  std::snprintf(lines, sizeof(lines),
+                "lora_matmul_kernel<*, 128, *> %u %u 1\n"
+                "lora_matmul_kernel<*, 256, *> %u %u 1\n"
+                "pack_kernel<*> %u 0 0\n%s",
+                THREADS, Layout<128>::BYTES, THREADS, Layout<256>::BYTES, PACK_THREADS, rank_grad_kernels());
+  return lines;
+}
 
 extern "C" size_t fastlora_lora_matmul_workspace(const fastlora_lora_matmul* call) {
   return fastlora::Plan(*call).bytes();

@@ -40,4 +40,7 @@ inline bool is_aligned(const void* base, int64_t stride) {
   return reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride % 8 == 0;
 }
 
+// The lines of rank_grad_sm90.cu in fastlora_kernels().
+const char* rank_grad_kernels();
+
 }  // namespace fastlora

@@ -13,6 +13,7 @@
 // The same bits run after run: the splits follow from the shapes, and whoever ends last adds in the same order.
 
 #include <cstdint>
+#include <cstdio>
 
 #include <fastlora.h>
 #include <layout.cuh>
@@ -290,6 +291,17 @@ const char* refusal(const fastlora_rank_grad& c) {
 }
 
 }  // namespace
+
+const char* rank_grad_kernels() {
+  static char lines[256];
+  std::snprintf(lines, sizeof(lines),
+                "rank_grad_kernel<*, 1> %u %u 1\n"
+                "rank_grad_kernel<*, 2> %u %u 1\n"
+                "rank_grad_kernel<*, 4> %u %u 1\n",
+                THREADS, Layout<1>::BYTES, THREADS, Layout<2>::BYTES, THREADS, Layout<4>::BYTES);
+  return lines;
+}
+
 }  // namespace fastlora
 
 extern "C" size_t fastlora_rank_grad_workspace(const fastlora_rank_grad* call) {
