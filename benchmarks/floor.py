@@ -197,6 +197,49 @@ def one_launch(p: Problem) -> Kernel:
     return Kernel(flops, p.moved(x=1, w=1, y=1, z=2, a=1, b=1), stretch)
 
 
+# As csrc/schedule.cuh has it: clusters of two CTAs; z for 128 rows takes so much of a tile, whatever K, where one SM
+# streams 60 GB/s.
+CLUSTER, Z_UNIT = 2, 0.39
+
+
+def z_jobs_makespan(p: Problem) -> float:
+    """The end of csrc's one launch over that of the plain GEMM in the same clusters.
+
+    Jobs that make z, for one unit of rows or for two each, come first; tiles acquire their row's before the last trip.
+    """
+    clusters, units, columns = p.sms // CLUSTER, ceil(p.m / (CLUSTER * TILE_M)), ceil(p.n / TILE_N)
+    idle = -units * columns % clusters
+    run = 2 if idle < units <= 2 * idle else 1
+    free, released = [0.0] * clusters, [0.0] * units
+    for first in range(0, units, run):
+        end = free[0]
+        for unit in range(first, min(units, first + run)):
+            end = released[unit] = end + Z_UNIT
+        heapq.heapreplace(free, end)
+    for group in range(0, units, GROUP_M):
+        for _ in range(columns):
+            for unit in range(group, min(units, group + GROUP_M)):
+                heapq.heapreplace(free, max(free[0] + 1.0, released[unit]) + p.trip / p.k)
+    return max(free) / ceil(units * columns / clusters)
+
+
+def z_jobs(p: Problem) -> Kernel:
+    """y and z in csrc's one launch, which reads x once more, in the plain GEMM's time, stretched as the schedule is.
+
+    Never below its own arithmetic: the waves in which z hides are not counted in the floor.
+    """
+    flops = gemm(p).flops + 2.0 * p.m * p.trip * (p.k + p.n)
+    stretch = max(1.0, z_jobs_makespan(p) * gemm(p).flops / flops)
+    return Kernel(flops, p.moved(x=2, w=1, y=1, z=2, a=1, b=1), stretch)
+
+
+def rank_grad_csrc(p: Problem) -> Kernel:
+    """da as csrc makes it: in one kernel, with fp32 partial sums that its last CTA of each 128 columns adds up."""
+    splits = max(1, min(p.sms // ceil(p.k / 128), ceil(p.m / 256)))
+    splits = ceil(p.m / (64 * ceil(ceil(p.m / splits) / 64)))
+    return Kernel(rank_grad(p).flops, p.moved(x=1, z=1, a=1) + 2 * 4.0 * splits * p.k * 8 * ceil(p.r / 8))
+
+
 def in_whole_waves(p: Problem, device: Device, dtype: str, launch_s: float = 2e-6) -> dict[str, float]:
     """Forward over the plain GEMM, both in whole waves, with ``launch_s`` for serial's second launch.
 
@@ -241,6 +284,11 @@ DESIGNS = {
         "z inside the persistent GEMM, simulated; da and db as built",
         lambda p: [one_launch(p)],
         lambda p, q: [one_launch(q), *rank_grad_built(p), *rank_grad_built(q)],
+    ),
+    "z-jobs": Design(
+        "csrc: z by jobs of their own inside the persistent GEMM, simulated; da and db by a kernel each",
+        lambda p: [z_jobs(p)],
+        lambda p, q: [z_jobs(q), rank_grad_csrc(p), rank_grad_csrc(q)],
     ),
     "full": Design("full fine-tuning: dw is a third GEMM", lambda p: [gemm(p)], lambda p, q: [gemm(q), gemm(p)]),
 }

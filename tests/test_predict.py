@@ -140,8 +140,10 @@ def test_bytes_by_hand() -> None:
         "serial": [x + a + z, x + w + y + z + b],
         "serial-built": [x + a + z, x + w + y + z + b],
         "one-launch": [x + w + y + 2 * z + a + b],
+        "z-jobs": [2 * x + w + y + 2 * z + a + b],
         "full": [x + w + y],
     }
+    partial = {width: 2 * 4 * 8 * width for width in (k, n)}
     backward = {
         "frozen": [y + w + x],
         "plain": [y + w + x, 2 * y, y + b + z, y + z + b, z + a + x, x + z + a, 3 * x],
@@ -149,6 +151,7 @@ def test_bytes_by_hand() -> None:
         "serial": [y + b + z + z + b, y + w + x + z + a, x + z + a],
         "serial-built": [y + b + z, y + w + x + z + a, x + z + a, y + z + b],
         "one-launch": [y + w + x + 2 * z + a + b, x + z + a, y + z + b],
+        "z-jobs": [2 * y + w + x + 2 * z + a + b, x + z + a + partial[k], y + z + b + partial[n]],
         "full": [y + w + x, x + w + y],
     }
     for design in DESIGNS:
@@ -237,6 +240,31 @@ def test_the_schedule_keeps_its_laws(p: Problem) -> None:
     assert most_at_once(turns) <= p.sms
 
 
+# csrc/NOTES.md quotes these.
+@pytest.mark.parametrize(
+    ("m", "k", "n", "makespan"),
+    [
+        (8192, 4096, 4096, "1.004"),
+        (8192, 4096, 1024, "1.199"),
+        (8192, 4096, 14336, "1.004"),
+        (8192, 14336, 4096, "1.001"),
+        (8192, 8192, 28672, "1.002"),
+        (8192, 28672, 8192, "1.001"),
+        (2048, 4096, 4096, "1.004"),
+        (16384, 4096, 4096, "1.004"),
+    ],
+)
+def test_z_jobs_go_where_clusters_would_idle(m: int, k: int, n: int, makespan: str) -> None:
+    assert f"{floor.z_jobs_makespan(problem(k, n, 16, m)):.3f}" == makespan
+
+
+def test_z_jobs_by_hand() -> None:
+    """Four units of rows on three clusters, a tile each: two clusters would idle in the second wave, and make z."""
+    p = problem(1600, 256, 16, m=1024, sms=6)
+    # 0.78 of z twice, three tiles from 0, 0.78 and 0.78, the fourth when the first has ended.
+    assert floor.z_jobs_makespan(p) == pytest.approx((2 + 2 * 0.01) / 2)
+
+
 def most_at_once(turns: list[Turn]) -> int:
     events = sorted([(turn.end, -1) for turn in turns] + [(turn.start, 1) for turn in turns])
     running = most = 0
@@ -263,7 +291,7 @@ def test_the_default_shapes_print(capsys: pytest.CaptureFixture[str], monkeypatc
     assert lines[0].startswith("Predictions for h200: 790 TFLOP/s bf16, 4.3 TB/s, 132 SMs")
     for name, rank in product(("llama3-8b.q", "llama3-70b.gate", "llama3-8b.kv"), (16, 64)):
         start = next(i for i, line in enumerate(lines) if line.startswith(f"{name}  M=8192") and f"R={rank} " in line)
-        block = {line.split("  ")[1]: line.split() for line in lines[start + 1 : start + 14]}
+        block = {line.split("  ")[1]: line.split() for line in lines[start + 1 : start + 15]}
         assert set(DESIGNS) <= set(block)
         rows = ratios(LAYERS[name].k, LAYERS[name].n, rank)
         for design in DESIGNS:
