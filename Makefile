@@ -1,4 +1,4 @@
-# make test | bench | publish | lint | csrc | gate | test-gpu | test-newest-triton: each works on a fresh clone.
+# make test | bench | publish | lint | format | csrc | gate | test-gpu | test-newest-triton: each works on a fresh clone.
 # PY=python3 uses an interpreter that has the requirements already, and makes no .venv.
 
 PYTHON ?= python3
@@ -6,6 +6,8 @@ VENV := .venv
 NEWEST_TRITON := 3.9.0
 GPU_TESTS_triton := kernels
 GPU_TESTS_cuda := cuda_kernels
+CPP := $(wildcard $(foreach folder,csrc tests tests/host_model,$(addprefix $(folder)/*.,cu cuh h cpp)))
+CLANG_FORMAT = $(PY) -c "from clang_format import clang_format; clang_format()"
 
 ifdef PY
 READY :=
@@ -14,13 +16,14 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: help test bench publish lint csrc gate test-gpu test-newest-triton clean
+.PHONY: help test bench publish lint format csrc gate test-gpu test-newest-triton clean
 
 help:
 	@echo "make test                the compile gate, then the tests: oracle, autograd, kernels in Triton's interpreter"
 	@echo "make bench               what a LoRA layer and a LoRA model cost here, then a real fine-tune"
 	@echo "make publish             measures this machine for benchmarks/results/ and renders README.md from it"
-	@echo "make lint                ruff and mypy"
+	@echo "make lint                ruff, clang-format and mypy"
+	@echo "make format              writes what make lint wants of the layout"
 	@echo "make csrc                the CUDA kernels, compiled where nvcc is: what changed"
 	@echo "make gate                the compile gates' tables: registers, spills, shared memory of every kernel"
 	@echo "make test-gpu            every kernel on this machine's GPU; FASTLORA_BACKEND=triton|cuda picks"
@@ -49,7 +52,12 @@ publish: $(READY)
 lint: $(READY)
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
+	$(CLANG_FORMAT) --dry-run -Werror $(CPP)
 	$(PY) -m mypy
+
+format: $(READY)
+	$(PY) -m ruff format
+	$(CLANG_FORMAT) -i $(CPP)
 
 csrc: $(READY)
 	$(PY) csrc/build.py
