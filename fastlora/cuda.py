@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .dropout import Dropout
-from .request import Request
+from .request import Request, new_middle
 
 ABI = 1
 MAX_RANK = 256
@@ -140,6 +140,8 @@ def refuses(request: Request) -> str | None:
         return f"{str(request.dtype).removeprefix('torch.')}: the kernels are for bfloat16 and float16"
     if 0 in (request.m, request.k, request.n):
         return f"nothing to compute: M={request.m} K={request.k} N={request.n}"
+    if max(request.m, request.k, request.n) >= 2**31:
+        return f"M={request.m} K={request.k} N={request.n}: the kernels count to 2^31 - 1"
     # Under a mask q is the wide side, whatever its width.
     rank = request.k if request.verb == "rank_grad" and request.dropout else request.r
     if rank > MAX_RANK:
@@ -161,13 +163,12 @@ def lora_matmul(
     """x [M, K], w [N, K] or None for z alone, a [R, K], b [N, R], bias [N] → y [M, N], z [M, R].
 
     The rows of x, and those of w or of the matrix whose transposed view it is, are contiguous and start on 16 bytes,
-    and N is a multiple of 8. So that z may be an operand in turn, its rows start on 16 bytes too.
+    and N is a multiple of 8.
     """
     library = _loaded()
     device, dtype = x.device, x.dtype
     (m, k), (n, r) = x.shape, b.shape
-    z_stride = (r + 7) & ~7
-    z = torch.empty((m, z_stride), dtype=dtype, device=device)
+    z = new_middle(x, r)
     a_stride_r, a_stride_k = a.stride()
     y: Tensor | None = None
     w_at = b_at = bias_at = y_at = 0
@@ -188,14 +189,14 @@ def lora_matmul(
     call = _pack_lora_matmul(
         x.data_ptr(), w_at, a.data_ptr(), b_at, bias_at, y_at, z.data_ptr(),
         m, k, n_made, r,
-        x.stride(0), w_stride, n_made, z_stride,
+        x.stride(0), w_stride, n_made, z.stride(0),
         a_stride_r, a_stride_k, b_stride_n, b_stride_r,
         w_transposed, _DTYPES[dtype], _DTYPES[a.dtype], scale,
         *mask,
         DESIGNS.index(design()), 0,
     )  # fmt: skip
     _launch(library.lora_matmul, call, device)
-    return y, z if z_stride == r else z[:, :r]
+    return y, z
 
 
 def rank_grad(p: Tensor, q: Tensor, *, dtype: torch.dtype, dropout: Dropout | None = None) -> Tensor:

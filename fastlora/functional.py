@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from . import dispatch
 from .dispatch import rows_of
 from .dropout import Dropout, draw_seed
-from .request import Request
+from .request import Request, new_middle
 
 _ops = torch.library.Library("fastlora", "FRAGMENT")
 _ops.define(
@@ -42,8 +42,11 @@ def _lora_matmul(
     on_product: bool,
 ) -> tuple[Tensor, Tensor]:
     dropout = None if seed is None else Dropout(dropout_p, seed)
-    backend = dispatch.backend_for(Request.of_lora_matmul(x, w, a, b, dropout is not None))
+    request = Request.of_lora_matmul(x, w, a, b, dropout is not None)
+    backend = dispatch.backend_for(request)
     y, z = backend.lora_matmul(x, w, a, b, scale=scale, bias=bias, dropout=dropout, on_product=on_product)
+    if request.r % 8 and z.stride() != (expected := new_middle(x, request.r)).stride():
+        z = expected.copy_(z)
     return (x.new_empty(0) if y is None else y), z
 
 
@@ -59,7 +62,7 @@ def _lora_matmul_fake(
     on_product: bool,
 ) -> tuple[Tensor, Tensor]:
     y = x.new_empty(0) if w is None else x.new_empty(x.shape[0], w.shape[0])
-    return y, x.new_empty(x.shape[0], a.shape[0])
+    return y, new_middle(x, a.shape[0])
 
 
 def _rank_grad(p: Tensor, q: Tensor, dtype: torch.dtype, dropout_p: float, seed: Tensor | None) -> Tensor:

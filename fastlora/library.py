@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dropout import Dropout, kept
-from .request import Request
+from .request import Request, new_middle
 
 
 def refuses(request: Request) -> str | None:
@@ -35,7 +35,7 @@ def lora_matmul(
     a, b = a.to(x.dtype), b.to(x.dtype)
     if x.is_cpu:
         a = a.contiguous()  # a CPU's GEMM is up to seven times slower on the small operand's transpose
-    z = x.new_empty(x.shape[0], a.shape[0])
+    z = new_middle(x, a.shape[0])
     if dropout is None or on_product:
         z.addmm_(x, a.T, beta=0, alpha=scale)
     else:

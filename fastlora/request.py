@@ -1,4 +1,4 @@
-"""What a backend is asked: the facts about one call that decide whether and how it can run."""
+"""What a backend is asked: the facts about one call that decide whether and how it can run; and how z lies."""
 
 from __future__ import annotations
 
@@ -65,6 +65,18 @@ class Request(NamedTuple):
             if wrong_strides or (p.data_ptr() | q.data_ptr()) & 15:
                 unaligned = _unaligned("p", p) or _unaligned("q", q)
         return Request("rank_grad", q.device, q.dtype, dtype, m, k, n, min(k, n), dropout, unaligned)
+
+
+def new_middle(x: Tensor, r: int) -> Tensor:
+    """Memory for z [M, R]. Rows of 16-bit elements start on 16 bytes, so that tensor copies can read them.
+
+    That holds on every device and backend: torch.compile and its caches on disk are told before one is chosen.
+    """
+    m, dtype = x.shape[0], x.dtype
+    padding = -r % 8
+    if padding == 0 or dtype not in _HALF:
+        return torch.empty((m, r), dtype=dtype, device=x.device)
+    return torch.empty((m, r + padding), dtype=dtype, device=x.device)[:, :r]
 
 
 def _unaligned(name: str, rows: Tensor) -> str | None:

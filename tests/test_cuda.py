@@ -22,6 +22,7 @@ import fastlora
 from csrc import build as csrc
 from fastlora import cuda, dispatch
 from fastlora.dropout import Dropout
+from fastlora.functional import lora_matmul_op
 from fastlora.request import Request
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -186,6 +187,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "float64": ({"dtype": torch.float64}, "float64: the kernels are for bfloat16 and float16"),
     "no_tokens": ({"m": 0}, "nothing to compute: M=0 K=128 N=256"),
     "no_inputs": ({"k": 0}, "nothing to compute: M=64 K=0 N=256"),
+    "too_many_tokens": ({"m": 2**31}, "M=2147483648 K=128 N=256: the kernels count to 2^31 - 1"),
     "rank": ({"r": 257}, "rank 257: the kernels hold at most 256"),
     "masked_rank": (
         {"verb": "rank_grad", "k": 300, "n": 128, "r": 128, "dropout": True},
@@ -340,6 +342,21 @@ def test_words_of_the_library_are_raised(monkeypatch: pytest.MonkeyPatch, compil
     monkeypatch.setenv("FASTLORA_BACKEND", "cuda")
     with pytest.raises(RuntimeError, match=r"^the CUDA kernels refuse a call: no room for y$"):
         call()
+
+
+@pytest.mark.parametrize("rank", [1, 8, 12])
+@pytest.mark.parametrize("tokens", [0, 1, 32])
+@pytest.mark.parametrize("forced", ["reference", "library", "cuda"])
+@pytest.mark.usefixtures("spy")
+def test_z_lies_alike_whoever_makes_it(forced: str, tokens: int, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile and its caches are told how before a backend is chosen."""
+    monkeypatch.setenv("FASTLORA_BACKEND", forced)
+    x, w, a, b, bias = make(tokens, 64, 48, rank, dtype=torch.bfloat16)
+    for operands in ((x, w, a, b, 1.5, bias, 0.0, None, False), (x, None, a, b, 1.5, None, 0.0, None, False)):
+        z = lora_matmul_op(*operands)[1]
+        assert z.stride() == (8 * -(-rank // 8), 1)
+        assert Request.of_rank_grad(z, x, torch.bfloat16, False).unaligned is None
+        torch.library.opcheck(lora_matmul_op, operands, test_utils="test_faketensor")
 
 
 # ---- What the library is given
