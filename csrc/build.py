@@ -64,10 +64,10 @@ class Nvcc(NamedTuple):
     about: str
 
     @property
-    def release(self) -> tuple[int, int]:
-        """Such as (13, 0)."""
+    def release(self) -> tuple[int, int] | None:
+        """Such as (13, 0); None where it does not run."""
         found = re.search(r"release (\d+)\.(\d+)", self.about)
-        return (int(found[1]), int(found[2])) if found else (0, 0)
+        return (int(found[1]), int(found[2])) if found else None
 
 
 def obstacle(root: Path = ROOT) -> str | None:
@@ -173,6 +173,8 @@ def _missing(root: Path) -> str | None:
         return (
             f"there is no nvcc in CUDA_HOME, on PATH or in /usr/local/cuda: install the CUDA toolkit, {oldest} or newer"
         )
+    if nvcc.release is None:
+        return f"{nvcc.path} does not say its release: install CUDA {oldest} or newer, and set CUDA_HOME to it"
     if nvcc.release < OLDEST_NVCC:
         release = ".".join(map(str, nvcc.release))
         return f"{nvcc.path} is of CUDA {release}: install {oldest} or newer, and set CUDA_HOME to it"

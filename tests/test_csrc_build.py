@@ -136,6 +136,13 @@ def test_an_old_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("nothing_said")
+def test_an_nvcc_that_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_nvcc(tmp_path, "")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert csrc.obstacle() == (f"{path} does not say its release: install CUDA 12.5 or newer, and set CUDA_HOME to it")
+
+
+@pytest.mark.usefixtures("nothing_said")
 def test_without_ninja(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_nvcc(tmp_path, "Cuda compilation tools, release 13.0, V13.0.88")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
