@@ -2,8 +2,8 @@
 //
 // A function returns NULL, or what went wrong, in words that live as long as the program. Nothing is launched then. The
 // caller keeps every pointer alive until the stream has passed, and has made the device of the stream current.
-// fastlora/cuda.py mirrors these structs field by field. Both verbs are called alike; rank_grad ignores ``sms``, since its sums
-// must be the same on every GPU.
+// fastlora/cuda.py mirrors these structs field by field. Both verbs are called alike; rank_grad ignores ``sms``, since
+// its sums must be the same on every GPU.
 #pragma once
 
 #include <stddef.h>
@@ -34,8 +34,8 @@ typedef struct {
 
 // z = scale · D(x) aᵀ, y = x wᵀ + z bᵀ + bias (mask on the input), or y = x wᵀ + D(z bᵀ) + bias (mask on the product).
 //
-//   x [m, k], y [m, n], z [m, r]: rows contiguous, base and row stride multiples of 16 bytes; dtype. Rows of z are written
-//   up to the next multiple of 8 columns
+//   x [m, k], y [m, n], z [m, r]: rows contiguous, base and row stride multiples of 16 bytes; dtype. Rows of z are
+//   written up to the next multiple of 8 columns
 //   w [n, k]: w_stride is that of its rows; where w_transposed, it is stored as [k, n] and w_stride is that of k
 //   a [r, k], b [n, r]: adapter_dtype, which is dtype or FP32; any strides
 //   bias [n] contiguous, dtype, or NULL
@@ -59,7 +59,8 @@ typedef struct {
 // Bytes of device memory that a call needs beside its operands; aligned to 256.
 FASTLORA_API size_t fastlora_lora_matmul_workspace(const fastlora_lora_matmul* call);
 
-FASTLORA_API const char* fastlora_lora_matmul_sm90(const fastlora_lora_matmul* call, void* workspace, int32_t sms, void* stream);
+FASTLORA_API const char* fastlora_lora_matmul_sm90(const fastlora_lora_matmul* call, void* workspace, int32_t sms,
+                                                   void* stream);
 
 // g = pᵀ D(q), where wide and narrow are the wider and the narrower of p and q.
 //
@@ -78,7 +79,8 @@ typedef struct {
 
 FASTLORA_API size_t fastlora_rank_grad_workspace(const fastlora_rank_grad* call);
 
-FASTLORA_API const char* fastlora_rank_grad_sm90(const fastlora_rank_grad* call, void* workspace, int32_t sms, void* stream);
+FASTLORA_API const char* fastlora_rank_grad_sm90(const fastlora_rank_grad* call, void* workspace, int32_t sms,
+                                                 void* stream);
 
 // Every kernel of the library, a line each: its name without namespaces, where * stands for anything, its threads, its
 // bytes of dynamic shared memory, and 1 if it multiplies by wgmma, else 0. For tests/cuda_gate.py.

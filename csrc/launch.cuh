@@ -39,8 +39,8 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
   return encoder;
 }
 
-// A matrix of 16-bit elements for tensor copies: boxes of ``box_rows`` x PANEL columns, 128-byte swizzle, zeros outside.
-// Base and row stride are multiples of 16 bytes.
+// A matrix of 16-bit elements for tensor copies: boxes of ``box_rows`` x PANEL columns, 128-byte swizzle, zeros
+// outside. Base and row stride are multiples of 16 bytes.
 inline const char* make_map(TensorMap* map, const void* base, uint64_t rows, uint64_t columns, uint64_t row_bytes,
                             uint32_t box_rows) {
   const auto encode = tensor_map_encoder();
@@ -50,10 +50,9 @@ inline const char* make_map(TensorMap* map, const void* base, uint64_t rows, uin
   const cuuint32_t box[2] = {PANEL, box_rows};
   const cuuint32_t steps[2] = {1, 1};
   // The copy engine moves bits: one 16-bit type serves both of ours.
-  const CUresult result =
-      encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(base), sizes, strides, box, steps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(base), sizes, strides, box,
+                                 steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refused a tensor map";
 }
 

@@ -1,14 +1,16 @@
 // Where things lie in a tile of shared memory, and how wgmma is told. Plain arithmetic, the same on GPU and host.
 //
-// A panel is 64 contiguous 16-bit elements (128 bytes) of each of some rows, as one tensor copy writes it: row r at byte
-// 128 r, and inside a row the 16-byte chunks permuted by the 128-byte swizzle, which repeats every 8 rows.
+// A panel is 64 contiguous 16-bit elements (128 bytes) of each of some rows, as one tensor copy writes it: row r at
+// byte 128 r, and inside a row the 16-byte chunks permuted by the 128-byte swizzle, which repeats every 8 rows.
 #pragma once
 
 #include <cstdint>
 
 namespace fastlora {
 
-__host__ __device__ constexpr uint32_t ceil_div(uint64_t a, uint64_t b) { return static_cast<uint32_t>((a + b - 1) / b); }
+__host__ __device__ constexpr uint32_t ceil_div(uint64_t a, uint64_t b) {
+  return static_cast<uint32_t>((a + b - 1) / b);
+}
 
 constexpr int PANEL = 64;
 constexpr int PANEL_ROW_BYTES = 128;
@@ -25,9 +27,9 @@ __host__ __device__ constexpr uint32_t panel_chunk(uint32_t row, uint32_t chunk)
 //   bits 32-45  stride dimension byte offset / 16: from one group of 8 rows to the next
 //   bits 62-63  1: 128-byte swizzle
 //
-// K-major (a row of the panel is one m or n, contiguous in k): the leading offset is not used; 16 further k are 32 bytes
-// on. MN-major (a row of the panel is one k, contiguous in m or n): the leading offset is that from one panel to the next,
-// 64 further m or n; 16 further k are 16 rows on.
+// K-major (a row of the panel is one m or n, contiguous in k): the leading offset is not used; 16 further k are 32
+// bytes on. MN-major (a row of the panel is one k, contiguous in m or n): the leading offset is that from one panel to
+// the next, 64 further m or n; 16 further k are 16 rows on.
 __host__ __device__ constexpr uint64_t panel_descriptor(uint32_t address, uint32_t panel_bytes) {
   return uint64_t((address & 0x3FFFF) >> 4) | uint64_t((panel_bytes & 0x3FFFF) >> 4) << 16 |
          uint64_t(SWIZZLE_BYTES >> 4) << 32 | uint64_t(1) << 62;
@@ -39,8 +41,8 @@ __host__ __device__ constexpr uint32_t k16_bytes() {
   return MN_MAJOR ? 16 * PANEL_ROW_BYTES : 32;
 }
 
-// The part of an accumulator that a thread of a warpgroup holds: rows row() and row() + 8, columns column() + 8 j and the
-// next, for each j. See wgmma in ptx.cuh.
+// The part of an accumulator that a thread of a warpgroup holds: rows row() and row() + 8, columns column() + 8 j and
+// the next, for each j. See wgmma in ptx.cuh.
 struct Fragment {
   uint32_t lane, warp;
 

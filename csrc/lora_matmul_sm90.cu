@@ -11,12 +11,13 @@
 //   tile:
 //     for k: ring <- x_mk, w_nk                  acc_mn += x_mk · w_nkᵀ
 //     wait until flag[m] says z_mr is whole
-//     for r: ring <- z_mr, b_nr                  acc_mn += z_mr · b_nrᵀ, or (acc + D(z_mr · b_nrᵀ)) 64 columns at a time
+//     for r: ring <- z_mr, b_nr                  acc_mn += z_mr · b_nrᵀ, or (acc + D(z_mr · b_nrᵀ)) by 64 columns
 //                                                y_mn <- acc_mn + bias_n, 64 columns at a time by way of shared memory
 //
-// The low-rank product is one more trip of the same ring for each 64 of rank, of which it multiplies ceil(R / 16) steps.
-// Operands: x [M, K], y [M, N], z [M, R] 16-bit, rows of whole 16 bytes; w [N, K] or stored [K, N]; a, b as w, packed by
-// a small kernel first where they are float32 or their rows are not whole 16 bytes; R <= 256.
+// The low-rank product is one more trip of the same ring for each 64 of rank, of which it multiplies ceil(R / 16)
+// steps.
+// Operands: x [M, K], y [M, N], z [M, R] 16-bit, rows of whole 16 bytes; w [N, K] or stored [K, N]; a, b as w, packed
+// by a small kernel first where they are float32 or their rows are not whole 16 bytes; R <= 256.
 // Bytes: the frozen product's, plus one read of x by the z jobs, which are few CTAs' work beside the others' tiles.
 // Designs: ONE_LAUNCH as above; SERIAL makes z in a launch of z jobs alone, and the launch of tiles depends on it.
 
@@ -422,7 +423,8 @@ struct Consumer : Block<TILE_N, CLUSTER> {
     }
   }
 
-  // By way of shared memory in panels, so that the copy engine writes whole rows of 128 bytes and this warpgroup goes on.
+  // By way of shared memory in panels, so that the copy engine writes whole rows of 128 bytes and this warpgroup goes
+  // on.
   __device__ void store_y(const float (&acc_mn)[TILE_N / 2], uint32_t first_m, uint32_t first_n) {
     const uint16_t* bias = static_cast<const uint16_t*>(p.bias);
 #pragma unroll
@@ -516,7 +518,8 @@ struct Consumer : Block<TILE_N, CLUSTER> {
   __device__ void mask_x(uint32_t first_m, uint32_t first_k) {
     const MaskBits mask(p.mask);
     for (uint32_t s = 0; s < SLICES; ++s) {
-      mask_panel(mask, this->stage() + s * SLICE_BYTES, consumer * CONSUMER_ROWS, first_m, first_k + s * TILE_K, thread);
+      mask_panel(mask, this->stage() + s * SLICE_BYTES, consumer * CONSUMER_ROWS, first_m, first_k + s * TILE_K,
+                 thread);
     }
     fence_async_shared();
     sync();
@@ -704,7 +707,7 @@ const char* run_lora_matmul(const fastlora_lora_matmul& c, void* workspace, uint
     const Adapter& q = i == 0 ? plan.a : plan.b;
     if (!q.packed) continue;
     adapters[i] = memory;
-    packing.packing[i] = {q.base,   reinterpret_cast<uint16_t*>(memory), q.rows, q.columns, q.padded(), q.stride,
+    packing.packing[i] = {q.base,          reinterpret_cast<uint16_t*>(memory), q.rows, q.columns, q.padded(), q.stride,
                           q.stride_column, c.adapter_dtype == FASTLORA_FP32};
     most = q.rows * q.padded() > most ? q.rows * q.padded() : most;
     memory += q.bytes();
@@ -754,7 +757,8 @@ const char* refusal(const fastlora_lora_matmul& c) {
     return "lora_matmul: adapter_dtype must be dtype or FP32";
   }
   if (!is_aligned(c.x, c.x_stride)) return "lora_matmul: rows of x must start on 16 bytes";
-  if (!is_aligned(c.z, c.z_stride) || c.z_stride < int64_t(round_up(c.r, 8))) return "lora_matmul: rows of z must start on 16 bytes";
+  if (!is_aligned(c.z, c.z_stride) || c.z_stride < int64_t(round_up(c.r, 8)))
+    return "lora_matmul: rows of z must start on 16 bytes";
   if (c.w == nullptr) return nullptr;
   if (!is_aligned(c.w, c.w_stride)) return "lora_matmul: rows of w must start on 16 bytes";
   if (!is_aligned(c.y, c.y_stride)) return "lora_matmul: rows of y must start on 16 bytes";

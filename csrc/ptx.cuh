@@ -1,8 +1,8 @@
 // Every instruction of sm_90a that the kernels use, behind a name: nothing else in csrc/ knows the hardware. A second
 // implementation of this header, tests/host_model/ptx.cuh, runs the same kernels on a CPU.
 //
-// Sections are those of the PTX ISA manual, version 9.0, chapter 9.7 "Instructions" unless said otherwise. A Shared is an
-// address in the window of the CTA's own shared memory.
+// Sections are those of the PTX ISA manual, version 9.0, chapter 9.7 "Instructions" unless said otherwise. A Shared is
+// an address in the window of the CTA's own shared memory.
 #pragma once
 
 #include <cuda.h>
@@ -193,9 +193,7 @@ __device__ __forceinline__ uint32_t shuffle_xor(uint32_t value, uint32_t mask) {
 // ---- Fences between the generic proxy (loads, stores) and the async proxy (copy engine, wgmma) (9.7.13.4)
 
 // Shared memory that this thread wrote is seen by the async proxy, and the other way round.
-__device__ __forceinline__ void fence_async_shared() {
-  asm volatile("fence.proxy.async.shared::cta;" : : : "memory");
-}
+__device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" : : : "memory"); }
 
 // The same for global memory.
 __device__ __forceinline__ void fence_async_global() { asm volatile("fence.proxy.async.global;" : : : "memory"); }
@@ -323,7 +321,8 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile( \
       "{\n.reg .pred p;\n" \
       "setp.ne.b32 p, %34, 0;\n" \
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE \
+      " {" \
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, " \
       "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31" \
       "}, %32, %33, p, 1, 1, %35, %36;\n}\n" \
@@ -334,7 +333,8 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile( \
       "{\n.reg .pred p;\n" \
       "setp.ne.b32 p, %66, 0;\n" \
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE \
+      " {" \
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, " \
       "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, " \
       "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, " \
@@ -347,7 +347,8 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile( \
       "{\n.reg .pred p;\n" \
       "setp.ne.b32 p, %130, 0;\n" \
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE "." TYPE " {" \
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE "." TYPE \
+      " {" \
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, " \
       "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, " \
       "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, " \
@@ -359,17 +360,17 @@ __device__ __forceinline__ void wgmma_wait() {
       : FASTLORA_ACCUMULATORS_128(C) \
       : "l"(a), "l"(b), "r"(int(ADD)), "n"(int(A_MN_MAJOR)), "n"(int(B_MN_MAJOR)))
 
-#define FASTLORA_WGMMA(C)                                            \
-  static_assert(N == 64 || N == 128 || N == 256, "an N in use");     \
-  if constexpr (N == 64) {                                           \
-    if constexpr (T::IS_BF16) FASTLORA_WGMMA_64("bf16", C);          \
-    if constexpr (!T::IS_BF16) FASTLORA_WGMMA_64("f16", C);          \
-  } else if constexpr (N == 128) {                                   \
-    if constexpr (T::IS_BF16) FASTLORA_WGMMA_128("bf16", C);         \
-    if constexpr (!T::IS_BF16) FASTLORA_WGMMA_128("f16", C);         \
-  } else {                                                           \
-    if constexpr (T::IS_BF16) FASTLORA_WGMMA_256("bf16", C);         \
-    if constexpr (!T::IS_BF16) FASTLORA_WGMMA_256("f16", C);         \
+#define FASTLORA_WGMMA(C) \
+  static_assert(N == 64 || N == 128 || N == 256, "an N in use"); \
+  if constexpr (N == 64) { \
+    if constexpr (T::IS_BF16) FASTLORA_WGMMA_64("bf16", C); \
+    if constexpr (!T::IS_BF16) FASTLORA_WGMMA_64("f16", C); \
+  } else if constexpr (N == 128) { \
+    if constexpr (T::IS_BF16) FASTLORA_WGMMA_128("bf16", C); \
+    if constexpr (!T::IS_BF16) FASTLORA_WGMMA_128("f16", C); \
+  } else { \
+    if constexpr (T::IS_BF16) FASTLORA_WGMMA_256("bf16", C); \
+    if constexpr (!T::IS_BF16) FASTLORA_WGMMA_256("f16", C); \
   }
 
 // d [64, N] += A [64, 16] · B [16, N], a and b matrix descriptors; asynchronous. Thread t of the warpgroup holds

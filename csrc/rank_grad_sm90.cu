@@ -7,8 +7,8 @@
 //                 partial[split] <- acc_cr
 //     the last CTA of the columns:  g = sum of partial over splits, in order
 //
-// Operands: wide and narrow 16-bit, rows of whole 16 bytes; R <= 256; g in any dtype, any strides. The mask is on wide and
-// is made anew. Both operands are read as they lie, tokens outermost: wgmma takes both MN-major.
+// Operands: wide and narrow 16-bit, rows of whole 16 bytes; R <= 256; g in any dtype, any strides. The mask is on wide
+// and is made anew. Both operands are read as they lie, tokens outermost: wgmma takes both MN-major.
 // Bytes: one read of wide, C / 128 of narrow (from L2), 8 · splits · C · R of partial sums. Memory-bound for R <= 64.
 // The same bits run after run: the splits follow from the shapes, and whoever ends last adds in the same order.
 

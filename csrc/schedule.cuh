@@ -4,8 +4,9 @@
 //   jobs [0, z_jobs)         z for ``z_run`` row units each
 //   jobs [z_jobs, jobs())    tiles, GROUP row units walking the columns together, so that their w stays in L2
 //
-// A row unit is ``cluster`` blocks of TILE_M rows, one for each CTA of a cluster. Every producer of z has a smaller number
-// than every tile that waits for it, and waits for nobody: whoever waits, waits for a cluster that runs. No deadlock.
+// A row unit is ``cluster`` blocks of TILE_M rows, one for each CTA of a cluster. Every producer of z has a smaller
+// number than every tile that waits for it, and waits for nobody: whoever waits, waits for a cluster that runs. No
+// deadlock.
 #pragma once
 
 #include <cstdint>
@@ -44,9 +45,9 @@ struct Schedule {
   }
 };
 
-// ``one_launch``: with producers of z. A producer takes about 0.4 of a tile's time for each unit it makes, and in the last
-// wave some clusters have no tile. Where they are half as many as the units, producers make two each: the clusters that
-// would idle at the end are then the ones that are busy at the start (csrc/NOTES.md has the predictions).
+// ``one_launch``: with producers of z. A producer takes about 0.4 of a tile's time for each unit it makes, and in the
+// last wave some clusters have no tile. Where they are half as many as the units, producers make two each: the clusters
+// that would idle at the end are then the ones that are busy at the start (csrc/NOTES.md has the predictions).
 constexpr Schedule make_schedule(uint64_t m, uint64_t n, uint32_t tile_n, uint32_t cluster, bool one_launch, bool tiles,
                                  uint32_t sms) {
   Schedule s = {};
