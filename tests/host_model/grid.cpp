@@ -1,0 +1,293 @@
+// Runs the clusters of a launch: which warp goes on and which copy lands next is drawn from the seed.
+#include <algorithm>
+#include <mutex>
+#include <numeric>
+#include <set>
+#include <string>
+
+#include "model.hpp"
+
+namespace fastlora::model {
+
+Grid* grid = nullptr;
+Thread* current = nullptr;
+Settings settings;
+uint64_t statistics[STATISTICS];
+
+namespace {
+
+std::vector<std::unique_ptr<Cta>> spare_ctas;
+std::vector<std::unique_ptr<Cta>> ctas_in_use;
+
+void thread_main() {
+  grid->body.enter(grid->body.call);
+  Thread& thread = *current;
+  end_stores(thread);
+  end_wgmmas(thread);
+  thread.exited = true;
+  thread.warp->runnable &= ~(1u << thread.lane);
+  grid->idle_spins = 0;
+  Cta& cta = *thread.cta;
+  --cta.live;
+  --cta.cluster->live;
+  check_sync_points(cta);
+  if (cta.live == 0) {
+    if (!cta.loads.empty()) {
+      fail("the CTA ends while a copy into its shared memory at %u is in flight (barrier %s[%d])", cta.loads[0]->to,
+           barrier_at(cta, cta.loads[0]->barrier, "tma_load").name,
+           barrier_at(cta, cta.loads[0]->barrier, "tma_load").index);
+    }
+    for (const Barrier& b : cta.barriers) {
+      if (b.bytes != 0) fail("the CTA ends while barrier %s[%d] expects %ld bytes more", b.name, b.index, long(b.bytes));
+    }
+  }
+  if (cta.cluster->live == 0) grid->finished.push_back(cta.cluster);
+  thread.fiber.suspend();
+  std::abort();
+}
+
+void start_thread(Cta& cta, Thread& thread, uint32_t index) {
+  thread.cta = &cta;
+  thread.warp = &cta.warps[index / 32];
+  thread.index = index;
+  thread.lane = index % 32;
+  thread.exited = false;
+  thread.wait = Wait::NONE;
+  thread.unfenced.clear();
+  thread.stores.clear();
+  thread.stores_committed = 0;
+  thread.wgmma_issued = 0;
+  thread.wgmma_groups.clear();
+  thread.wgmma_groups_done = 0;
+  thread.wgmma_fenced = false;
+  thread.accumulators.clear();
+  thread.fiber.start(thread_main);
+}
+
+void start_cta(Cta& cta, Cluster& cluster, uint32_t rank, uint32_t x, uint32_t y) {
+  const LaunchShape& shape = grid->shape;
+  const uint32_t threads = shape.threads, warps = threads / 32;
+  cta.cluster = &cluster;
+  cta.rank = rank;
+  cta.x = x;
+  cta.y = y;
+  cta.live = threads;
+  cta.memory.assign(shape.shared_bytes, 0xFF);
+  cta.writers.assign(shape.shared_bytes / 4 + 1, 0);
+  cta.unfenced_words = 0;
+  cta.barriers.clear();
+  cta.barrier_of.assign(shape.shared_bytes / 8 + 1, 0);
+  for (int i = 0; i < 16; ++i) cta.named[i] = {i == 0 ? "cta_sync" : "named_barrier_sync", i, 0, 0, 0, {}};
+  cta.loads.clear();
+  cta.register_waiters.clear();
+  // What the compiler may use when one CTA of so many threads fills the multiprocessor.
+  const uint32_t registers = std::min(65536 / threads / 8 * 8, 248u);
+  cta.free_registers = 0;
+  cta.warps.resize(warps);
+  for (uint32_t i = 0; i < warps; ++i) {
+    Warp& warp = cta.warps[i];
+    warp.cta = &cta;
+    warp.index = i;
+    warp.runnable = ~0u;
+    warp.slow = grid->random.below(8) == 0;
+    warp.registers = registers;
+    warp.collective = nullptr;
+    warp.gathered = warp.generation = 0;
+    warp.waiters.clear();
+    warp.slot = static_cast<uint32_t>(grid->runnable.size());
+    grid->runnable.push_back(&warp);
+  }
+  while (cta.warpgroups.size() < warps / 4) cta.warpgroups.emplace_back();
+  for (uint32_t i = 0; i < warps / 4; ++i) {
+    Warpgroup& group = cta.warpgroups[i];
+    group.cta = &cta;
+    group.index = i;
+    group.slot = ~0u;
+    group.queue.clear();
+    group.executed = 0;
+    group.waiters.clear();
+    group.spare.clear();
+    for (auto& sums : group.pool) group.spare.push_back(sums.get());
+  }
+  while (cta.threads.size() > threads) cta.threads.pop_back();
+  while (cta.threads.size() < threads) cta.threads.emplace_back();
+  for (uint32_t i = 0; i < threads; ++i) start_thread(cta, cta.threads[i], i);
+}
+
+}  // namespace
+
+void Grid::start_next_cluster() {
+  const uint32_t cluster_index = order[next++];
+  const uint32_t clusters_x = shape.blocks_x / shape.cluster;
+  clusters.emplace_back();
+  Cluster& cluster = clusters.back();
+  cluster.live = shape.threads * shape.cluster;
+  cluster.sync = {"cluster_sync", -1, 0, 0, 0, {}};
+  idle_spins = 0;
+  for (uint32_t rank = 0; rank < shape.cluster; ++rank) {
+    if (spare_ctas.empty()) spare_ctas.push_back(std::make_unique<Cta>());
+    ctas_in_use.push_back(std::move(spare_ctas.back()));
+    spare_ctas.pop_back();
+    Cta& cta = *ctas_in_use.back();
+    cluster.ctas.push_back(&cta);
+    start_cta(cta, cluster, rank, cluster_index % clusters_x * shape.cluster + rank, cluster_index / clusters_x);
+  }
+}
+
+void Grid::end_cluster(Cluster& cluster) {
+  for (Cta* cta : cluster.ctas) {
+    const auto found = std::find_if(ctas_in_use.begin(), ctas_in_use.end(), [&](auto& c) { return c.get() == cta; });
+    for (Thread& thread : cta->threads) thread.fiber.release();
+    spare_ctas.push_back(std::move(*found));
+    ctas_in_use.erase(found);
+  }
+}
+
+Grid::~Grid() {
+  for (auto* list : {&pending, &late}) {
+    while (!list->empty()) {
+      Operation* operation = list->back();
+      list->pop_back();
+      operation->retire();
+    }
+  }
+  while (!ctas_in_use.empty()) {
+    for (Thread& thread : ctas_in_use.back()->threads) thread.fiber.release();
+    spare_ctas.push_back(std::move(ctas_in_use.back()));
+    ctas_in_use.pop_back();
+  }
+}
+
+void Grid::add(Operation* operation) {
+  auto& list = operation->late ? late : pending;
+  operation->slot = static_cast<uint32_t>(list.size());
+  list.push_back(operation);
+}
+
+void Grid::remove(Operation* operation) {
+  auto& list = operation->late ? late : pending;
+  list[operation->slot] = list.back();
+  list[operation->slot]->slot = operation->slot;
+  list.pop_back();
+  operation->slot = ~0u;
+}
+
+void Grid::run_pending() {
+  idle_spins = 0;
+  pending[random.below(static_cast<uint32_t>(pending.size()))]->step();
+}
+
+void Grid::run_warp(Warp& warp) {
+  const uint32_t lanes = warp.runnable, start = random.below(32);
+  for (uint32_t i = 0; i < 32; ++i) {
+    const uint32_t lane = (start + i) % 32;
+    if ((lanes & warp.runnable) >> lane & 1) {
+      current = &warp.cta->threads[warp.index * 32 + lane];
+      current->fiber.resume();
+      const bool overflowed = current->fiber.overflowed();
+      current = nullptr;
+      if (failed) throw Failure();
+      if (overflowed) fail("the stack of CTA %u lane %u of warp %u is full", warp.cta->x, lane, warp.index);
+    }
+  }
+  if (warp.runnable == 0 && warp.slot != Warp::NOWHERE) {
+    runnable[warp.slot] = runnable.back();
+    runnable[warp.slot]->slot = warp.slot;
+    runnable.pop_back();
+    warp.slot = Warp::NOWHERE;
+  }
+}
+
+void Grid::run() {
+  const uint32_t most = std::max(1u, settings.resident_clusters);
+  while (next < order.size() && next < most) start_next_cluster();
+  while (true) {
+    if (++steps > settings.most_steps) report_deadlock("no end after the most steps that the settings allow");
+    if (runnable.empty()) {
+      if (pending.empty() && next == order.size() && ctas_in_use.empty()) break;
+      if (pending.empty()) report_deadlock("deadlock");
+      run_pending();
+      continue;
+    }
+    if (!pending.empty() && random.percent(async_percent)) {
+      run_pending();
+      continue;
+    }
+    Warp* warp = runnable[random.below(static_cast<uint32_t>(runnable.size()))];
+    if (warp->slow && random.below(16) != 0) warp = runnable[random.below(static_cast<uint32_t>(runnable.size()))];
+    run_warp(*warp);
+    while (!finished.empty()) {
+      end_cluster(*finished.back());
+      finished.pop_back();
+      if (next < order.size()) start_next_cluster();
+    }
+    if (idle_spins > 20000 + 1000 * runnable.size() && pending.empty()) report_deadlock("deadlock");
+  }
+  while (!late.empty()) late.back()->step();
+  if (shape.dependent && !waited_for_dependency) fail("a dependent launch never called grid_dependency_wait");
+}
+
+const char* run_grid(const LaunchShape& shape, const Body& body) {
+  static std::mutex one_launch;
+  static std::set<std::string> messages;
+  const std::lock_guard<std::mutex> lock(one_launch);
+  if (shape.blocks_x == 0 || shape.blocks_y == 0 || shape.blocks_y > 65535) return "launch: blocks out of range";
+  if (shape.threads == 0 || shape.threads > 1024 || shape.threads % 32 != 0) return "launch: threads out of range";
+  if (shape.cluster == 0 || shape.cluster > 8 || shape.blocks_x % shape.cluster != 0) {
+    return "launch: the blocks are not whole clusters of at most 8";
+  }
+  if (shape.shared_bytes > 232448) return "launch: more shared memory than a CTA can have";
+
+  Grid here;
+  here.shape = shape;
+  here.body = body;
+  here.random.seed(settings.seed);
+  Random& random = here.random;
+  here.base = 1024 * (1 + random.below(4));
+  here.leader = random.below(32);
+  // Copies that mostly land at once, or mostly long after; threads that are interrupted often, or hardly ever.
+  static constexpr uint32_t SHARES[] = {1, 5, 30, 90};
+  static constexpr uint32_t MEANS[] = {20, 100, 1000, 10000};
+  here.async_percent = SHARES[random.below(4)];
+  here.yield_mean = MEANS[random.below(4)];
+  if (settings.calls_between_yields != 0) here.yield_mean = settings.calls_between_yields;
+  here.calls_to_yield = here.yield_mean;
+  // The hardware promises no order of CTAs.
+  here.order.resize(size_t(shape.blocks_x / shape.cluster) * shape.blocks_y);
+  std::iota(here.order.begin(), here.order.end(), 0u);
+  for (size_t i = here.order.size(); i > 1; --i) std::swap(here.order[i - 1], here.order[random.below(uint32_t(i))]);
+
+  grid = &here;
+  const char* message = nullptr;
+  try {
+    here.run();
+  } catch (const Failure&) {
+    message = messages.insert(failure_message()).first->c_str();
+  }
+  ++statistics[LAUNCHES];
+  statistics[STEPS] += here.steps;
+  current = nullptr;
+  grid = nullptr;
+  return message;
+}
+
+}  // namespace fastlora::model
+
+// Applies to the launches that follow; 0 stands for the default.
+extern "C" void fastlora_model_configure(uint64_t seed, uint32_t resident_clusters, uint32_t calls_between_yields,
+                                         uint64_t most_steps) {
+  using namespace fastlora::model;
+  settings = Settings();
+  settings.seed = seed;
+  if (resident_clusters != 0) settings.resident_clusters = resident_clusters;
+  settings.calls_between_yields = calls_between_yields;
+  if (most_steps != 0) settings.most_steps = most_steps;
+}
+
+// Copies up to ``count`` counters, in the order of Statistic, and returns how many there are; then counts from zero.
+extern "C" uint32_t fastlora_model_statistics(uint64_t* counters, uint32_t count) {
+  using namespace fastlora::model;
+  for (uint32_t i = 0; i < count && i < STATISTICS; ++i) counters[i] = statistics[i];
+  std::fill(statistics, statistics + STATISTICS, 0);
+  return STATISTICS;
+}

@@ -1,0 +1,277 @@
+// wgmma: operands found by their descriptors, sums in the fragments of 128 threads. It runs at some time between its issue
+// and the wait; until the wait, the threads' own sums are NaN.
+#include <algorithm>
+
+#include "model.hpp"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define FASTLORA_MODEL_CLONES __attribute__((target_clones("avx2", "default")))
+#else
+#define FASTLORA_MODEL_CLONES
+#endif
+
+namespace fastlora {
+
+namespace model {
+
+namespace {
+
+constexpr int K = 16;
+constexpr uint32_t THREADS = 128;
+constexpr uint32_t POISON = 0x7FD1E5A0;
+
+struct Poison {
+  uint32_t words[128];
+  Poison() { std::fill(words, words + 128, POISON); }
+};
+const Poison poison;
+
+alignas(32) float a_tile[64 * K];
+alignas(32) float b_tile[K * 256];
+
+// sums [64, n] += a_tile · b_tile, over k in order. A product of two 16-bit elements is exact in fp32: with or without
+// fused additions, the bits are the same.
+FASTLORA_MODEL_CLONES void multiply(float* __restrict__ sums, int n) {
+  typedef float Vector __attribute__((vector_size(32)));
+  const auto* b = reinterpret_cast<const Vector*>(b_tile);
+  auto* d = reinterpret_cast<Vector*>(sums);
+  const int width = n / 8;
+  for (int column = 0; column < width; column += 2) {
+    for (int row = 0; row < 64; row += 4) {
+      const float* a = a_tile + row * K;
+      Vector* to = d + row * width + column;
+      Vector s00 = to[0], s01 = to[1], s10 = to[width], s11 = to[width + 1];
+      Vector s20 = to[2 * width], s21 = to[2 * width + 1], s30 = to[3 * width], s31 = to[3 * width + 1];
+      for (int k = 0; k < K; ++k) {
+        const Vector b0 = b[k * width + column], b1 = b[k * width + column + 1];
+        s00 += a[k] * b0;
+        s01 += a[k] * b1;
+        s10 += a[K + k] * b0;
+        s11 += a[K + k] * b1;
+        s20 += a[2 * K + k] * b0;
+        s21 += a[2 * K + k] * b1;
+        s30 += a[3 * K + k] * b0;
+        s31 += a[3 * K + k] * b1;
+      }
+      to[0] = s00, to[1] = s01, to[width] = s10, to[width + 1] = s11;
+      to[2 * width] = s20, to[2 * width + 1] = s21, to[3 * width] = s30, to[3 * width + 1] = s31;
+    }
+  }
+}
+
+struct Descriptor {
+  uint32_t start, leading, stride;
+};
+
+// PTX ISA, "Matrix Descriptor Format". The base offset is zero, so the pattern of 8 rows starts on its own period.
+Descriptor decode(uint64_t bits, char operand) {
+  if (bits >> 62 != 1) fail("wgmma: descriptor of %c: swizzle mode %u, not 128 bytes", operand, uint32_t(bits >> 62));
+  if (bits >> 49 & 7) fail("wgmma: descriptor of %c: base offset %u, not 0", operand, uint32_t(bits >> 49 & 7));
+  if (bits & (uint64_t(3) << 14 | uint64_t(3) << 30 | uint64_t(7) << 46 | uint64_t(0x3FF) << 52)) {
+    fail("wgmma: descriptor of %c: 0x%016llx has bits set that mean nothing", operand,
+         static_cast<unsigned long long>(bits));
+  }
+  const Descriptor d = {uint32_t(bits & 0x3FFF) << 4, uint32_t(bits >> 16 & 0x3FFF) << 4,
+                        uint32_t(bits >> 32 & 0x3FFF) << 4};
+  if (d.start & 0x380) {
+    fail("wgmma: descriptor of %c: start %u is not in the first row of a swizzle pattern of 1024 bytes", operand, d.start);
+  }
+  return d;
+}
+
+// Calls take(i, k, elements) for 8 elements of the operand's rows i (m or n) and columns k: along k where K-major, along i
+// where MN-major.
+template <class Take>
+void for_chunks(Cta& cta, uint64_t bits, char operand, bool mn_major, uint32_t size, Take take) {
+  const Descriptor d = decode(bits, operand);
+  const auto fetch = [&](uint32_t address) {
+    // The offsets count from the start before the swizzle; the swizzle permutes bits of the absolute address.
+    const uint32_t place = swizzled(address);
+    const uint8_t* memory = cta.at(place, 16, "wgmma");
+    check_fenced(cta, place, 16, "wgmma");
+    return memory;
+  };
+  uint16_t elements[8];
+  if (mn_major) {
+    for (uint32_t k = 0; k < K; ++k) {
+      for (uint32_t i = 0; i < size; i += 8) {
+        std::memcpy(elements, fetch(d.start + i / 64 * d.leading + i % 64 * 2 + k / 8 * d.stride + k % 8 * 128), 16);
+        take(i, k, elements);
+      }
+    }
+  } else {
+    for (uint32_t i = 0; i < size; ++i) {
+      for (uint32_t k = 0; k < K; k += 8) {
+        std::memcpy(elements, fetch(d.start + i / 8 * d.stride + i % 8 * 128 + k * 2), 16);
+        take(i, k, elements);
+      }
+    }
+  }
+}
+
+template <class T>
+void fetch_operands(Cta& cta, const Wgmma& op) {
+  const bool a_mn = op.shape.a_mn_major, b_mn = op.shape.b_mn_major;
+  const int n = op.shape.n;
+  for_chunks(cta, op.a, 'A', a_mn, 64, [&](uint32_t i, uint32_t k, const uint16_t* elements) {
+    for (uint32_t j = 0; j < 8; ++j) a_tile[a_mn ? (i + j) * K + k : i * K + k + j] = T::widen(elements[j]);
+  });
+  for_chunks(cta, op.b, 'B', b_mn, n, [&](uint32_t i, uint32_t k, const uint16_t* elements) {
+    for (uint32_t j = 0; j < 8; ++j) b_tile[b_mn ? k * n + i + j : (k + j) * n + i] = T::widen(elements[j]);
+  });
+}
+
+void execute_front(Warpgroup& group) {
+  Wgmma& op = group.queue.front();
+  if (!op.accumulate) std::fill(op.sums->values, op.sums->values + 64 * op.shape.n, 0.0f);
+  if (op.shape.fp16) {
+    fetch_operands<FP16>(*group.cta, op);
+  } else {
+    fetch_operands<BF16>(*group.cta, op);
+  }
+  multiply(op.sums->values, op.shape.n);
+  group.queue.pop_front();
+  ++group.executed;
+  ++statistics[WGMMAS];
+}
+
+// Copies between a thread's fragment and the matrix. See wgmma in csrc/ptx.cuh.
+template <class Copy>
+void for_fragment(uint32_t thread, Accumulator& sums, float* d, Copy copy) {
+  const Fragment fragment(thread);
+  float* row = sums.values + fragment.row() * sums.n + fragment.column();
+  for (int j = 0; j < sums.n / 8; ++j) {
+    for (int h = 0; h < 2; ++h) {
+      for (int c = 0; c < 2; ++c) copy(d[4 * j + 2 * h + c], row[8 * h * sums.n + 8 * j + c]);
+    }
+  }
+}
+
+void check_untouched(const float* d, int n) {
+  if (std::memcmp(d, poison.words, n / 2 * sizeof(float)) != 0) {
+    fail("writes to the sums of a wgmma that is in flight: there was no wgmma_wait for it");
+  }
+}
+
+Warpgroup& warpgroup() {
+  const uint32_t index = current->index / THREADS;
+  if (index >= grid->shape.threads / THREADS) fail("wgmma in warps that are no whole warpgroup");
+  return current->cta->warpgroups[index];
+}
+
+Accumulator* take_sums(Warpgroup& group, int n) {
+  if (group.spare.empty()) {
+    group.pool.push_back(std::make_unique<Accumulator>());
+    group.spare.push_back(group.pool.back().get());
+  }
+  Accumulator* sums = group.spare.back();
+  group.spare.pop_back();
+  sums->n = n;
+  sums->restored = 0;
+  return sums;
+}
+
+bool same(const WgmmaShape& a, const WgmmaShape& b) {
+  return a.n == b.n && a.fp16 == b.fp16 && a.a_mn_major == b.a_mn_major && a.b_mn_major == b.b_mn_major;
+}
+
+}  // namespace
+
+bool Warpgroup::step() {
+  execute_front(*this);
+  if (!queue.empty() && queue.front().issued == THREADS && queue.front().early) return false;
+  grid->remove(this);
+  return true;
+}
+
+void issue_wgmma(const WgmmaShape& shape, float* d, uint64_t a, uint64_t b, bool accumulate) {
+  breathe();
+  Thread& thread = *current;
+  Warpgroup& group = warpgroup();
+  if (!thread.wgmma_fenced) fail("wgmma without a wgmma_fence since the last wgmma_commit");
+  LiveAccumulator* live = nullptr;
+  for (LiveAccumulator& other : thread.accumulators) {
+    if (other.d == d) {
+      live = &other;
+    } else if (other.d < d + shape.n / 2 && d < other.d + other.sums->n / 2) {
+      fail("wgmma on sums that overlap those of another in flight");
+    }
+  }
+  const uint64_t sequence = thread.wgmma_issued++;
+  const uint64_t commit_group = thread.wgmma_groups_done + thread.wgmma_groups.size();
+  if (sequence == group.executed + group.queue.size()) {
+    Accumulator* sums = live != nullptr ? live->sums : take_sums(group, shape.n);
+    const bool same_group = !group.queue.empty() && group.queue.back().group == commit_group;
+    const bool early = same_group ? group.queue.back().early : grid->random.percent(50);
+    group.queue.push_back({shape, a, b, accumulate, early, commit_group, 0, sums});
+  }
+  Wgmma& op = group.queue[sequence - group.executed];
+  if (!same(op.shape, shape) || op.a != a || op.b != b || op.accumulate != accumulate || op.group != commit_group) {
+    fail("wgmma: the threads of its warpgroup disagree on shape, descriptors, accumulate or commit group");
+  }
+  if (live != nullptr) {
+    if (live->sums != op.sums || live->sums->n != shape.n) fail("wgmma: the threads of its warpgroup disagree on the sums");
+    check_untouched(d, shape.n);
+  } else {
+    thread.accumulators.push_back({d, op.sums, sequence});
+    live = &thread.accumulators.back();
+    for_fragment(thread.index % THREADS, *op.sums, d, [](float& mine, float& sum) { sum = mine; });
+    std::memcpy(d, poison.words, shape.n / 2 * sizeof(float));
+  }
+  live->last = sequence;
+  if (++op.issued == THREADS) {
+    if (op.early && group.slot == ~0u && sequence == group.executed) grid->add(&group);
+    wake_all(group.waiters);
+  }
+}
+
+void wait_wgmma(uint32_t pending) {
+  breathe(false);
+  Thread& thread = *current;
+  Warpgroup& group = warpgroup();
+  if (thread.wgmma_groups.size() <= pending) return;
+  const size_t done = thread.wgmma_groups.size() - pending;
+  const uint64_t end = thread.wgmma_groups[done - 1];
+  while (group.executed < end) {
+    if (group.queue.front().issued == THREADS) {
+      execute_front(group);
+      if (group.slot != ~0u) grid->remove(&group);
+    } else {
+      block(Wait::WGMMA, &group, 0, group.waiters);
+    }
+  }
+  if (group.slot == ~0u && !group.queue.empty() && group.queue.front().issued == THREADS && group.queue.front().early) {
+    grid->add(&group);
+  }
+  thread.wgmma_groups.erase(thread.wgmma_groups.begin(), thread.wgmma_groups.begin() + done);
+  thread.wgmma_groups_done += done;
+  for (size_t i = thread.accumulators.size(); i-- > 0;) {
+    const LiveAccumulator live = thread.accumulators[i];
+    if (live.last >= end) continue;
+    check_untouched(live.d, live.sums->n);
+    for_fragment(thread.index % THREADS, *live.sums, live.d, [](float& mine, float& sum) { mine = sum; });
+    if (++live.sums->restored == THREADS) group.spare.push_back(live.sums);
+    thread.accumulators.erase(thread.accumulators.begin() + i);
+  }
+}
+
+void end_wgmmas(Thread& thread) {
+  if (!thread.accumulators.empty()) fail("a thread ends before its wgmma was waited for");
+}
+
+}  // namespace model
+
+using namespace model;
+
+void wgmma_fence() {
+  breathe(false);
+  current->wgmma_fenced = true;
+}
+
+void wgmma_commit() {
+  breathe();
+  current->wgmma_groups.push_back(current->wgmma_issued);
+  current->wgmma_fenced = false;
+}
+
+}  // namespace fastlora
