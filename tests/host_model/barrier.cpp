@@ -13,14 +13,6 @@ Barrier& barrier_at(Cta& cta, Shared address, const char* user) {
   return cta.barriers[index - 1];
 }
 
-void check_not_barrier(Cta& cta, Shared address, uint32_t bytes, const char* user) {
-  for (const Barrier& b : cta.barriers) {
-    if (b.address < address + bytes && address < b.address + 8) {
-      fail("%s at %u, %u bytes: writes over barrier %s[%d] at %u", user, address, bytes, b.name, b.index, b.address);
-    }
-  }
-}
-
 namespace {
 
 constexpr int64_t MOST_BYTES = (1 << 20) - 1;
@@ -42,7 +34,8 @@ void count_bytes(Barrier& b, int64_t bytes) {
 }
 
 void arrive(Barrier& b) {
-  if (b.pending == 0) fail("arrives on barrier %s[%d] more often than the %u times of a phase", b.name, b.index, b.arrivals);
+  if (b.pending == 0)
+    fail("arrives on barrier %s[%d] more often than the %u times of a phase", b.name, b.index, b.arrivals);
   --b.pending;
   end_phase_if_due(b);
 }

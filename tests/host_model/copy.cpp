@@ -21,21 +21,21 @@ uint8_t* row_of(const TensorMap& map, int32_t c1, uint32_t row) {
   return r < 0 || uint64_t(r) >= map.rows ? nullptr : map.base + uint64_t(r) * map.row_bytes;
 }
 
+template <class T>
+void erase(std::vector<T*>& list, T* what) {
+  list.erase(std::find(list.begin(), list.end(), what));
+}
+
 bool inside(const TensorMap& map, int64_t column) { return column >= 0 && uint64_t(column) < map.columns; }
 
 void issue_load(Cta& cta, const TensorMap& map, Shared to, Shared barrier, int32_t c0, int32_t c1) {
   const uint32_t bytes = map.box_rows * ROW;
   if (to % SWIZZLE_BYTES != 0) fail("tma_load to %u: not a multiple of %d, the swizzle's period", to, SWIZZLE_BYTES);
   uint8_t* memory = cta.at(to, bytes, "tma_load");
-  check_not_barrier(cta, to, bytes, "tma_load");
+  check_writable(cta, to, bytes, "tma_load");
   check_fenced(cta, to, bytes, "tma_load");
   const Barrier& b = barrier_at(cta, barrier, "tma_load");
   if (!b.published) fail("tma_load: barrier %s[%d] is used before a fence_barrier_init", b.name, b.index);
-  for (const Load* other : cta.loads) {
-    if (other->to < to + bytes && to < other->to + other->map.box_rows * ROW) {
-      fail("tma_load to %u for barrier %s[%d] while another load to %u is in flight", to, b.name, b.index, other->to);
-    }
-  }
   // Whoever reads before the copy lands reads NaNs.
   std::memset(memory, 0xFF, bytes);
   const uint32_t split = grid->random.percent(50) ? 0 : grid->random.below(map.box_rows);
@@ -79,7 +79,7 @@ bool Load::step() {
       }
     }
   }
-  cta->loads.erase(std::find(cta->loads.begin(), cta->loads.end(), this));
+  erase(cta->loads, this);
   grid->remove(this);
   // The bytes outside the matrix count too.
   complete_bytes(*cta, barrier, (last - first) * ROW);
@@ -107,18 +107,28 @@ bool Store::step() {
       if (inside(map, c0 + i)) std::memcpy(to + (c0 + i) * 2, &data[r * ROW + 2 * i], 2);
     }
   }
-  if (owner != nullptr) owner->stores.erase(std::find(owner->stores.begin(), owner->stores.end(), this));
   grid->remove(this);
-  retire();
+  written = true;
+  if (awaited) {
+    if (owner != nullptr) erase(owner->stores, this);
+    retire();
+  }
   return true;
 }
 
 void wait_stores_read(uint32_t pending) {
   breathe(false);
-  for (Store* store : current->stores) {
-    if (store->group + pending >= current->stores_committed) continue;
+  std::vector<Store*>& stores = current->stores;
+  for (size_t i = stores.size(); i-- > 0;) {
+    Store* store = stores[i];
+    if (store->awaited || store->group + pending >= current->stores_committed) continue;
     store->read_source();
     store->awaited = true;
+    erase(store->cta->stores, store);
+    if (store->written) {
+      stores.erase(stores.begin() + i);
+      store->retire();
+    }
   }
 }
 
@@ -156,9 +166,11 @@ void tma_store(const TensorMap* map, Shared from, int32_t c0, int32_t c1) {
   breathe();
   check_map(map, "tma_store");
   const uint32_t bytes = map->box_rows * ROW;
-  if (from % SWIZZLE_BYTES != 0) fail("tma_store from %u: not a multiple of %d, the swizzle's period", from, SWIZZLE_BYTES);
+  if (from % SWIZZLE_BYTES != 0)
+    fail("tma_store from %u: not a multiple of %d, the swizzle's period", from, SWIZZLE_BYTES);
   Cta& cta = *current->cta;
   cta.at(from, bytes, "tma_store");
+  check_readable(cta, from, bytes, "tma_store");
   check_fenced(cta, from, bytes, "tma_store");
   Store* store = new Store;
   store->owner = current;
@@ -170,6 +182,7 @@ void tma_store(const TensorMap* map, Shared from, int32_t c0, int32_t c1) {
   store->group = current->stores_committed;
   store->late = grid->random.percent(50);
   current->stores.push_back(store);
+  cta.stores.push_back(store);
   grid->add(store);
   ++statistics[STORES];
   statistics[STORE_BYTES] += bytes;

@@ -81,8 +81,8 @@ fastlora_model_switch:
 
 void Fiber::start(void (*entry)()) {
   if (stack_ == nullptr) stack_ = take_stack();
-  // Six registers, the entry as return address, and a return address of the entry, which is never used: at the entry the
-  // stack is 8 bytes off a multiple of 16, as after a call.
+  // Six registers, the entry as return address, and a return address of the entry, which is never used: at the entry
+  // the stack is 8 bytes off a multiple of 16, as after a call.
   auto** top = reinterpret_cast<void**>(stack_ + STACK_BYTES);
   *--top = nullptr;
   *--top = nullptr;

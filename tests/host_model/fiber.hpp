@@ -11,8 +11,8 @@
 
 namespace fastlora::model {
 
-// Runs from start()'s entry when first resumed, until it suspends; the entry never returns. A fiber that is never resumed
-// again is abandoned: destructors of what lies on its stack do not run.
+// Runs from start()'s entry when first resumed, until it suspends; the entry never returns. A fiber that is never
+// resumed again is abandoned: destructors of what lies on its stack do not run.
 class Fiber {
  public:
   static constexpr size_t STACK_BYTES = 64 * 1024;

@@ -16,102 +16,9 @@ uint64_t statistics[STATISTICS];
 
 namespace {
 
-std::vector<std::unique_ptr<Cta>> spare_ctas;
-std::vector<std::unique_ptr<Cta>> ctas_in_use;
-
-void thread_main() {
-  grid->body.enter(grid->body.call);
-  Thread& thread = *current;
-  end_stores(thread);
-  end_wgmmas(thread);
-  thread.exited = true;
-  thread.warp->runnable &= ~(1u << thread.lane);
-  grid->idle_spins = 0;
-  Cta& cta = *thread.cta;
-  --cta.live;
-  --cta.cluster->live;
-  check_sync_points(cta);
-  if (cta.live == 0) {
-    if (!cta.loads.empty()) {
-      fail("the CTA ends while a copy into its shared memory at %u is in flight (barrier %s[%d])", cta.loads[0]->to,
-           barrier_at(cta, cta.loads[0]->barrier, "tma_load").name,
-           barrier_at(cta, cta.loads[0]->barrier, "tma_load").index);
-    }
-    for (const Barrier& b : cta.barriers) {
-      if (b.bytes != 0) fail("the CTA ends while barrier %s[%d] expects %ld bytes more", b.name, b.index, long(b.bytes));
-    }
-  }
-  if (cta.cluster->live == 0) grid->finished.push_back(cta.cluster);
-  thread.fiber.suspend();
-  std::abort();
-}
-
-void start_thread(Cta& cta, Thread& thread, uint32_t index) {
-  thread.cta = &cta;
-  thread.warp = &cta.warps[index / 32];
-  thread.index = index;
-  thread.lane = index % 32;
-  thread.exited = false;
-  thread.wait = Wait::NONE;
-  thread.unfenced.clear();
-  thread.stores.clear();
-  thread.stores_committed = 0;
-  thread.wgmma_issued = 0;
-  thread.wgmma_groups.clear();
-  thread.wgmma_groups_done = 0;
-  thread.wgmma_fenced = false;
-  thread.accumulators.clear();
-  thread.fiber.start(thread_main);
-}
-
-void start_cta(Cta& cta, Cluster& cluster, uint32_t rank, uint32_t x, uint32_t y) {
-  const LaunchShape& shape = grid->shape;
-  const uint32_t threads = shape.threads, warps = threads / 32;
-  cta.cluster = &cluster;
-  cta.rank = rank;
-  cta.x = x;
-  cta.y = y;
-  cta.live = threads;
-  cta.memory.assign(shape.shared_bytes, 0xFF);
-  cta.writers.assign(shape.shared_bytes / 4 + 1, 0);
-  cta.unfenced_words = 0;
-  cta.barriers.clear();
-  cta.barrier_of.assign(shape.shared_bytes / 8 + 1, 0);
-  for (int i = 0; i < 16; ++i) cta.named[i] = {i == 0 ? "cta_sync" : "named_barrier_sync", i, 0, 0, 0, {}};
-  cta.loads.clear();
-  cta.register_waiters.clear();
-  // What the compiler may use when one CTA of so many threads fills the multiprocessor.
-  const uint32_t registers = std::min(65536 / threads / 8 * 8, 248u);
-  cta.free_registers = 0;
-  cta.warps.resize(warps);
-  for (uint32_t i = 0; i < warps; ++i) {
-    Warp& warp = cta.warps[i];
-    warp.cta = &cta;
-    warp.index = i;
-    warp.runnable = ~0u;
-    warp.slow = grid->random.below(8) == 0;
-    warp.registers = registers;
-    warp.collective = nullptr;
-    warp.gathered = warp.generation = 0;
-    warp.waiters.clear();
-    warp.slot = static_cast<uint32_t>(grid->runnable.size());
-    grid->runnable.push_back(&warp);
-  }
-  while (cta.warpgroups.size() < warps / 4) cta.warpgroups.emplace_back();
-  for (uint32_t i = 0; i < warps / 4; ++i) {
-    Warpgroup& group = cta.warpgroups[i];
-    group.cta = &cta;
-    group.index = i;
-    group.slot = ~0u;
-    group.queue.clear();
-    group.executed = 0;
-    group.waiters.clear();
-    group.spare.clear();
-    for (auto& sums : group.pool) group.spare.push_back(sums.get());
-  }
-  while (cta.threads.size() > threads) cta.threads.pop_back();
-  while (cta.threads.size() < threads) cta.threads.emplace_back();
-  for (uint32_t i = 0; i < threads; ++i) start_thread(cta, cta.threads[i], i);
+void end_cluster(Cluster& cluster) {
+  for (Cta* cta : cluster.ctas) end_cta(cta);
+  cluster.ctas.clear();
 }
 
 }  // namespace
@@ -125,36 +32,19 @@ void Grid::start_next_cluster() {
   cluster.sync = {"cluster_sync", -1, 0, 0, 0, {}};
   idle_spins = 0;
   for (uint32_t rank = 0; rank < shape.cluster; ++rank) {
-    if (spare_ctas.empty()) spare_ctas.push_back(std::make_unique<Cta>());
-    ctas_in_use.push_back(std::move(spare_ctas.back()));
-    spare_ctas.pop_back();
-    Cta& cta = *ctas_in_use.back();
-    cluster.ctas.push_back(&cta);
-    start_cta(cta, cluster, rank, cluster_index % clusters_x * shape.cluster + rank, cluster_index / clusters_x);
-  }
-}
-
-void Grid::end_cluster(Cluster& cluster) {
-  for (Cta* cta : cluster.ctas) {
-    const auto found = std::find_if(ctas_in_use.begin(), ctas_in_use.end(), [&](auto& c) { return c.get() == cta; });
-    for (Thread& thread : cta->threads) thread.fiber.release();
-    spare_ctas.push_back(std::move(*found));
-    ctas_in_use.erase(found);
+    const uint32_t x = cluster_index % clusters_x * shape.cluster + rank;
+    cluster.ctas.push_back(start_cta(cluster, rank, x, cluster_index / clusters_x));
   }
 }
 
 Grid::~Grid() {
+  for (Cluster& cluster : clusters) end_cluster(cluster);
   for (auto* list : {&pending, &late}) {
     while (!list->empty()) {
       Operation* operation = list->back();
       list->pop_back();
       operation->retire();
     }
-  }
-  while (!ctas_in_use.empty()) {
-    for (Thread& thread : ctas_in_use.back()->threads) thread.fiber.release();
-    spare_ctas.push_back(std::move(ctas_in_use.back()));
-    ctas_in_use.pop_back();
   }
 }
 
@@ -198,13 +88,23 @@ void Grid::run_warp(Warp& warp) {
   }
 }
 
+bool Grid::all_spin() const {
+  for (const Warp* warp : runnable) {
+    for (uint32_t lane = 0; lane < 32; ++lane) {
+      if (warp->runnable >> lane & 1 && warp->cta->threads[warp->index * 32 + lane].wait != Wait::SPIN) return false;
+    }
+  }
+  return true;
+}
+
 void Grid::run() {
-  const uint32_t most = std::max(1u, settings.resident_clusters);
+  const uint32_t most = settings.resident_clusters;
+  size_t ended = 0;
   while (next < order.size() && next < most) start_next_cluster();
   while (true) {
     if (++steps > settings.most_steps) report_deadlock("no end after the most steps that the settings allow");
     if (runnable.empty()) {
-      if (pending.empty() && next == order.size() && ctas_in_use.empty()) break;
+      if (pending.empty() && ended == order.size()) break;
       if (pending.empty()) report_deadlock("deadlock");
       run_pending();
       continue;
@@ -219,9 +119,10 @@ void Grid::run() {
     while (!finished.empty()) {
       end_cluster(*finished.back());
       finished.pop_back();
+      ++ended;
       if (next < order.size()) start_next_cluster();
     }
-    if (idle_spins > 20000 + 1000 * runnable.size() && pending.empty()) report_deadlock("deadlock");
+    if (idle_spins > 20000 + 1000 * runnable.size() && pending.empty() && all_spin()) report_deadlock("deadlock");
   }
   while (!late.empty()) late.back()->step();
   if (shape.dependent && !waited_for_dependency) fail("a dependent launch never called grid_dependency_wait");

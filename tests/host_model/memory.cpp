@@ -28,7 +28,7 @@ uint16_t mark_of(const Thread& thread) { return static_cast<uint16_t>(1 + thread
 void write(Cta& cta, Shared address, const uint32_t* values, uint32_t count, Thread& writer, const char* user) {
   if (address % (4 * count) != 0) fail("%s at %u: not aligned", user, address);
   uint8_t* to = cta.at(address, 4 * count, user);
-  if (!cta.barriers.empty()) check_not_barrier(cta, address, 4 * count, user);
+  check_writable(cta, address, 4 * count, user);
   std::memcpy(to, values, 4 * count);
   const uint32_t first = (address - grid->base) / 4;
   const uint16_t mark = mark_of(writer);
@@ -46,18 +46,6 @@ void write(Cta& cta, Shared address, const uint32_t* values, uint32_t count, Thr
 
 }  // namespace
 
-void check_fenced(Cta& cta, Shared address, uint32_t bytes, const char* user) {
-  if (cta.unfenced_words == 0) return;
-  const uint32_t first = (address - grid->base) / 4;
-  for (uint32_t i = first; i < first + bytes / 4; ++i) {
-    if (cta.writers[i] != 0) {
-      const uint32_t writer = (cta.writers[i] - 1u) % 1024;
-      fail("%s touches shared memory at %u (CTA %u), which thread %u (warp %u) wrote without a fence_async_shared after",
-           user, grid->base + 4 * i, cta.x, writer, writer / 32);
-    }
-  }
-}
-
 }  // namespace model
 
 using namespace model;
@@ -68,6 +56,7 @@ uint32_t load_shared(Shared address) {
   breathe(false);
   if (address % 4 != 0) fail("load_shared at %u: not aligned", address);
   uint32_t value;
+  check_readable(*current->cta, address, 4, "load_shared");
   std::memcpy(&value, current->cta->at(address, 4, "load_shared"), 4);
   return value;
 }
@@ -81,6 +70,7 @@ Words4 load_shared4(Shared address) {
   breathe(false);
   if (address % 16 != 0) fail("load_shared4 at %u: not aligned", address);
   Words4 v;
+  check_readable(*current->cta, address, 16, "load_shared4");
   std::memcpy(v.w, current->cta->at(address, 16, "load_shared4"), 16);
   return v;
 }
@@ -136,7 +126,12 @@ uint32_t add_acquire_release(uint32_t* address, uint32_t value) { return atomic_
 
 uint32_t load_acquire(const uint32_t* address) {
   breathe(false);
-  return *static_cast<const volatile uint32_t*>(address);
+  const uint32_t value = *static_cast<const volatile uint32_t*>(address);
+  // A second look that sees the same is one more round of a spin, whether it backs off or not.
+  if (current->polled == address && current->polled_value == value) back_off();
+  current->polled = address;
+  current->polled_value = value;
+  return value;
 }
 
 }  // namespace fastlora

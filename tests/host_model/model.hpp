@@ -1,23 +1,9 @@
-// The simulated machine: threads on fibers, in warps, CTAs and clusters, and the operations that run beside them.
+// What runs the simulated machine, and what its parts call of each other.
 #pragma once
 
-#include <launch.cuh>
-
-#include <cstdarg>
-#include <deque>
-#include <memory>
-#include <vector>
-
-#include "fiber.hpp"
+#include "machine.hpp"
 
 namespace fastlora::model {
-
-struct Cta;
-struct Cluster;
-struct Store;
-struct Thread;
-struct Warp;
-struct Warpgroup;
 
 // xorshift64*: the same sequence everywhere.
 struct Random {
@@ -36,178 +22,6 @@ struct Random {
   }
   uint32_t below(uint32_t n) { return static_cast<uint32_t>(uint64_t(next()) * n >> 32); }
   bool percent(uint32_t share) { return below(100) < share; }
-};
-
-enum class Wait : uint8_t { NONE, BARRIER, SYNC, WARP, WGMMA, REGISTERS, SPIN };
-
-using Threads = std::vector<Thread*>;
-
-struct Barrier {
-  Shared address;
-  const char* name;
-  int index;
-  uint32_t arrivals, pending;
-  int64_t bytes = 0;
-  uint32_t phase = 0;
-  // Its initialisation is visible beyond the CTA's own threads.
-  bool published = false;
-  const Thread* initialiser;
-  Threads waiters;
-};
-
-// What cta_sync, named_barrier_sync and cluster_sync wait at.
-struct SyncPoint {
-  const char* name;
-  int index;
-  uint32_t expected = 0, arrived = 0, generation = 0;
-  Threads waiters;
-};
-
-// Words of a CTA's shared memory that a thread wrote and has not fenced.
-struct Span {
-  Cta* cta;
-  uint32_t first, last;
-};
-
-// Sums of a warpgroup that are in flight: a matrix [64, n], until the threads wait.
-struct Accumulator {
-  int n;
-  uint32_t restored = 0;
-  alignas(32) float values[64 * 256];
-};
-
-struct LiveAccumulator {
-  float* d;
-  Accumulator* sums;
-  uint64_t last;
-};
-
-struct Thread {
-  Fiber fiber;
-  Cta* cta;
-  Warp* warp;
-  uint32_t index, lane;
-  bool exited;
-
-  Wait wait;
-  const void* object;
-  uint32_t argument;
-
-  std::vector<Span> unfenced;
-
-  std::vector<Store*> stores;
-  uint32_t stores_committed;
-
-  // Counts since the thread began: the n-th wgmma of a thread is the n-th of its warpgroup.
-  uint64_t wgmma_issued;
-  std::deque<uint64_t> wgmma_groups;
-  uint64_t wgmma_groups_done;
-  bool wgmma_fenced;
-  std::vector<LiveAccumulator> accumulators;
-};
-
-struct Warp {
-  static constexpr uint32_t NOWHERE = ~0u;
-
-  Cta* cta;
-  uint32_t index;
-  uint32_t runnable;
-  uint32_t slot;
-  bool slow;
-  uint32_t registers;
-
-  // The collective that lanes are gathering for: values of the last two stay, since a lane may go on to the next.
-  const char* collective;
-  uint32_t gathered, generation;
-  uint32_t values[2][32];
-  Shared addresses[32];
-  Words4 words[32];
-  Threads waiters;
-};
-
-// Something that goes on without a thread: in Grid::pending it is run at random times, a late one only when forced.
-struct Operation {
-  uint32_t slot = ~0u;
-  bool late = false;
-
-  virtual ~Operation() = default;
-  // A step; true when nothing is left to do, and then it has been retired.
-  virtual bool step() = 0;
-  virtual void retire() { delete this; }
-};
-
-struct Load : Operation {
-  Cta* cta;
-  TensorMap map;
-  Shared to, barrier;
-  int32_t c0, c1;
-  uint32_t first, last;
-
-  bool step() override;
-};
-
-struct Store : Operation {
-  Thread* owner;
-  Cta* cta;
-  TensorMap map;
-  Shared from;
-  int32_t c0, c1;
-  uint32_t group;
-  bool read = false, awaited = false;
-  std::vector<uint8_t> data;
-
-  void read_source();
-  bool step() override;
-};
-
-struct Wgmma {
-  WgmmaShape shape;
-  uint64_t a, b;
-  bool accumulate, early;
-  uint64_t group;
-  uint32_t issued;
-  Accumulator* sums;
-};
-
-// The four warps that issue a wgmma together.
-struct Warpgroup : Operation {
-  Cta* cta;
-  uint32_t index;
-  std::deque<Wgmma> queue;
-  uint64_t executed;
-  std::vector<std::unique_ptr<Accumulator>> pool;
-  std::vector<Accumulator*> spare;
-  Threads waiters;
-
-  bool step() override;
-  void retire() override {}
-};
-
-struct Cta {
-  Cluster* cluster;
-  uint32_t rank, x, y;
-  uint32_t live;
-  std::vector<uint8_t> memory;
-  // Of each word, who wrote it without a fence since; 0: nobody.
-  std::vector<uint16_t> writers;
-  uint32_t unfenced_words;
-  std::deque<Barrier> barriers;
-  std::vector<uint16_t> barrier_of;
-  SyncPoint named[16];
-  std::vector<Load*> loads;
-  std::deque<Thread> threads;
-  std::deque<Warp> warps;
-  std::deque<Warpgroup> warpgroups;
-  uint32_t free_registers;
-  Threads register_waiters;
-
-  uint8_t* at(Shared address, uint32_t bytes, const char* user);
-};
-
-struct Cluster {
-  std::vector<Cta*> ctas;
-  uint32_t live;
-  SyncPoint sync;
 };
 
 struct Settings {
@@ -234,15 +48,15 @@ struct Grid {
   std::vector<Cluster*> finished;
   std::vector<uint32_t> order;
   uint32_t next = 0;
-  uint64_t steps = 0, idle_spins = 0;
+  uint64_t steps = 0, calls = 0, idle_spins = 0;
   bool waited_for_dependency = false;
   bool failed = false;
 
   ~Grid();
   void start_next_cluster();
-  void end_cluster(Cluster& cluster);
   void run();
   void run_warp(Warp& warp);
+  bool all_spin() const;
   void run_pending();
   void add(Operation* operation);
   void remove(Operation* operation);
@@ -261,6 +75,10 @@ extern uint64_t statistics[STATISTICS];
 const char* failure_message();
 [[noreturn]] void report_deadlock(const char* why);
 
+// From a pool, with its threads ready to run; and back, whether they have ended or not.
+Cta* start_cta(Cluster& cluster, uint32_t rank, uint32_t x, uint32_t y);
+void end_cta(Cta* cta);
+
 // Suspends until woken. The caller looks again at what it waits for.
 void block(Wait wait, const void* object, uint32_t argument, Threads& list);
 void wake(Thread* thread);
@@ -275,16 +93,15 @@ void check_sync_points(Cta& cta);
 
 Barrier& barrier_at(Cta& cta, Shared address, const char* user);
 void complete_bytes(Cta& cta, Shared barrier, uint32_t bytes);
-void check_not_barrier(Cta& cta, Shared address, uint32_t bytes, const char* user);
 
-// Before the copy engine or wgmma looks at these bytes.
+// Before these bytes are written: nothing in flight writes or reads them. Before they are read: nothing writes them.
+void check_writable(Cta& cta, Shared address, uint32_t bytes, const char* user);
+void check_readable(Cta& cta, Shared address, uint32_t bytes, const char* user);
+// Before the copy engine or wgmma looks at them.
 void check_fenced(Cta& cta, Shared address, uint32_t bytes, const char* user);
 Cta& cta_of_cluster(uint32_t rank, const char* user);
 
 void end_stores(Thread& thread);
 void end_wgmmas(Thread& thread);
-
-// The 128-byte swizzle: bits 7-9 of an absolute address onto bits 4-6.
-constexpr uint32_t swizzled(uint32_t address) { return address ^ (address >> 3 & 0x70); }
 
 }  // namespace fastlora::model

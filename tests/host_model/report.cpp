@@ -1,4 +1,5 @@
 // What went wrong, in words.
+#include <cstdarg>
 #include <cstdio>
 #include <string>
 
@@ -47,7 +48,8 @@ std::string what_it_waits_for(const Thread& t) {
     case Wait::WARP: {
       uint32_t exited = 0;
       for (uint32_t i = 0; i < 32; ++i) exited += t.cta->threads[t.warp->index * 32 + i].exited;
-      return words("waits at %s (%u of 32 lanes are there, %u have exited)", t.warp->collective, t.warp->gathered, exited);
+      return words("waits at %s (%u of 32 lanes are there, %u have exited)", t.warp->collective, t.warp->gathered,
+                   exited);
     }
     case Wait::WGMMA:
       return "waits at wgmma_wait for the other threads of its warpgroup to issue the same wgmma";

@@ -14,6 +14,9 @@ void breathe(bool progress) {
   }
   if (--grid->calls_to_yield == 0) {
     grid->calls_to_yield = 1 + grid->random.below(2 * grid->yield_mean);
+    // A loop that polls without backing off makes calls and few steps.
+    grid->calls += grid->calls_to_yield;
+    if (grid->calls > 40 * settings.most_steps) fail("no end after the most calls that the settings allow");
     yield();
   }
 }

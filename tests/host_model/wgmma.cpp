@@ -1,5 +1,5 @@
-// wgmma: operands found by their descriptors, sums in the fragments of 128 threads. It runs at some time between its issue
-// and the wait; until the wait, the threads' own sums are NaN.
+// wgmma: operands found by their descriptors, sums in the fragments of 128 threads. It runs at some time between its
+// issue and the wait; until the wait, the threads' own sums are NaN.
 #include <algorithm>
 
 #include "model.hpp"
@@ -59,70 +59,52 @@ FASTLORA_MODEL_CLONES void multiply(float* __restrict__ sums, int n) {
   }
 }
 
-struct Descriptor {
-  uint32_t start, leading, stride;
-};
-
-// PTX ISA, "Matrix Descriptor Format". The base offset is zero, so the pattern of 8 rows starts on its own period.
-Descriptor decode(uint64_t bits, char operand) {
-  if (bits >> 62 != 1) fail("wgmma: descriptor of %c: swizzle mode %u, not 128 bytes", operand, uint32_t(bits >> 62));
-  if (bits >> 49 & 7) fail("wgmma: descriptor of %c: base offset %u, not 0", operand, uint32_t(bits >> 49 & 7));
-  if (bits & (uint64_t(3) << 14 | uint64_t(3) << 30 | uint64_t(7) << 46 | uint64_t(0x3FF) << 52)) {
-    fail("wgmma: descriptor of %c: 0x%016llx has bits set that mean nothing", operand,
-         static_cast<unsigned long long>(bits));
-  }
-  const Descriptor d = {uint32_t(bits & 0x3FFF) << 4, uint32_t(bits >> 16 & 0x3FFF) << 4,
-                        uint32_t(bits >> 32 & 0x3FFF) << 4};
-  if (d.start & 0x380) {
-    fail("wgmma: descriptor of %c: start %u is not in the first row of a swizzle pattern of 1024 bytes", operand, d.start);
-  }
-  return d;
-}
-
-// Calls take(i, k, elements) for 8 elements of the operand's rows i (m or n) and columns k: along k where K-major, along i
-// where MN-major.
+// Calls take(i, k, elements) for each 8 elements of rows i (m or n) and columns k: along i where MN-major, else along
+// k.
 template <class Take>
-void for_chunks(Cta& cta, uint64_t bits, char operand, bool mn_major, uint32_t size, Take take) {
-  const Descriptor d = decode(bits, operand);
-  const auto fetch = [&](uint32_t address) {
-    // The offsets count from the start before the swizzle; the swizzle permutes bits of the absolute address.
-    const uint32_t place = swizzled(address);
-    const uint8_t* memory = cta.at(place, 16, "wgmma");
-    check_fenced(cta, place, 16, "wgmma");
-    return memory;
-  };
+void for_chunks(Cta& cta, const Operand& operand, Take take) {
+  const uint32_t i_step = operand.mn_major ? 8 : 1, k_step = operand.mn_major ? 1 : 8;
   uint16_t elements[8];
-  if (mn_major) {
-    for (uint32_t k = 0; k < K; ++k) {
-      for (uint32_t i = 0; i < size; i += 8) {
-        std::memcpy(elements, fetch(d.start + i / 64 * d.leading + i % 64 * 2 + k / 8 * d.stride + k % 8 * 128), 16);
-        take(i, k, elements);
-      }
-    }
-  } else {
-    for (uint32_t i = 0; i < size; ++i) {
-      for (uint32_t k = 0; k < K; k += 8) {
-        std::memcpy(elements, fetch(d.start + i / 8 * d.stride + i % 8 * 128 + k * 2), 16);
-        take(i, k, elements);
-      }
+  for (uint32_t k = 0; k < K; k += k_step) {
+    for (uint32_t i = 0; i < operand.size; i += i_step) {
+      const uint32_t place = operand.place(i, k);
+      const uint8_t* memory = cta.at(place, 16, "wgmma");
+      check_fenced(cta, place, 16, "wgmma");
+      std::memcpy(elements, memory, 16);
+      take(i, k, elements);
     }
   }
 }
 
 template <class T>
 void fetch_operands(Cta& cta, const Wgmma& op) {
-  const bool a_mn = op.shape.a_mn_major, b_mn = op.shape.b_mn_major;
+  const bool a_mn = op.a.mn_major, b_mn = op.b.mn_major;
   const int n = op.shape.n;
-  for_chunks(cta, op.a, 'A', a_mn, 64, [&](uint32_t i, uint32_t k, const uint16_t* elements) {
+  for_chunks(cta, op.a, [&](uint32_t i, uint32_t k, const uint16_t* elements) {
     for (uint32_t j = 0; j < 8; ++j) a_tile[a_mn ? (i + j) * K + k : i * K + k + j] = T::widen(elements[j]);
   });
-  for_chunks(cta, op.b, 'B', b_mn, n, [&](uint32_t i, uint32_t k, const uint16_t* elements) {
+  for_chunks(cta, op.b, [&](uint32_t i, uint32_t k, const uint16_t* elements) {
     for (uint32_t j = 0; j < 8; ++j) b_tile[b_mn ? k * n + i + j : (k + j) * n + i] = T::widen(elements[j]);
   });
 }
 
-void execute_front(Warpgroup& group) {
-  Wgmma& op = group.queue.front();
+// A slot of shared memory may be written again when it is known, not only true, that its wgmma is done.
+void forget_done(Warpgroup& group) {
+  while (group.first < std::min(group.executed, group.awaited)) {
+    group.queue.pop_front();
+    ++group.first;
+  }
+}
+
+// From now on runs by itself, if the next one is to run early.
+void run_early(Warpgroup& group) {
+  const bool due = group.may_execute() && group.queue[group.executed - group.first].early;
+  if (due && group.slot == ~0u) grid->add(&group);
+  if (!due && group.slot != ~0u) grid->remove(&group);
+}
+
+void execute_next(Warpgroup& group) {
+  const Wgmma& op = group.queue[group.executed - group.first];
   if (!op.accumulate) std::fill(op.sums->values, op.sums->values + 64 * op.shape.n, 0.0f);
   if (op.shape.fp16) {
     fetch_operands<FP16>(*group.cta, op);
@@ -130,9 +112,10 @@ void execute_front(Warpgroup& group) {
     fetch_operands<BF16>(*group.cta, op);
   }
   multiply(op.sums->values, op.shape.n);
-  group.queue.pop_front();
   ++group.executed;
   ++statistics[WGMMAS];
+  forget_done(group);
+  run_early(group);
 }
 
 // Copies between a thread's fragment and the matrix. See wgmma in csrc/ptx.cuh.
@@ -178,10 +161,8 @@ bool same(const WgmmaShape& a, const WgmmaShape& b) {
 }  // namespace
 
 bool Warpgroup::step() {
-  execute_front(*this);
-  if (!queue.empty() && queue.front().issued == THREADS && queue.front().early) return false;
-  grid->remove(this);
-  return true;
+  execute_next(*this);
+  return slot == ~0u;
 }
 
 void issue_wgmma(const WgmmaShape& shape, float* d, uint64_t a, uint64_t b, bool accumulate) {
@@ -199,18 +180,21 @@ void issue_wgmma(const WgmmaShape& shape, float* d, uint64_t a, uint64_t b, bool
   }
   const uint64_t sequence = thread.wgmma_issued++;
   const uint64_t commit_group = thread.wgmma_groups_done + thread.wgmma_groups.size();
-  if (sequence == group.executed + group.queue.size()) {
+  if (sequence == group.first + group.queue.size()) {
     Accumulator* sums = live != nullptr ? live->sums : take_sums(group, shape.n);
     const bool same_group = !group.queue.empty() && group.queue.back().group == commit_group;
     const bool early = same_group ? group.queue.back().early : grid->random.percent(50);
-    group.queue.push_back({shape, a, b, accumulate, early, commit_group, 0, sums});
+    group.queue.push_back({shape, a, b, Operand(a, 'A', shape.a_mn_major, 64),
+                           Operand(b, 'B', shape.b_mn_major, shape.n), accumulate, early, commit_group, 0, sums});
   }
-  Wgmma& op = group.queue[sequence - group.executed];
-  if (!same(op.shape, shape) || op.a != a || op.b != b || op.accumulate != accumulate || op.group != commit_group) {
+  Wgmma& op = group.queue[sequence - group.first];
+  if (!same(op.shape, shape) || op.a_bits != a || op.b_bits != b || op.accumulate != accumulate ||
+      op.group != commit_group) {
     fail("wgmma: the threads of its warpgroup disagree on shape, descriptors, accumulate or commit group");
   }
   if (live != nullptr) {
-    if (live->sums != op.sums || live->sums->n != shape.n) fail("wgmma: the threads of its warpgroup disagree on the sums");
+    if (live->sums != op.sums || live->sums->n != shape.n)
+      fail("wgmma: the threads of its warpgroup disagree on the sums");
     check_untouched(d, shape.n);
   } else {
     thread.accumulators.push_back({d, op.sums, sequence});
@@ -220,7 +204,7 @@ void issue_wgmma(const WgmmaShape& shape, float* d, uint64_t a, uint64_t b, bool
   }
   live->last = sequence;
   if (++op.issued == THREADS) {
-    if (op.early && group.slot == ~0u && sequence == group.executed) grid->add(&group);
+    run_early(group);
     wake_all(group.waiters);
   }
 }
@@ -233,16 +217,14 @@ void wait_wgmma(uint32_t pending) {
   const size_t done = thread.wgmma_groups.size() - pending;
   const uint64_t end = thread.wgmma_groups[done - 1];
   while (group.executed < end) {
-    if (group.queue.front().issued == THREADS) {
-      execute_front(group);
-      if (group.slot != ~0u) grid->remove(&group);
+    if (group.may_execute()) {
+      execute_next(group);
     } else {
       block(Wait::WGMMA, &group, 0, group.waiters);
     }
   }
-  if (group.slot == ~0u && !group.queue.empty() && group.queue.front().issued == THREADS && group.queue.front().early) {
-    grid->add(&group);
-  }
+  group.awaited = std::max(group.awaited, end);
+  forget_done(group);
   thread.wgmma_groups.erase(thread.wgmma_groups.begin(), thread.wgmma_groups.begin() + done);
   thread.wgmma_groups_done += done;
   for (size_t i = thread.accumulators.size(); i-- > 0;) {
