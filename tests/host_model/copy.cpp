@@ -9,7 +9,8 @@ namespace model {
 
 namespace {
 
-constexpr uint32_t ROW = PANEL_ROW_BYTES;
+// A box is 64 elements wide, as wide as the swizzle.
+constexpr uint32_t COLUMNS = 64, ROW = 128, PERIOD = 1024;
 
 void check_map(const TensorMap* map, const char* user) {
   if (map->made != MADE) fail("%s: the tensor map was not filled by make_map", user);
@@ -30,7 +31,7 @@ bool inside(const TensorMap& map, int64_t column) { return column >= 0 && uint64
 
 void issue_load(Cta& cta, const TensorMap& map, Shared to, Shared barrier, int32_t c0, int32_t c1) {
   const uint32_t bytes = map.box_rows * ROW;
-  if (to % SWIZZLE_BYTES != 0) fail("tma_load to %u: not a multiple of %d, the swizzle's period", to, SWIZZLE_BYTES);
+  if (to % PERIOD != 0) fail("tma_load to %u: not a multiple of %u, the swizzle's period", to, PERIOD);
   uint8_t* memory = cta.at(to, bytes, "tma_load");
   check_writable(cta, to, bytes, "tma_load");
   check_fenced(cta, to, bytes, "tma_load");
@@ -103,7 +104,7 @@ bool Store::step() {
   }
   for (uint32_t r = 0; r < map.box_rows; ++r) {
     uint8_t* to = row_of(map, c1, r);
-    for (int64_t i = 0; to != nullptr && i < PANEL; ++i) {
+    for (int64_t i = 0; to != nullptr && i < COLUMNS; ++i) {
       if (inside(map, c0 + i)) std::memcpy(to + (c0 + i) * 2, &data[r * ROW + 2 * i], 2);
     }
   }
@@ -166,8 +167,7 @@ void tma_store(const TensorMap* map, Shared from, int32_t c0, int32_t c1) {
   breathe();
   check_map(map, "tma_store");
   const uint32_t bytes = map->box_rows * ROW;
-  if (from % SWIZZLE_BYTES != 0)
-    fail("tma_store from %u: not a multiple of %d, the swizzle's period", from, SWIZZLE_BYTES);
+  if (from % PERIOD != 0) fail("tma_store from %u: not a multiple of %u, the swizzle's period", from, PERIOD);
   Cta& cta = *current->cta;
   cta.at(from, bytes, "tma_store");
   check_readable(cta, from, bytes, "tma_store");

@@ -183,12 +183,16 @@ extern "C" void fastlora_model_configure(uint64_t seed, uint32_t resident_cluste
   if (resident_clusters != 0) settings.resident_clusters = resident_clusters;
   settings.calls_between_yields = calls_between_yields;
   if (most_steps != 0) settings.most_steps = most_steps;
+  std::fill(statistics, statistics + STATISTICS, 0);
 }
 
-// Copies up to ``count`` counters, in the order of Statistic, and returns how many there are; then counts from zero.
-extern "C" uint32_t fastlora_model_statistics(uint64_t* counters, uint32_t count) {
+// How often what happened since the settings were made; -1: there is no such name.
+extern "C" int64_t fastlora_model_statistic(const char* name) {
   using namespace fastlora::model;
-  for (uint32_t i = 0; i < count && i < STATISTICS; ++i) counters[i] = statistics[i];
-  std::fill(statistics, statistics + STATISTICS, 0);
-  return STATISTICS;
+  static const char* const NAMES[STATISTICS] = {"launches",   "steps",  "wgmmas",      "loads",
+                                                "load_bytes", "stores", "store_bytes", "barrier_phases"};
+  for (int i = 0; i < STATISTICS; ++i) {
+    if (std::strcmp(name, NAMES[i]) == 0) return static_cast<int64_t>(statistics[i]);
+  }
+  return -1;
 }

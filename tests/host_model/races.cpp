@@ -12,7 +12,7 @@ bool overlap(Shared a, uint32_t a_bytes, Shared b, uint32_t b_bytes) { return a 
 
 void check_readable(Cta& cta, Shared address, uint32_t bytes, const char* user) {
   for (const Load* load : cta.loads) {
-    if (overlap(address, bytes, load->to, load->map.box_rows * PANEL_ROW_BYTES)) {
+    if (overlap(address, bytes, load->to, load->map.box_rows * 128)) {
       const Barrier& b = barrier_at(cta, load->barrier, "tma_load");
       fail("%s at %u while a tma_load to %u for barrier %s[%d] is in flight", user, address, load->to, b.name, b.index);
     }
@@ -27,7 +27,7 @@ void check_writable(Cta& cta, Shared address, uint32_t bytes, const char* user) 
   }
   check_readable(cta, address, bytes, user);
   for (const Store* store : cta.stores) {
-    if (overlap(address, bytes, store->from, store->map.box_rows * PANEL_ROW_BYTES)) {
+    if (overlap(address, bytes, store->from, store->map.box_rows * 128)) {
       fail("%s at %u while nobody has waited for the tma_store from %u to be read", user, address, store->from);
     }
   }

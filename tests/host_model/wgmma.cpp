@@ -118,15 +118,14 @@ void execute_next(Warpgroup& group) {
   run_early(group);
 }
 
-// Copies between a thread's fragment and the matrix. See wgmma in csrc/ptx.cuh.
+// Copies between a thread's fragment and the matrix. PTX ISA 9.7.15.5.1, "Register Fragments": not by the Fragment of
+// csrc/layout.cuh, which this is to check.
 template <class Copy>
 void for_fragment(uint32_t thread, Accumulator& sums, float* d, Copy copy) {
-  const Fragment fragment(thread);
-  float* row = sums.values + fragment.row() * sums.n + fragment.column();
-  for (int j = 0; j < sums.n / 8; ++j) {
-    for (int h = 0; h < 2; ++h) {
-      for (int c = 0; c < 2; ++c) copy(d[4 * j + 2 * h + c], row[8 * h * sums.n + 8 * j + c]);
-    }
+  const uint32_t row = thread / 32 * 16 + thread % 32 / 4, column = thread % 4 * 2;
+  for (int i = 0; i < sums.n / 2; ++i) {
+    const uint32_t at = (row + i / 2 % 2 * 8) * sums.n + i / 4 * 8 + column + i % 2;
+    copy(d[i], sums.values[at]);
   }
 }
 
