@@ -85,7 +85,6 @@ void Fiber::start(void (*entry)()) {
   // the stack is 8 bytes off a multiple of 16, as after a call.
   auto** top = reinterpret_cast<void**>(stack_ + STACK_BYTES);
   *--top = nullptr;
-  *--top = nullptr;
   *--top = reinterpret_cast<void*>(entry);
   for (int i = 0; i < 6; ++i) *--top = nullptr;
   pointer_ = top;
