@@ -17,7 +17,7 @@ HEADERS = (".cuh", ".h", ".hpp")
 
 # No warnings of the kernels: nvcc's count. One would be that g++ before 4.6 passed such parameters otherwise.
 COMPILE = ("g++", "-std=c++17", "-O2", "-fPIC", "-pthread")
-COMPILE_KERNELS = ("-x", "c++", "-w")
+COMPILE_KERNELS = ("-x", "c++", "-w", "-Wno-psabi")
 
 
 def build(folder: Path, csrc: Path = CSRC, sources: Sequence[Path] | None = None, flags: Sequence[str] = ()) -> Path:
