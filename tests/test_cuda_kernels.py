@@ -1,4 +1,4 @@
-"""The CUDA kernels' own source against the fp64 oracle: on an sm_90 GPU where there is one, on the host model elsewhere.
+"""The CUDA kernels' own source against the fp64 oracle: on an sm_90 GPU where there is one, else on the host model.
 
 The host model (tests/host_model) interleaves CTAs, warps, copies and matrix products at random under a seed. What it
 finds is as good as the faults it can see, so the last part of this file plants them and expects each to show.
@@ -330,7 +330,7 @@ FAULTS: dict[str, tuple[str, list[tuple[str, str]], str | None]] = {
     "slot_given_back_by_one_cta_of_two": (
         "lora_matmul_sm90.cu",
         [
-            ("CONSUMERS * CLUSTER, \"empty\"", "CONSUMERS, \"empty\""),
+            ('CONSUMERS * CLUSTER, "empty"', 'CONSUMERS, "empty"'),
             ("if (thread < CLUSTER) {", "if (thread == this->rank) {"),
         ],
         None,
@@ -357,7 +357,7 @@ FAULTS: dict[str, tuple[str, list[tuple[str, str]], str | None]] = {
     ),
     "half_of_z_waited_for": (
         "lora_matmul_sm90.cu",
-        [("while (load_acquire(p.flags + block) < CONSUMERS) back_off();", "while (load_acquire(p.flags + block) < 1);")],
+        [("(load_acquire(p.flags + block) < CONSUMERS)", "(load_acquire(p.flags + block) < 1)")],
         None,
     ),
     "tiles_before_their_z": (
@@ -407,7 +407,8 @@ def with_fault(folder: Path, name: str) -> Path:
     file, replacements, _ = FAULTS[name]
     shutil.copytree(ROOT / "csrc", folder)
     replacements = [(file, *pair) for pair in replacements]
-    replacements += [(f"{verb}_sm90.cu", f": run_{verb}<FP16>(", ": nullptr; (void)(") for verb in ("lora_matmul", "rank_grad")]
+    for verb in ("lora_matmul", "rank_grad"):
+        replacements.append((f"{verb}_sm90.cu", f": run_{verb}<FP16>(", ": nullptr; (void)("))
     for path, old, new in replacements:
         text = (folder / path).read_text(encoding="utf-8")
         assert old in text, f"csrc/{path} no longer has {old!r}: plant the fault where it went"
