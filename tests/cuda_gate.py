@@ -121,7 +121,7 @@ def read_sass(text: str) -> dict[str, Code]:
 
 def plain_name(demangled: str) -> str:
     """Such as ``lora_matmul_kernel<BF16, 256, 2, false>``: without namespaces, result and arguments."""
-    short = demangled.replace("(anonymous namespace)::", "").replace("fastlora::", "").removeprefix("void ")
+    short = re.sub(r"(\w+|\(anonymous namespace\))::", "", demangled).removeprefix("void ")
     return short.partition("(")[0]
 
 

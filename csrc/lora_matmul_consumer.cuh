@@ -1,0 +1,322 @@
+// The consumers of lora_matmul_sm90.cu: two warpgroups that multiply what is in the ring, 64 rows of the CTA's 128 each.
+#pragma once
+
+#include <cstdint>
+
+#include <fastlora.h>
+#include <lora_matmul_block.cuh>
+
+namespace fastlora::lora_matmul {
+
+template <class T, int TILE_N, int CLUSTER, bool TRANSPOSED>
+struct Consumer : Block<TILE_N, CLUSTER> {
+  using Base = Block<TILE_N, CLUSTER>;
+  using L = typename Base::L;
+  using Base::memory;
+  using Base::p;
+  using Base::trip;
+
+  uint32_t consumer, thread;
+  Fragment fragment;
+  uint32_t y_buffer = 0;
+
+  __device__ __forceinline__ explicit Consumer(const Parameters& parameters)
+      : Base(parameters),
+        consumer(thread_index() / WARPGROUP - 1),
+        thread(thread_index() % WARPGROUP),
+        fragment(thread) {}
+
+  __device__ void run() {
+    for (uint32_t job = next_job(); job != NO_JOB; job = next_job()) {
+      const Schedule& s = p.schedule;
+      if (s.makes_z(job)) {
+        for (uint32_t unit = s.first_unit(job); unit < s.last_unit(job); ++unit) make_z(this->row_block(unit));
+      } else {
+        make_tile(s.tile(job));
+      }
+    }
+    // Shared memory must outlive the stores that read it.
+    if (thread == 0) tma_store_wait_read<0>();
+  }
+
+  __device__ uint32_t next_job() {
+    barrier_wait(this->job_full(), this->job.parity);
+    const uint32_t job = load_shared(this->job_word());
+    warp_sync();
+    if (thread % 32 == 0) barrier_arrive_at(this->job_empty(), 0);
+    this->job.advance();
+    return job;
+  }
+
+  __device__ __forceinline__ void sync() const { named_barrier_sync(1 + consumer, WARPGROUP); }
+
+  // This warpgroup has done with the slot, in every CTA that copies into it.
+  __device__ __forceinline__ void release(uint32_t slot) const {
+    if (thread < CLUSTER) {
+      if constexpr (CLUSTER > 1) {
+        barrier_arrive_at(this->empty(slot), thread);
+      } else {
+        barrier_arrive(this->empty(slot));
+      }
+    }
+  }
+
+  // acc_mn (+)= this warpgroup's 64 rows of x_mk · w_nkᵀ for 16 k, by the panels that lie at x and w.
+  template <bool SET, int N>
+  __device__ __forceinline__ void multiply_16(float (&acc_mn)[N / 2], Shared x, Shared w, uint32_t step) const {
+    const uint32_t rows = x + consumer * CONSUMER_ROWS * PANEL_ROW_BYTES;
+    const uint64_t x_mk = panel_descriptor(rows, PANEL_64) + step * (k16_bytes<false>() >> 4);
+    const uint64_t w_kn = panel_descriptor(w, PANEL_64) + step * (k16_bytes<TRANSPOSED>() >> 4);
+    if constexpr (SET) {
+      wgmma_set<T, N, false, TRANSPOSED>(acc_mn, x_mk, w_kn);
+    } else {
+      wgmma_add<T, N, false, TRANSPOSED>(acc_mn, x_mk, w_kn);
+    }
+  }
+
+  // The same for a whole panel, 64 k.
+  template <bool SET, int N>
+  __device__ __forceinline__ void multiply(float (&acc_mn)[N / 2], Shared x, Shared w) const {
+    multiply_16<SET, N>(acc_mn, x, w, 0);
+#pragma unroll
+    for (uint32_t step = 1; step < 4; ++step) multiply_16<false, N>(acc_mn, x, w, step);
+  }
+
+  __device__ void make_tile(TilePosition tile) {
+    float acc_mn[TILE_N / 2];
+    const uint32_t first_m = this->row_block(tile.row_unit) * TILE_M + consumer * CONSUMER_ROWS;
+    const uint32_t first_n = tile.column * TILE_N;
+    const bool masked = p.mask_kind == FASTLORA_MASK_PRODUCT;
+
+    TileMask mask;
+    // A slot is given back when the wgmmas of the trip after it are running: two trips are in flight.
+    barrier_wait(this->full(), trip.parity);
+    wgmma_fence();
+    multiply<true, TILE_N>(acc_mn, this->stage(), this->stage() + X_BYTES);
+    wgmma_commit();
+    uint32_t previous = trip.slot;
+    trip.advance();
+    for (uint32_t k = TILE_K; k < p.k; k += TILE_K) {
+      barrier_wait(this->full(), trip.parity);
+      wgmma_fence();
+      multiply<false, TILE_N>(acc_mn, this->stage(), this->stage() + X_BYTES);
+      wgmma_commit();
+      // Under the running wgmma, so that the mask costs nothing.
+      if (masked && mask.calls < TileMask::CALLS) mask.make_some(*this, first_m, first_n);
+      wgmma_wait<1>();
+      release(previous);
+      previous = trip.slot;
+      trip.advance();
+    }
+    if (!masked) {
+      for (uint32_t r = 0; r < p.r; r += PANEL) {
+        barrier_wait(this->full(), trip.parity);
+        for (uint32_t step = 0; step < 4 && r + 16 * step < p.r; ++step) {
+          wgmma_fence();
+          multiply_16<false, TILE_N>(acc_mn, this->stage(), this->stage() + X_BYTES, step);
+          wgmma_commit();
+        }
+        wgmma_wait<0>();
+        release(previous);
+        previous = trip.slot;
+        trip.advance();
+      }
+    }
+    wgmma_wait<0>();
+    release(previous);
+    if (masked) {
+      while (mask.calls < TileMask::CALLS) mask.make_some(*this, first_m, first_n);
+      add_masked_product(acc_mn, mask);
+    }
+    store_y(acc_mn, first_m, first_n);
+  }
+
+  // The mask's bits for this thread's part of the tile, one for each accumulator, made a call at a time: each lane of a
+  // quad decides one of four groups of eight columns, and all share them.
+  struct TileMask {
+    static constexpr uint32_t CALLS = TILE_N / 16;
+    uint32_t keep[TILE_N / PANEL] = {};
+    uint32_t calls = 0;
+
+    __device__ __forceinline__ void make_some(const Consumer& c, uint32_t first_m, uint32_t first_n) {
+      const uint32_t half = calls & 1, four = calls >> 1;
+      const MaskBits mask(c.p.mask);
+      const uint32_t row = first_m + c.fragment.row() + 8 * half;
+      const uint32_t column = first_n + 32 * four + 8 * (c.fragment.lane % 4);
+      const Words4 lanes = quad_transpose(mask.lanes(row, column / 8), c.fragment.lane);
+      uint32_t bits = 0;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        bits |= (uint32_t(mask.keeps_low(lanes.w[i])) | uint32_t(mask.keeps_high(lanes.w[i])) << 1) << (4 * i);
+      }
+      bits <<= 16 * (four & 1) + 2 * half;
+#pragma unroll
+      for (int chunk = 0; chunk < TILE_N / PANEL; ++chunk) keep[chunk] |= four / 2 == chunk ? bits : 0;
+      ++calls;
+    }
+  };
+
+  // acc_mn += D(z_mr · b_nrᵀ), 64 columns at a time: the product is a second accumulator, and only so large.
+  __device__ __forceinline__ void add_masked_product(float (&acc_mn)[TILE_N / 2], const TileMask& mask) {
+    const Cursor<L::STAGES> first = trip;
+    for (uint32_t r = 0; r < p.r; r += PANEL) {
+      barrier_wait(this->full(), trip.parity);
+      trip.advance();
+    }
+#pragma unroll
+    for (int chunk = 0; chunk < TILE_N / PANEL; ++chunk) {
+      float product_mn[PANEL / 2];
+      Cursor<L::STAGES> at = first;
+      const auto stage = [&] { return memory + at.slot * L::STAGE_BYTES; };
+      wgmma_fence();
+      multiply_16<true, PANEL>(product_mn, stage(), stage() + X_BYTES + chunk * PANEL_64, 0);
+      wgmma_commit();
+      for (uint32_t r = 16; r < p.r; r += 16) {
+        if (r % PANEL == 0) at.advance();
+        wgmma_fence();
+        multiply_16<false, PANEL>(product_mn, stage(), stage() + X_BYTES + chunk * PANEL_64, r / 16 % 4);
+        wgmma_commit();
+      }
+      wgmma_wait<0>();
+#pragma unroll
+      for (int i = 0; i < PANEL / 2; ++i) {
+        acc_mn[chunk * (PANEL / 2) + i] += mask.keep[chunk] >> i & 1 ? product_mn[i] * p.mask.rescale : 0.0f;
+      }
+    }
+    Cursor<L::STAGES> at = first;
+    for (uint32_t r = 0; r < p.r; r += PANEL) {
+      release(at.slot);
+      at.advance();
+    }
+  }
+
+  // By way of shared memory in panels, so that the copy engine writes whole rows of 128 bytes and this warpgroup goes
+  // on.
+  __device__ void store_y(const float (&acc_mn)[TILE_N / 2], uint32_t first_m, uint32_t first_n) {
+    const uint16_t* bias = static_cast<const uint16_t*>(p.bias);
+#pragma unroll
+    for (int chunk = 0; chunk < TILE_N / PANEL; ++chunk) {
+      const Shared panel = memory + L::Y + (consumer * L::Y_BUFFERS + y_buffer) * PANEL_64;
+      y_buffer ^= 1;
+      if (thread == 0) tma_store_wait_read<L::Y_BUFFERS - 1>();
+      sync();
+      const uint32_t chunk_n = first_n + chunk * PANEL;
+#pragma unroll
+      for (int j = 0; j < 8; j += 2) {
+        Words4 words;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int group = j + i / 2, at = chunk * (PANEL / 2) + 4 * group + 2 * (i % 2);
+          float low = acc_mn[at], high = acc_mn[at + 1];
+          const uint32_t n = chunk_n + 8 * group + fragment.column();
+          if (bias != nullptr && n < p.n) {
+            low += T::widen(bias[n]);
+            high += T::widen(bias[n + 1]);
+          }
+          words.w[i] = T::pack(low, high);
+        }
+        // Matrices: rows 0-7 and 8-15 of group j, then of group j + 1.
+        const uint32_t row = 16 * fragment.warp + fragment.lane % 16, group = j + fragment.lane / 16;
+        store_matrices4(panel + panel_chunk(row, group), words);
+      }
+      fence_async_shared();
+      sync();
+      if (thread == 0) {
+        tma_store(&p.y, panel, chunk_n, first_m);
+        tma_store_commit();
+      }
+    }
+  }
+
+  __device__ void make_z(uint32_t block) {
+    const uint32_t panels = this->rank_panels();
+    if (panels == 1) {
+      make_z_of<1>(block);
+    } else if (panels == 2) {
+      make_z_of<2>(block);
+    } else if constexpr (L::slices(4) > 0) {
+      make_z_of<4>(block);
+    }
+  }
+
+  template <int PANELS>
+  __device__ void make_z_of(uint32_t block) {
+    float z_mr[PANELS][PANEL / 2];
+    const uint32_t first_m = block * TILE_M;
+    make_z_trip<true, PANELS>(z_mr, first_m, 0);
+    uint32_t previous = trip.slot;
+    trip.advance();
+    for (uint32_t k = L::slices(PANELS) * TILE_K; k < p.k; k += L::slices(PANELS) * TILE_K) {
+      make_z_trip<false, PANELS>(z_mr, first_m, k);
+      wgmma_wait<1>();
+      release(previous);
+      previous = trip.slot;
+      trip.advance();
+    }
+    wgmma_wait<0>();
+    release(previous);
+    store_z<PANELS>(z_mr, block);
+  }
+
+  template <bool SET, int PANELS>
+  __device__ __forceinline__ void make_z_trip(float (&z_mr)[PANELS][PANEL / 2], uint32_t first_m, uint32_t first_k) {
+    constexpr uint32_t SLICES = L::slices(PANELS), SLICE_BYTES = L::slice_bytes(PANELS);
+    barrier_wait(this->full(), trip.parity);
+    if (p.mask_kind == FASTLORA_MASK_INPUT) mask_x<SLICES, SLICE_BYTES>(first_m, first_k);
+    wgmma_fence();
+#pragma unroll
+    for (uint32_t s = 0; s < SLICES; ++s) {
+      const Shared x = this->stage() + s * SLICE_BYTES;
+#pragma unroll
+      for (int i = 0; i < PANELS; ++i) {
+        const Shared a = x + X_BYTES + i * PANEL_64;
+        if (s == 0) {
+          multiply<SET, PANEL>(z_mr[i], x, a);
+        } else {
+          multiply<false, PANEL>(z_mr[i], x, a);
+        }
+      }
+    }
+    wgmma_commit();
+  }
+
+  // In place: nobody else reads this warpgroup's rows of the slot.
+  template <uint32_t SLICES, uint32_t SLICE_BYTES>
+  __device__ void mask_x(uint32_t first_m, uint32_t first_k) {
+    const MaskBits mask(p.mask);
+    for (uint32_t s = 0; s < SLICES; ++s) {
+      mask_panel(mask, this->stage() + s * SLICE_BYTES, consumer * CONSUMER_ROWS, first_m, first_k + s * TILE_K,
+                 thread);
+    }
+    fence_async_shared();
+    sync();
+  }
+
+  // Columns of z beyond R are written as the zeros that they are: b's rows are padded likewise.
+  template <int PANELS>
+  __device__ void store_z(const float (&z_mr)[PANELS][PANEL / 2], uint32_t block) {
+    uint16_t* z = static_cast<uint16_t*>(p.z_out);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const uint32_t m = block * TILE_M + consumer * CONSUMER_ROWS + fragment.row() + 8 * h;
+      uint16_t* row = z + m * p.z_stride;
+#pragma unroll
+      for (int i = 0; i < PANELS; ++i) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          const uint32_t r = i * PANEL + 8 * j + fragment.column();
+          const float low = z_mr[i][4 * j + 2 * h] * p.scale, high = z_mr[i][4 * j + 2 * h + 1] * p.scale;
+          if (m < p.m && r < p.z_columns) *reinterpret_cast<uint32_t*>(row + r) = T::pack(low, high);
+        }
+      }
+    }
+    if (p.flags != nullptr) {
+      // Every thread's rows are for the copy engine of another CTA; then one release covers the whole warpgroup.
+      fence_async_global();
+      sync();
+      if (thread == 0) add_acquire_release(p.flags + block, 1);
+    }
+  }
+};
+
+}  // namespace fastlora::lora_matmul

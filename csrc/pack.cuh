@@ -1,0 +1,67 @@
+// Adapters as the copy engine takes them: a small kernel that casts, copies and pads those that are not.
+#pragma once
+
+#include <cstdint>
+
+#include <layout.cuh>
+#include <pipeline.cuh>
+#include <ptx.cuh>
+
+namespace fastlora {
+
+// An adapter that the copy engine cannot take as it is: 16-bit, rows of ``columns`` padded with zeros.
+struct Packing {
+  const void* from;
+  uint16_t* to;
+  uint32_t rows, columns, padded;
+  int64_t stride_row, stride_column;
+  int32_t is_float;
+};
+
+struct PackParameters {
+  Packing packing[2];
+};
+
+constexpr uint32_t PACK_THREADS = 256;
+
+template <class T>
+__global__ void __launch_bounds__(PACK_THREADS) pack_kernel(const __grid_constant__ PackParameters p) {
+  for (const Packing& q : p.packing) {
+    const uint32_t size = q.rows * q.padded;
+    for (uint32_t i = block_index() * PACK_THREADS + thread_index(); i < size; i += grid_blocks() * PACK_THREADS) {
+      const uint32_t row = i / q.padded, column = i % q.padded;
+      const int64_t at = row * q.stride_row + column * q.stride_column;
+      if (column >= q.columns) {
+        q.to[i] = 0;
+      } else if (q.is_float) {
+        q.to[i] = T::round(static_cast<const float*>(q.from)[at]);
+      } else {
+        q.to[i] = static_cast<const uint16_t*>(q.from)[at];
+      }
+    }
+  }
+}
+
+constexpr uint64_t round_up(uint64_t size, uint64_t step) { return (size + step - 1) / step * step; }
+
+// An adapter as the kernel will read it: ``rows`` of ``columns`` contiguous 16-bit elements.
+struct Adapter {
+  const void* base;
+  uint32_t rows, columns;
+  int64_t stride, stride_column;
+  bool packed;
+
+  // ``stride`` is that of the rows.
+  Adapter(const void* base, int64_t rows, int64_t columns, int64_t stride, int64_t stride_column, bool is_float)
+      : base(base),
+        rows(rows),
+        columns(columns),
+        stride(stride),
+        stride_column(stride_column),
+        packed(is_float || stride_column != 1 || stride < columns || !is_aligned(base, stride)) {}
+
+  uint32_t padded() const { return round_up(columns, 8); }
+  size_t bytes() const { return packed ? round_up(size_t(rows) * padded() * 2, 256) : 0; }
+};
+
+}  // namespace fastlora
