@@ -21,7 +21,7 @@ LEDGER = ROOT / "benchmarks" / "HARDWARE.md"
 
 # Top to bottom; a file may import from lower floors only.
 FLOORS = (
-    {"module"},
+    {"module", "loralib"},
     {"functional"},
     {"dispatch"},
     set(BACKENDS) | {"reference"},
@@ -48,22 +48,37 @@ def imported_modules(path: Path, package: str) -> set[str]:
     return names
 
 
-def siblings_imported(path: Path) -> set[str]:
-    """The files of fastlora/ that a file of fastlora/ imports, by stem."""
-    stems = {file.stem for file in PACKAGE.glob("*.py")}
-    return {
-        parts[1]
-        for parts in (name.split(".") for name in imported_modules(path, "fastlora"))
-        if parts[0] == "fastlora" and len(parts) > 1 and parts[1] in stems
-    }
+def files_of(part: str) -> list[Path]:
+    """The files of one part of fastlora/: a module, or a package of several."""
+    return sorted((PACKAGE / part).glob("*.py")) or [PACKAGE / f"{part}.py"]
 
 
-PACKAGE_FILES = sorted(PACKAGE.glob("*.py"))
+def siblings_imported(part: str) -> set[str]:
+    """The other parts of fastlora/ that a part of it imports."""
+    names = {name for file in files_of(part) for name in imported_modules(file, package_of(file))}
+    pairs = [name.split(".")[:2] for name in names]
+    return {pair[1] for pair in pairs if pair[0] == "fastlora" and len(pair) > 1 and pair[1] in PARTS} - {part}
+
+
+def package_of(file: Path) -> str:
+    """What relative imports in a file of fastlora/ are relative to."""
+    return ".".join(file.relative_to(ROOT).parent.parts)
+
+
+SUBPACKAGES = sorted(file.parent.name for file in PACKAGE.glob("*/__init__.py"))
+PARTS = {file.stem for file in PACKAGE.glob("*.py")} | set(SUBPACKAGES)
+PACKAGE_FILES = [file for part in sorted(PARTS) for file in files_of(part)]
 KERNEL_FILES = sorted(KERNELS.glob("*.py"))
 
 
 def test_the_tests_look_at_files_that_exist() -> None:
-    assert {"__init__", "module", "functional", "dispatch", "reference"} <= {file.stem for file in PACKAGE_FILES}
+    assert {"__init__", "module", "functional", "dispatch", "reference", "loralib"} <= PARTS
+    assert all(file.exists() for file in PACKAGE_FILES)
+
+
+def test_every_package_is_installed() -> None:
+    packages = re.search(r"packages=(\[.*\])", (ROOT / "setup.py").read_text(encoding="utf-8")).group(1)
+    assert set(ast.literal_eval(packages)) == {"fastlora", "fastlora.kernels", *(f"fastlora.{p}" for p in SUBPACKAGES)}
 
 
 def test_kernels_is_a_namespace_folder_reached_through_a_symlink() -> None:
@@ -105,17 +120,17 @@ def test_transformers_imports_from_the_root() -> None:
 def test_imports_go_down_only(floor: int) -> None:
     forbidden = set().union(*FLOORS[: floor + 1])
     for name in FLOORS[floor]:
-        assert siblings_imported(PACKAGE / f"{name}.py") & forbidden == set(), name
+        assert siblings_imported(name) & forbidden == set(), name
 
 
 def test_no_import_cycles() -> None:
-    graph = {file.stem: siblings_imported(file) for file in PACKAGE_FILES}
+    graph = {part: siblings_imported(part) for part in PARTS}
     TopologicalSorter(graph).prepare()
 
 
 @pytest.mark.parametrize("file", PACKAGE_FILES + KERNEL_FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
 def test_package_imports_neither_tests_nor_benchmarks(file: Path) -> None:
-    tops = {name.split(".")[0] for name in imported_modules(file, "fastlora")}
+    tops = {name.split(".")[0] for name in imported_modules(file, package_of(file))}
     assert tops & {"benchmarks", "tests", "cases", "conftest", "pytest", "hypothesis", "numpy"} == set()
 
 
@@ -125,7 +140,7 @@ def test_kernels_import_nothing_above_them(file: Path) -> None:
     assert all(name.startswith("fastlora.kernels") for name in ours), ours
 
 
-@pytest.mark.parametrize("file", PACKAGE_FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", PACKAGE_FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
 def test_optional_dependencies_are_not_imported_at_the_top(file: Path) -> None:
     """A backend imports its compiler inside a function or under ``try``, never on the way to ``import fastlora``."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
