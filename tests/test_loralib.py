@@ -7,6 +7,7 @@ import inspect
 import io
 import itertools
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -423,6 +424,19 @@ def test_a_turned_layer_is_reset_over_its_own_fan_in() -> None:
         assert 0.9 / 4000**0.5 < layer.weight.abs().max() <= 1 / 4000**0.5
 
 
+def test_the_look_up_in_a_honours_max_norm_as_loralib_does() -> None:
+    case = CASES["embedding"]
+    mine, other = (step(case.trained(package, max_norm=0.5), case.inputs()) for package in (ours, theirs))
+    for name, tensor in mine.items():
+        torch.testing.assert_close(tensor, other[name])
+
+
+def test_a_sparse_embedding_trains() -> None:
+    case = CASES["embedding"]
+    sparse, dense = (step(case.trained(ours, sparse=sparse), case.inputs()) for sparse in (True, False))
+    assert all(torch.equal(sparse[name], dense[name]) for name in dense)
+
+
 def test_given_rows_of_an_embedding_are_kept() -> None:
     rows = torch.randn(5, 3)
     assert torch.equal(ours.Embedding.from_pretrained(rows.clone()).weight, rows)
@@ -619,3 +633,17 @@ def test_prints_what_it_is() -> None:
     expected = "in_features=48, out_features=60, bias=True, r=4, lora_alpha=10, fan_in_fan_out=True"
     assert line == f"{expected}, enable_lora=[True, False, True]"
     assert str(LoRALinear(4, 3)).startswith("LoRALinear(")
+
+
+# The page for loralib's users
+
+
+def test_the_pages_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "loralib.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 3
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "page"}
+    for block in blocks:
+        exec(compile(block, "docs/loralib.md", "exec"), names)
+    assert isinstance(names["model"].c_proj, ours.Linear)

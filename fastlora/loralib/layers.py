@@ -224,7 +224,7 @@ class Embedding(MergingLayer, nn.Embedding):
         r: rank; 0 makes the layer a plain ``nn.Embedding``. Above 0 the weight is frozen.
         lora_alpha: numerator of the scale.
         merge_weights: whether ``eval()`` merges the update into ``weight``.
-        kwargs: of ``nn.Embedding``; they hold for the look-up in A too.
+        kwargs: of ``nn.Embedding``; they hold for the look-up in A too, but for ``sparse``: the gradient of A is dense.
 
     Parameters ``lora_A`` [r, num_embeddings] starts at zero, ``lora_B`` [embedding_dim, r] normal.
 
@@ -270,7 +270,6 @@ class Embedding(MergingLayer, nn.Embedding):
         rows = nn.Embedding.forward(self, x)
         if self.merged or not self._adapted:
             return rows
-        z = F.embedding(
-            x, self.lora_A.T, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
-        )
+        # Never sparse: A is stored turned, and no sparse gradient of rows can be a gradient of columns.
+        z = F.embedding(x, self.lora_A.T, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq)
         return torch.add(rows, z @ self.lora_B.T, alpha=self.scaling)
