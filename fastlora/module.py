@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from .functional import lora_linear
+from .mergeable import MergeableLinear, Update, check_rank_and_dropout, scale_of, start_adapter
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(MergeableLinear):
     """A drop-in for ``nn.Linear`` whose weight is frozen and whose update has rank r.
 
     ``y = x Wᵀ + scale · D(x) Aᵀ Bᵀ + bias``, scale = lora_alpha / r, or lora_alpha / sqrt(r) with ``use_rslora``. The
@@ -37,10 +36,6 @@ class LoRALinear(nn.Module):
     Source: Hu et al., 2021, https://arxiv.org/abs/2106.09685.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-    _base_weight: Tensor | None
-
     def __init__(
         self,
         in_features: int,
@@ -55,10 +50,7 @@ class LoRALinear(nn.Module):
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if r < 1:
-            raise ValueError(f"r must be at least 1, got {r}")
-        if not 0 <= lora_dropout < 1:
-            raise ValueError(f"lora_dropout must be at least 0 and below 1, got {lora_dropout}")
+        check_rank_and_dropout(r, lora_dropout)
         self.in_features = in_features
         self.out_features = out_features
         self.r = r
@@ -132,18 +124,12 @@ class LoRALinear(nn.Module):
     def reset_adapter(self) -> None:
         """Starts the adapter anew: A Kaiming-uniform, B zero; a merged layer is unmerged first."""
         self.unmerge()
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B)
+        start_adapter(self.lora_A, self.lora_B)
 
     @property
     def scale(self) -> float:
         """The factor on the update: lora_alpha / r, or lora_alpha / sqrt(r) with ``use_rslora``."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
-
-    @property
-    def merged(self) -> bool:
-        """Whether ``weight`` holds base and update in one."""
-        return self._base_weight is not None
+        return scale_of(self.lora_alpha, self.r, self.use_rslora)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> y [..., out_features]; merged, exactly one GEMM and no gradient to A and B."""
@@ -160,48 +146,8 @@ class LoRALinear(nn.Module):
             training=self.training,
         )
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def merge(self) -> LoRALinear:
-        """Adds the update to ``weight``: W + scale · B A, computed in float32 and rounded once. Merged already: no-op.
-
-        The base weight is set aside, not overwritten: its storage may belong to somebody else.
-
-        Raises:
-            RuntimeError: ``weight`` is parametrised, so that no sum can be stored in it.
-        """
-        if not self.merged:
-            if is_parametrized(self, "weight"):
-                raise RuntimeError(
-                    "weight is parametrised, so no sum can be stored in it: call "
-                    "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') first"
-                )
-            wide = torch.promote_types(self.weight.dtype, torch.float32)
-            with torch.autocast(self.weight.device.type, enabled=False):
-                merged = torch.addmm(self.weight.to(wide), self.lora_B.to(wide), self.lora_A.to(wide), alpha=self.scale)
-            self._base_weight = self.weight.data
-            self.weight.data = merged.to(self.weight.dtype)
-        return self
-
-    def unmerge(self) -> LoRALinear:
-        """Puts the base weight back, bit for bit. Not merged: no-op."""
-        if self._base_weight is not None:
-            self.weight.data = self._base_weight
-            self._base_weight = None
-        return self
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        # A state dict always holds the base weight, so that loading it never applies the update twice.
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._base_weight is not None:
-            destination[prefix + "weight"] = self._base_weight
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        merged = self.merged
-        self.unmerge()
-        super()._load_from_state_dict(*args, **kwargs)
-        if merged:
-            self.merge()
+    def _update(self) -> Update:
+        return Update(self.lora_B, self.lora_A, self.scale)
 
     def extra_repr(self) -> str:
         """The line inside ``LoRALinear(...)`` when printed."""
