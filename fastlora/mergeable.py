@@ -67,8 +67,7 @@ class MergeableLinear(nn.Module):
     Merged, ``weight`` holds both in one and ``_base_weight`` the base; a state dict holds the base either way.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Tensor
     _base_weight: Tensor | None
 
     def _update(self) -> Update:

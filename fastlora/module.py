@@ -36,6 +36,9 @@ class LoRALinear(MergeableLinear):
     Source: Hu et al., 2021, https://arxiv.org/abs/2106.09685.
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         in_features: int,
