@@ -1,9 +1,29 @@
 """LoRA fine-tuning at the speed of the frozen layer: ``y = x Wᵀ + scale · D(x) Aᵀ Bᵀ + bias`` in one pass."""
 
+from .adapter_files import load_adapter, save_adapter
 from .dispatch import explain
 from .functional import lora_linear
+from .injection import inject
+from .merging import merge_adapter, merge_and_unload, unmerge_adapter
 from .module import LoRALinear
+from .switching import delete_adapter, disable, enable, set_adapter, unload
 
 __version__ = "0.1.0"
 
-__all__ = ["LoRALinear", "__version__", "explain", "lora_linear"]
+__all__ = [
+    "LoRALinear",
+    "__version__",
+    "delete_adapter",
+    "disable",
+    "enable",
+    "explain",
+    "inject",
+    "load_adapter",
+    "lora_linear",
+    "merge_adapter",
+    "merge_and_unload",
+    "save_adapter",
+    "set_adapter",
+    "unload",
+    "unmerge_adapter",
+]

@@ -11,7 +11,7 @@ import torch
 from . import __version__
 from .dispatch import explain
 
-_PACKAGES = ("torch", "triton", "numpy", "peft", "transformers")
+_PACKAGES = ("torch", "triton", "numpy", "peft", "transformers", "safetensors")
 _VARIABLES = (
     "FASTLORA_BACKEND",
     "FASTLORA_CUDA_DESIGN",

@@ -21,8 +21,12 @@ LEDGER = ROOT / "benchmarks" / "HARDWARE.md"
 
 # Top to bottom; a file may import from lower floors only.
 FLOORS = (
-    {"module"},
-    {"functional", "mergeable"},
+    {"merge"},
+    {"shards", "adapter_files", "merging"},
+    {"adapter_reader", "injection"},
+    {"switching"},
+    {"adapted", "adapter_config", "module"},
+    {"functional", "matching", "mergeable", "atomic"},
     {"dispatch"},
     set(BACKENDS) | {"reference"},
     {"request", "dropout"},
@@ -106,7 +110,23 @@ def test_import_brings_nothing_but_torch_and_touches_no_gpu() -> None:
 def test_public_names() -> None:
     import fastlora
 
-    assert fastlora.__all__ == ["LoRALinear", "__version__", "explain", "lora_linear"]
+    assert fastlora.__all__ == [
+        "LoRALinear",
+        "__version__",
+        "delete_adapter",
+        "disable",
+        "enable",
+        "explain",
+        "inject",
+        "load_adapter",
+        "lora_linear",
+        "merge_adapter",
+        "merge_and_unload",
+        "save_adapter",
+        "set_adapter",
+        "unload",
+        "unmerge_adapter",
+    ]
     assert all(hasattr(fastlora, name) for name in fastlora.__all__)
 
 
