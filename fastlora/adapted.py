@@ -122,8 +122,6 @@ def obstacle(module: nn.Module, parent: nn.Module | None = None) -> str | None:
     kind = type(module).__name__
     if isinstance(module, AdaptedLinear):
         return None
-    if isinstance(module, nn.LazyLinear):
-        return "its shape is not known yet: run one batch through the model first"
     if isinstance(parent, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads its weight without calling it"
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():

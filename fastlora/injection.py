@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .adapted import AdaptedConv1D, AdaptedLinear, add_adapter, features, obstacle
 from .adapter_config import AdapterConfig
@@ -173,6 +174,9 @@ def plan(model: nn.Module, config: AdapterConfig, adapter_name: str, adapter_dty
         raise ValueError(f"adapter_name must be a word without dots, got {adapter_name!r}")
     if hasattr(nn.ParameterDict, adapter_name):
         raise ValueError(f"adapter_name must not be {adapter_name!r}, a name that torch uses itself: choose another")
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(f"model: {name} has no shape yet: run one batch through the model first")
     if adapter_name in state.configs:
         raise ValueError(f"adapter_name: the model has an adapter {adapter_name!r} already: delete_adapter removes it")
 
