@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from .adapted import AdaptedConv1D, AdaptedLinear, add_adapter, features, obstacle
 from .adapter_config import AdapterConfig
-from .matching import ALL_LINEAR, all_linear, is_conv1d
+from .matching import ALL_LINEAR, all_linear, first_match, is_conv1d
 from .mergeable import start_adapter
 from .switching import State, adapted_layers, set_adapter, shown_names, state_of, unwrapped
 
@@ -243,6 +243,10 @@ def attach(plan: Plan, tensors: dict[str, dict[str, Tensor]] | None = None) -> I
         set_adapter(model, name)
     for _, adapted in adapted_layers(model):
         adapted.active_adapter, adapted.adapters_disabled = state.active, disabled
+    for option, patterns in (("rank_pattern", plan.config.rank_pattern), ("alpha_pattern", plan.config.alpha_pattern)):
+        idle = [key for key in patterns if not any(first_match({key: True}, each.name, False) for each in plan.layers)]
+        if idle:
+            _log.warning("adapter %r: %s has keys that match none of its layers: %s", name, option, idle)
     for refused, reason in plan.refused.items():
         _log.warning("adapter %r: %s gets none: %s", name, refused, reason)
     return report(model, name, plan.refused)

@@ -17,8 +17,8 @@ from .adapted import AdaptedLinear, restore
 from .mergeable import Update, folded
 from .switching import State, adapted_layers, adapted_model, unload
 
-# Rows measured at a time: float64 copies of a whole weight would take four times its memory.
-_ROWS = 1024
+# Elements measured at a time: float64 copies of a whole weight would take several times its memory.
+_BLOCK = 1 << 18
 
 
 class LayerMerge(NamedTuple):
@@ -76,9 +76,10 @@ def fold_and_measure(name: str, weight: Tensor, update: Update) -> tuple[Tensor,
     exact = torch.float32 if weight.device.type == "mps" else torch.float64
     right = update.right.to(exact)
     largest = error_squares = update_squares = 0.0
+    height = max(1, _BLOCK // weight.shape[1])
     with torch.autocast(weight.device.type, enabled=False):
-        for start in range(0, weight.shape[0], _ROWS):
-            rows = slice(start, start + _ROWS)
+        for start in range(0, weight.shape[0], height):
+            rows = slice(start, start + height)
             added = update.scale * (update.left[rows].to(exact) @ right)
             error = merged[rows].to(exact) - (weight[rows].to(exact) + added)
             largest = max(largest, error.abs().max().item())
