@@ -273,6 +273,15 @@ def test_rank_scale_and_report() -> None:
     assert "2 x model.layers.*.self_attn.v_proj: 48 -> 24, r=4, scale=1.5" in text
 
 
+def test_patterns_that_match_nothing_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="fastlora"):
+        fastlora.inject(toy(), ["up"], rank_pattern={"up": 2, "q_proj": 4}, alpha_pattern={"down": 3})
+    assert [record.getMessage() for record in caplog.records] == [
+        "adapter 'default': rank_pattern has keys that match none of its layers: ['q_proj']",
+        "adapter 'default': alpha_pattern has keys that match none of its layers: ['down']",
+    ]
+
+
 def test_starts() -> None:
     shapes = {}
     for init in (True, "gaussian", False):
@@ -680,3 +689,19 @@ def test_the_wrapped_model_is_reached_through_its_wrapper() -> None:
     fastlora.set_adapter(compiled, None)
     assert torch.equal(run(model), run(toy()))
     assert fastlora.unload(compiled) is model
+
+
+def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/inject.md: its Python blocks one after the other, and what the first report prints."""
+    page = (ROOT / "docs" / "inject.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {}
+    for number, (language, block) in enumerate(blocks):
+        if language == "python":
+            capsys.readouterr()
+            exec(compile(block, f"docs/inject.md, block {number}", "exec"), names)
+        elif language == "text":
+            assert capsys.readouterr().out == block
+    assert sum(language == "python" for language, _ in blocks) >= 6
+    peft.PeftModel.from_pretrained(names["build_model"](), tmp_path / "adapter")
