@@ -96,6 +96,11 @@ class AdapterConfig:
                 _check_regex(name, key)
                 _check_number(f"{name}[{key!r}]", value, low, integer=name == "rank_pattern")
         self._check_layers()
+        # numpy's numbers are welcome, but JSON has none of them.
+        for name in ("r", "lora_alpha", "lora_dropout"):
+            object.__setattr__(self, name, _plain(getattr(self, name)))
+        for name in ("rank_pattern", "alpha_pattern"):
+            object.__setattr__(self, name, {key: _plain(value) for key, value in getattr(self, name).items()})
         if not any(self.init_lora_weights is start or self.init_lora_weights == start for start in _STARTS):
             raise ValueError(f"init_lora_weights must be one of {_STARTS}, got {self.init_lora_weights!r}")
 
@@ -207,6 +212,10 @@ class AdapterConfig:
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _plain(value: Any) -> int | float:
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def _check_number(

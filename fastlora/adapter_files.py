@@ -19,7 +19,8 @@ from .adapted import features
 from .adapter_config import AdapterConfig
 from .adapter_reader import CONFIG, WEIGHTS, Adapters, key_of, read_adapter, safetensors
 from .atomic import new_file, new_folder
-from .injection import InjectionReport, Plan, PlannedLayer, attach, plan, report
+from .injection import InjectionReport, attach, report
+from .planning import Plan, PlannedLayer, plan
 from .switching import adapted_layers, adapted_model, checked_name, shown_names, state_of
 
 

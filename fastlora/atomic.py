@@ -37,7 +37,10 @@ def new_folder(path: Path) -> Iterator[Path]:
                 sync(file)
         sync(temporary)
         if path.exists():
+            here = Path.cwd()
             _exchange(temporary, path)
+            if here.is_relative_to(path) and here.exists():
+                os.chdir(here)  # into the new folder of that name: the old one is about to go
         else:
             temporary.rename(path)
         sync(path.parent)

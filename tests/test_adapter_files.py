@@ -600,6 +600,21 @@ def test_a_kill_at_any_moment_leaves_a_whole_adapter(change: str, tmp_path: Path
     assert after >= 1
 
 
+def test_saving_where_one_stands(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(saved)
+    fastlora.save_adapter(adapted(llama(), ["q_proj"], r=4), ".")
+    assert fastlora.load_adapter(llama(), ".").layers[0].r == 4
+    assert Path.cwd() == saved
+    assert os.listdir(saved.parent) == ["a"]
+
+
+def test_numbers_of_numpy(tmp_path: Path) -> None:
+    numpy = pytest.importorskip("numpy")
+    model = adapted(toy(), ["up"], r=numpy.int64(4), lora_alpha=numpy.float32(6), rank_pattern={"0.up": numpy.int32(2)})
+    fastlora.save_adapter(model, tmp_path)
+    assert fastlora.load_adapter(toy(), tmp_path).layers[1][3:] == (4, 1.5)
+
+
 def test_old_leftovers_do_not_disturb(saved: Path) -> None:
     litter = saved.with_name(f".{saved.name}.1-abcd.tmp")
     shutil.copytree(saved, litter)

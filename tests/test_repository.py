@@ -24,6 +24,7 @@ FLOORS = (
     {"merge"},
     {"shards", "adapter_files", "merging"},
     {"adapter_reader", "injection"},
+    {"planning"},
     {"switching"},
     {"adapted", "adapter_config", "module"},
     {"functional", "matching", "mergeable", "atomic"},
