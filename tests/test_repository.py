@@ -26,7 +26,7 @@ FLOORS = (
     {"adapter_reader", "injection"},
     {"planning"},
     {"switching"},
-    {"adapted", "adapter_config", "module"},
+    {"adapted", "adapter_config", "module", "loralib"},
     {"functional", "matching", "mergeable", "atomic"},
     {"dispatch"},
     set(BACKENDS) | {"reference"},
