@@ -6,12 +6,14 @@ from .functional import lora_linear
 from .injection import inject
 from .merging import merge_adapter, merge_and_unload, unmerge_adapter
 from .module import LoRALinear
+from .peft import PatchReport, patch_peft, patched_peft, unpatch_peft
 from .switching import delete_adapter, disable, enable, set_adapter, unload
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LoRALinear",
+    "PatchReport",
     "__version__",
     "delete_adapter",
     "disable",
@@ -22,8 +24,11 @@ __all__ = [
     "lora_linear",
     "merge_adapter",
     "merge_and_unload",
+    "patch_peft",
+    "patched_peft",
     "save_adapter",
     "set_adapter",
     "unload",
     "unmerge_adapter",
+    "unpatch_peft",
 ]

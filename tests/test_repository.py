@@ -21,7 +21,8 @@ LEDGER = ROOT / "benchmarks" / "HARDWARE.md"
 
 # Top to bottom; a file may import from lower floors only.
 FLOORS = (
-    {"merge"},
+    {"merge", "peft"},
+    {"peft_linear"},
     {"shards", "adapter_files", "merging"},
     {"adapter_reader", "injection"},
     {"planning"},
@@ -30,8 +31,11 @@ FLOORS = (
     {"functional", "matching", "mergeable", "atomic"},
     {"dispatch"},
     set(BACKENDS) | {"reference"},
-    {"request", "dropout"},
+    {"request", "dropout", "peft_calls"},
 )
+
+# Files that import an optional dependency as they load, and so are imported inside functions only.
+NEEDS = {"peft_linear": {"peft", "transformers"}}
 
 
 def run_python(code: str) -> str:
@@ -43,8 +47,13 @@ def run_python(code: str) -> str:
 
 def imported_modules(path: Path, package: str) -> set[str]:
     """Full names of everything the file imports, anywhere in it, relative imports resolved."""
+    return names_imported(ast.parse(path.read_text(encoding="utf-8")), package)
+
+
+def names_imported(tree: ast.Module, package: str) -> set[str]:
+    """Full names of everything a syntax tree imports, relative imports resolved."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -113,6 +122,7 @@ def test_public_names() -> None:
 
     assert fastlora.__all__ == [
         "LoRALinear",
+        "PatchReport",
         "__version__",
         "delete_adapter",
         "disable",
@@ -123,10 +133,13 @@ def test_public_names() -> None:
         "lora_linear",
         "merge_adapter",
         "merge_and_unload",
+        "patch_peft",
+        "patched_peft",
         "save_adapter",
         "set_adapter",
         "unload",
         "unmerge_adapter",
+        "unpatch_peft",
     ]
     assert all(hasattr(fastlora, name) for name in fastlora.__all__)
 
@@ -161,15 +174,30 @@ def test_kernels_import_nothing_above_them(file: Path) -> None:
     assert all(name.startswith("fastlora.kernels") for name in ours), ours
 
 
+def imported_at_the_top(path: Path) -> set[str]:
+    """Full names of what loading the file imports: not what its functions, ``try`` and ``if`` blocks do."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree.body = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    return names_imported(tree, package_of(path))
+
+
 @pytest.mark.parametrize("file", PACKAGE_FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
 def test_optional_dependencies_are_not_imported_at_the_top(file: Path) -> None:
     """A backend imports its compiler inside a function or under ``try``, never on the way to ``import fastlora``."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    top = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    names = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module or "" for node in top if isinstance(node, ast.ImportFrom) and node.level == 0}
-    roots = {name.split(".")[0] for name in names}
-    assert roots <= {*sys.stdlib_module_names, "torch", "fastlora"}
+    roots = {name.split(".")[0] for name in imported_at_the_top(file)}
+    assert roots <= {*sys.stdlib_module_names, "torch", "fastlora"} | NEEDS.get(file.stem, set())
+
+
+def test_import_fastlora_reaches_no_file_with_an_optional_dependency() -> None:
+    reached: set[str] = set()
+    new = {"__init__"}
+    while new:
+        reached |= new
+        loaded = {name for part in new for file in files_of(part) for name in imported_at_the_top(file)}
+        new = {name.split(".")[1] for name in loaded if name.startswith("fastlora.")}
+        new = (new & PARTS) - reached
+    assert {"module", "functional", "peft", "adapter_files"} <= reached
+    assert reached & set(NEEDS) == set()
 
 
 def proofs() -> list[tuple[str, tuple[int, int]]]:
