@@ -1,7 +1,8 @@
 // The C ABI of the CUDA kernels: raw pointers, sizes, strides in elements, dtype codes, the stream as a pointer.
 //
 // A function returns NULL, or what went wrong, in words that live as long as the program. Nothing is launched then. The
-// caller keeps every pointer alive until the stream has passed, and has made the device of the stream current.
+// caller keeps every pointer alive until the stream has passed. ``device`` is the ordinal of the stream's device, which
+// becomes the calling thread's.
 // fastlora/cuda.py mirrors these structs field by field. Both verbs are called alike; rank_grad ignores ``sms``, since
 // its sums must be the same on every GPU.
 #pragma once
@@ -17,8 +18,11 @@ extern "C" {
 #endif
 
 // Grows with every change of a struct below; fastlora/cuda.py refuses a library of another one.
-#define FASTLORA_ABI 1
+#define FASTLORA_ABI 2
 FASTLORA_API int32_t fastlora_abi(void);
+
+// Why no call can succeed on this machine, or NULL.
+FASTLORA_API const char* fastlora_obstacle(void);
 
 enum { FASTLORA_BF16 = 0, FASTLORA_FP16 = 1, FASTLORA_FP32 = 2 };
 enum { FASTLORA_MASK_NONE = 0, FASTLORA_MASK_INPUT = 1, FASTLORA_MASK_PRODUCT = 2 };
@@ -38,7 +42,7 @@ typedef struct {
 //   written up to the next multiple of 8 columns
 //   w [n, k]: w_stride is that of its rows; where w_transposed, it is stored as [k, n] and w_stride is that of k
 //   a [r, k], b [n, r]: adapter_dtype, which is dtype or FP32; any strides
-//   bias [n] contiguous, dtype, or NULL
+//   bias [n] contiguous on a multiple of 4 bytes, dtype, or NULL
 //   w, b, bias and y NULL: z alone
 //   r <= 256
 typedef struct {
@@ -59,8 +63,7 @@ typedef struct {
 // Bytes of device memory that a call needs beside its operands; aligned to 256.
 FASTLORA_API size_t fastlora_lora_matmul_workspace(const fastlora_lora_matmul* call);
 
-FASTLORA_API const char* fastlora_lora_matmul_sm90(const fastlora_lora_matmul* call, void* workspace, int32_t sms,
-                                                   void* stream);
+FASTLORA_API const char* fastlora_lora_matmul_sm90(const fastlora_lora_matmul* call, void* workspace, int32_t device, int32_t sms, void* stream);
 
 // g = pᵀ D(q), where wide and narrow are the wider and the narrower of p and q.
 //
@@ -79,8 +82,7 @@ typedef struct {
 
 FASTLORA_API size_t fastlora_rank_grad_workspace(const fastlora_rank_grad* call);
 
-FASTLORA_API const char* fastlora_rank_grad_sm90(const fastlora_rank_grad* call, void* workspace, int32_t sms,
-                                                 void* stream);
+FASTLORA_API const char* fastlora_rank_grad_sm90(const fastlora_rank_grad* call, void* workspace, int32_t device, int32_t sms, void* stream);
 
 // Every kernel of the library, a line each: its name without namespaces, where * stands for anything, its threads, its
 // bytes of dynamic shared memory, and 1 if it multiplies by wgmma, else 0. For tests/cuda_gate.py.

@@ -39,12 +39,23 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
   return encoder;
 }
 
+// Why no kernel of this library can be launched on this machine, or nullptr.
+inline const char* driver_obstacle() {
+  int version = 0;
+  if (cudaDriverGetVersion(&version) != cudaSuccess || version == 0) return "there is no CUDA driver";
+  if (version / 1000 < CUDART_VERSION / 1000) {
+    return "the CUDA driver is older than the toolkit that built the kernels: update the driver, or build with an "
+           "older nvcc";
+  }
+  return tensor_map_encoder() == nullptr ? "the CUDA driver has no cuTensorMapEncodeTiled: update it" : nullptr;
+}
+
 // A matrix of 16-bit elements for tensor copies: boxes of ``box_rows`` x PANEL columns, 128-byte swizzle, zeros
 // outside. Base and row stride are multiples of 16 bytes.
 inline const char* make_map(TensorMap* map, const void* base, uint64_t rows, uint64_t columns, uint64_t row_bytes,
                             uint32_t box_rows) {
   const auto encode = tensor_map_encoder();
-  if (encode == nullptr) return "the CUDA driver has no cuTensorMapEncodeTiled: it is older than CUDA 12.0";
+  if (encode == nullptr) return driver_obstacle();
   const cuuint64_t sizes[2] = {columns, rows};
   const cuuint64_t strides[1] = {row_bytes};
   const cuuint32_t box[2] = {PANEL, box_rows};
@@ -77,6 +88,9 @@ const char* launch(void (*kernel)(Arguments), const Arguments& arguments, const 
   config.numAttrs = shape.dependent ? 2 : 1;
   return error_of(cudaLaunchKernelEx(&config, kernel, arguments));
 }
+
+// The runtime's device of this thread: a thread that has used no GPU yet, such as autograd's, has no context before.
+inline const char* use_device(int32_t device) { return error_of(cudaSetDevice(device)); }
 
 inline const char* set_zero(void* memory, size_t bytes, void* stream) {
   return error_of(cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(stream)));

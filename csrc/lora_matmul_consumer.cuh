@@ -123,6 +123,7 @@ struct Consumer : Block<TILE_N, CLUSTER> {
       }
     }
     wgmma_wait<0>();
+    wgmma_settle(acc_mn);
     release(previous);
     if (masked) {
       while (mask.calls < TileMask::CALLS) mask.make_some(*this, first_m, first_n);
@@ -178,6 +179,7 @@ struct Consumer : Block<TILE_N, CLUSTER> {
         wgmma_commit();
       }
       wgmma_wait<0>();
+      wgmma_settle(product_mn);
 #pragma unroll
       for (int i = 0; i < PANEL / 2; ++i) {
         acc_mn[chunk * (PANEL / 2) + i] += mask.keep[chunk] >> i & 1 ? product_mn[i] * p.mask.rescale : 0.0f;
@@ -193,26 +195,29 @@ struct Consumer : Block<TILE_N, CLUSTER> {
   // By way of shared memory in panels, so that the copy engine writes whole rows of 128 bytes and this warpgroup goes
   // on.
   __device__ void store_y(const float (&acc_mn)[TILE_N / 2], uint32_t first_m, uint32_t first_n) {
-    const uint16_t* bias = static_cast<const uint16_t*>(p.bias);
+    const uint32_t* bias = static_cast<const uint32_t*>(p.bias);
 #pragma unroll
     for (int chunk = 0; chunk < TILE_N / PANEL; ++chunk) {
       const Shared panel = memory + L::Y + (consumer * L::Y_BUFFERS + y_buffer) * PANEL_64;
       y_buffer ^= 1;
+      const uint32_t chunk_n = first_n + chunk * PANEL;
+      // Before the barrier, which hides some of the way to L2.
+      uint32_t bias_n[8] = {};
+#pragma unroll
+      for (int group = 0; group < 8; ++group) {
+        const uint32_t n = chunk_n + 8 * group + fragment.column();
+        if (bias != nullptr && n < p.n) bias_n[group] = bias[n / 2];
+      }
       if (thread == 0) tma_store_wait_read<L::Y_BUFFERS - 1>();
       sync();
-      const uint32_t chunk_n = first_n + chunk * PANEL;
 #pragma unroll
       for (int j = 0; j < 8; j += 2) {
         Words4 words;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int group = j + i / 2, at = chunk * (PANEL / 2) + 4 * group + 2 * (i % 2);
-          float low = acc_mn[at], high = acc_mn[at + 1];
-          const uint32_t n = chunk_n + 8 * group + fragment.column();
-          if (bias != nullptr && n < p.n) {
-            low += T::widen(bias[n]);
-            high += T::widen(bias[n + 1]);
-          }
+          const float low = acc_mn[at] + T::widen(bias_n[group] & 0xFFFF);
+          const float high = acc_mn[at + 1] + T::widen(bias_n[group] >> 16);
           words.w[i] = T::pack(low, high);
         }
         // Matrices: rows 0-7 and 8-15 of group j, then of group j + 1.
@@ -254,6 +259,8 @@ struct Consumer : Block<TILE_N, CLUSTER> {
       trip.advance();
     }
     wgmma_wait<0>();
+#pragma unroll
+    for (int i = 0; i < PANELS; ++i) wgmma_settle(z_mr[i]);
     release(previous);
     store_z<PANELS>(z_mr, block);
   }
@@ -310,7 +317,8 @@ struct Consumer : Block<TILE_N, CLUSTER> {
         }
       }
     }
-    if (p.flags != nullptr) {
+    // Beyond M there is no flag, and nobody waits.
+    if (p.flags != nullptr && block * TILE_M < p.m) {
       // Every thread's rows are for the copy engine of another CTA; then one release covers the whole warpgroup.
       fence_async_global();
       sync();

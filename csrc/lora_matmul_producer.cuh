@@ -36,12 +36,12 @@ struct Producer : Block<TILE_N, CLUSTER> {
     if (rank == 0) {
       const uint32_t drawn = atomic_add(p.counter, 1);
       job = drawn < p.schedule.jobs() ? drawn : NO_JOB;
+      // The word before it in the slot has then landed and been read, in every CTA.
       barrier_wait(this->job_empty(), this->job.parity ^ 1);
-      for (uint32_t cta = 0; cta < CLUSTER; ++cta) {
-        store_cluster(this->job_word(), cta, job);
-        barrier_arrive_at(this->job_full(), cta);
-      }
+      barrier_arrive_expect(this->job_full(), 4);
+      for (uint32_t cta = 0; cta < CLUSTER; ++cta) store_async(this->job_word(), cta, job, this->job_full());
     } else {
+      barrier_arrive_expect(this->job_full(), 4);
       barrier_wait(this->job_full(), this->job.parity);
       job = load_shared(this->job_word());
       barrier_arrive_at(this->job_empty(), 0);

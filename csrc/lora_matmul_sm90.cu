@@ -193,6 +193,7 @@ const char* refusal(const fastlora_lora_matmul& c) {
     return "lora_matmul: rows of z must start on 16 bytes";
   if (c.w == nullptr) return nullptr;
   if (!is_aligned(c.w, c.w_stride)) return "lora_matmul: rows of w must start on 16 bytes";
+  if (reinterpret_cast<uintptr_t>(c.bias) % 4 != 0) return "lora_matmul: bias must start on 4 bytes";
   if (!is_aligned(c.y, c.y_stride)) return "lora_matmul: rows of y must start on 16 bytes";
   if (c.n % 8 != 0) return "lora_matmul: n must be a multiple of 8, so that rows of y are whole 16 bytes";
   if (c.tile_columns != 0 && c.tile_columns != 128 && c.tile_columns != 256) {
@@ -206,6 +207,8 @@ const char* refusal(const fastlora_lora_matmul& c) {
 }  // namespace fastlora::lora_matmul
 
 extern "C" int32_t fastlora_abi(void) { return FASTLORA_ABI; }
+
+extern "C" const char* fastlora_obstacle(void) { return fastlora::driver_obstacle(); }
 
 extern "C" const char* fastlora_kernels(void) {
   using namespace fastlora;
@@ -223,11 +226,12 @@ extern "C" size_t fastlora_lora_matmul_workspace(const fastlora_lora_matmul* cal
   return fastlora::lora_matmul::Plan(*call).bytes();
 }
 
-extern "C" const char* fastlora_lora_matmul_sm90(const fastlora_lora_matmul* call, void* workspace, int32_t sms,
-                                                 void* stream) {
+extern "C" const char* fastlora_lora_matmul_sm90(const fastlora_lora_matmul* call, void* workspace, int32_t device,
+                                                 int32_t sms, void* stream) {
   using namespace fastlora;
   using namespace fastlora::lora_matmul;
   if (const char* reason = refusal(*call)) return reason;
+  if (const char* error = use_device(device)) return error;
   return call->dtype == FASTLORA_BF16 ? run_lora_matmul<BF16>(*call, workspace, sms, stream)
                                       : run_lora_matmul<FP16>(*call, workspace, sms, stream);
 }

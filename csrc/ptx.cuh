@@ -92,14 +92,16 @@ __device__ __forceinline__ void store_matrices4(Shared address, const Words4& v)
                : "memory");
 }
 
-// A word into the shared memory of a CTA of the cluster, at the address that it has here. mapa (9.7.9.23).
-__device__ __forceinline__ void store_cluster(Shared address, uint32_t rank, uint32_t value) {
+// A word into the shared memory of a CTA of the cluster, at the address that it has here; its 4 bytes count on the barrier
+// there, as a copy's do, so that whoever waits for that barrier sees it. mapa (9.7.9.23), st.async (9.7.9.13).
+__device__ __forceinline__ void store_async(Shared address, uint32_t rank, uint32_t value, Shared barrier) {
   asm volatile(
-      "{\n.reg .b32 remote;\n"
+      "{\n.reg .b32 remote, remote_barrier;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "st.shared::cluster.b32 [remote], %2;\n}\n"
+      "mapa.shared::cluster.u32 remote_barrier, %3, %1;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [remote], %2, [remote_barrier];\n}\n"
       :
-      : "r"(address), "r"(rank), "r"(value)
+      : "r"(address), "r"(rank), "r"(value), "r"(barrier)
       : "memory");
 }
 
@@ -147,23 +149,24 @@ __device__ __forceinline__ void barrier_arrive(Shared barrier) {
   asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" : : "r"(barrier) : "memory");
 }
 
-// Arrives on the barrier that lies at this address in a CTA of the cluster.
+// Arrives on the barrier that lies at this address in a CTA of the cluster. It says that a slot may be overwritten, and
+// hands over no data: at the scope of the cluster the release would be a fence of the whole GPU in every trip.
 __device__ __forceinline__ void barrier_arrive_at(Shared barrier, uint32_t rank) {
   asm volatile(
       "{\n.reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}\n"
       :
       : "r"(barrier), "r"(rank)
       : "memory");
 }
 
-// Returns when the phase of this parity has ended; acquires at the scope of the cluster.
+// Returns when the phase of this parity has ended. What copies and store_async brought is seen without a wider scope.
 __device__ __forceinline__ void barrier_wait(Shared barrier, uint32_t parity) {
   asm volatile(
       "{\n.reg .pred done;\n"
       "AGAIN:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra AGAIN;\n}\n"
       :
       : "r"(barrier), "r"(parity)
@@ -299,6 +302,13 @@ __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_grou
 template <int PENDING>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(PENDING) : "memory");
+}
+
+// The sums are final here: the compiler may not read them before, which a wait alone does not tell it.
+template <int COUNT>
+__device__ __forceinline__ void wgmma_settle(float (&d)[COUNT]) {
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
 #define FASTLORA_ACCUMULATORS_8(C, i) \

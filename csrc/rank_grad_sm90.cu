@@ -148,6 +148,8 @@ struct Consumer {
       ring.trip.advance();
     }
     wgmma_wait<0>();
+#pragma unroll
+    for (int i = 0; i < PANELS; ++i) wgmma_settle(acc_cr[i]);
     store_partial(acc_cr);
     if (is_last()) add_splits();
   }
@@ -308,9 +310,11 @@ extern "C" size_t fastlora_rank_grad_workspace(const fastlora_rank_grad* call) {
   return fastlora::Plan(*call).bytes(*call);
 }
 
-extern "C" const char* fastlora_rank_grad_sm90(const fastlora_rank_grad* call, void* workspace, int32_t, void* stream) {
+extern "C" const char* fastlora_rank_grad_sm90(const fastlora_rank_grad* call, void* workspace, int32_t device, int32_t,
+                                               void* stream) {
   using namespace fastlora;
   if (const char* reason = refusal(*call)) return reason;
+  if (const char* error = use_device(device)) return error;
   return call->dtype == FASTLORA_BF16 ? run_rank_grad<BF16>(*call, workspace, stream)
                                       : run_rank_grad<FP16>(*call, workspace, stream);
 }

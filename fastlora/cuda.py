@@ -21,7 +21,7 @@ from torch import Tensor
 from .dropout import Dropout
 from .request import Request, new_middle
 
-ABI = 1
+ABI = 2
 MAX_RANK = 256
 DESIGNS = ("one_launch", "serial")
 
@@ -108,14 +108,15 @@ class _Verb(NamedTuple):
     """The two functions of one verb: bytes of workspace for a packed call, and the call itself."""
 
     workspace: Callable[[bytes], int]
-    launch: Callable[[bytes, int | None, int, int | None], bytes | None]
+    launch: Callable[[bytes, int | None, int, int, int | None], bytes | None]
 
 
 class _Library(NamedTuple):
-    """A library that was loaded; ``on_host`` says that it is the host model."""
+    """A library that was loaded; ``obstacle`` is what this machine lacks, ``on_host`` that it is the host model."""
 
     lora_matmul: _Verb
     rank_grad: _Verb
+    obstacle: str | None
     on_host: bool
 
 
@@ -136,6 +137,8 @@ def refuses(request: Request) -> str | None:
         return f"x is on {device.type}: the kernels need a CUDA GPU of sm_90, such as an H100 or H200"
     elif (capability := torch.cuda.get_device_capability(device)) != (9, 0):
         return "sm_{}{}: the kernels use wgmma and TMA of sm_90a, which H100 and H200 have".format(*capability)
+    elif library.obstacle is not None:
+        return library.obstacle
     if request.dtype not in (torch.bfloat16, torch.float16):
         return f"{str(request.dtype).removeprefix('torch.')}: the kernels are for bfloat16 and float16"
     if 0 in (request.m, request.k, request.n):
@@ -182,6 +185,8 @@ def lora_matmul(
         w_at, b_at, y_at, n_made = w.data_ptr(), b.data_ptr(), y.data_ptr(), n
         if bias is not None:
             bias = bias.contiguous()
+            if bias.data_ptr() % 4:
+                bias = bias.clone()  # the kernels read it two elements at a time
             bias_at = bias.data_ptr()
     mask = _NO_MASK
     if dropout is not None and (w is not None or not on_product):
@@ -242,17 +247,18 @@ def _launch(verb: _Verb, call: bytes, device: torch.device) -> None:
         with torch.cuda.device(device):
             # Freed on return, used until the stream has passed: torch hands it out again on the same stream only.
             workspace = torch.empty(size, dtype=torch.uint8, device=device)
-            stream = torch.cuda.current_stream(device).cuda_stream
-            words = verb.launch(call, workspace.data_ptr(), _sms(device), stream)
+            stream = torch.cuda.current_stream(device)
+            index = stream.device_index
+            words = verb.launch(call, workspace.data_ptr(), index, _sms(index), stream.cuda_stream)
     else:
         workspace = torch.empty(size + 256, dtype=torch.uint8)
-        words = verb.launch(call, (workspace.data_ptr() + 255) & ~255, _HOST_MODEL_SMS, None)
+        words = verb.launch(call, (workspace.data_ptr() + 255) & ~255, 0, _HOST_MODEL_SMS, None)
     if words is not None:
         raise RuntimeError(f"the CUDA kernels refuse a call: {words.decode()}")
 
 
 @functools.cache
-def _sms(device: torch.device) -> int:
+def _sms(device: int) -> int:
     """Streaming multiprocessors: the CTAs of a persistent grid."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
@@ -290,14 +296,17 @@ def _load(path: str) -> _Library | str:
         if abi != ABI:
             return f"{path} has ABI {abi}, this fastlora needs {ABI}: build it again with `python csrc/build.py`"
         verbs = _verb(library, "fastlora_lora_matmul"), _verb(library, "fastlora_rank_grad")
+        library.fastlora_obstacle.restype = ctypes.c_char_p
+        words = library.fastlora_obstacle()
     except AttributeError as error:
         return f"{path} is no library of fastlora's kernels: {error}"
-    return _Library(*verbs, on_host=hasattr(library, "fastlora_model_configure"))
+    obstacle = None if words is None else words.decode()
+    return _Library(*verbs, obstacle, on_host=hasattr(library, "fastlora_model_configure"))
 
 
 def _verb(library: ctypes.CDLL, name: str) -> _Verb:
     workspace, launch = library[f"{name}_workspace"], library[f"{name}_sm90"]
     workspace.argtypes, workspace.restype = (ctypes.c_void_p,), ctypes.c_size_t
-    launch.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p)
+    launch.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p)
     launch.restype = ctypes.c_char_p
     return _Verb(workspace, launch)

@@ -6,6 +6,7 @@ For each kernel it prints registers, spills, stack, shared memory, wgmmas and in
 - a spill, a stack, or a load or store of local memory in the machine code;
 - a kernel that should multiply on the matrix unit and has no HGMMA, or one with an operand in registers (ptxas before
   13.3 may reuse those too early);
+- a fence of the whole GPU in a loop that multiplies, which every trip would wait for;
 - more registers than its threads can have at launch, or more shared memory than a CTA of sm_90 can;
 - a kernel that ``fastlora_kernels()`` does not tell of, or tells of and is not there.
 
@@ -58,12 +59,16 @@ class Usage(NamedTuple):
 
 
 class Code(NamedTuple):
-    """What the machine code of one kernel has; ``local`` are the loads and stores of local memory."""
+    """What the machine code of one kernel has.
+
+    ``local`` are the loads and stores of local memory, ``fences`` those of the whole GPU in loops with wgmmas.
+    """
 
     instructions: int
     wgmmas: int
     wgmmas_on_registers: int
     local: int
+    fences: int = 0
 
 
 class Finding(NamedTuple):
@@ -109,14 +114,33 @@ def read_sass(text: str) -> dict[str, Code]:
     codes = {}
     for part in re.split(r"^\s*Function : ", text, flags=re.MULTILINE)[1:]:
         name = part.split(maxsplit=1)[0]
-        instructions = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", part, re.MULTILINE)
+        places = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", part, re.MULTILINE)
+        instructions = [line for _, line in places]
         codes[name] = Code(
             len(instructions),
             sum("HGMMA" in line for line in instructions),
             sum(bool(re.search(r"HGMMA\S* R\d+, R\d+,", line)) for line in instructions),
             sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in instructions),
+            _fences_beside_wgmmas([(int(address, 16), line) for address, line in places]),
         )
     return codes
+
+
+def _fences_beside_wgmmas(places: list[tuple[int, str]]) -> int:
+    """Fences of the whole GPU in the innermost loops that hold a wgmma; a loop is what a branch backwards encloses."""
+    loops = []
+    for address, line in places:
+        target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", line)
+        if target and int(target[1], 16) < address:
+            loops.append((int(target[1], 16), address))
+    found = 0
+    for first, last in loops:
+        if any(first <= inner and end <= last and (inner, end) != (first, last) for inner, end in loops):
+            continue
+        body = [line for address, line in places if first <= address <= last]
+        if any("HGMMA" in line for line in body):
+            found += sum(bool(re.search(r"\bMEMBAR\.\S*GPU", line)) for line in body)
+    return found
 
 
 def plain_name(demangled: str) -> str:
@@ -143,6 +167,8 @@ def judge(kernel: str, usage: Usage, code: Code, plans: list[Plan], said: list[s
         faults.append(f"{shared} B of shared memory, a CTA can have {SHARED_BYTES}")
     if usage.spills or usage.stack or code.local:
         faults.append(f"{usage.spills} B of spills, {usage.stack} B of stack, {code.local} LDL and STL")
+    if code.fences:
+        faults.append(f"{code.fences} fences of the whole GPU in a loop that multiplies")
     if code.wgmmas_on_registers:
         faults.append(f"{code.wgmmas_on_registers} HGMMA with an operand in registers")
     return Finding(kernel, usage, code, shared, tuple(faults))

@@ -41,8 +41,10 @@ FASTLORA_API void* spy_workspace;
 FASTLORA_API int32_t spy_sms;
 
 int32_t fastlora_abi(void) { return ABI; }
+const char* fastlora_obstacle(void) { return OBSTACLE; }
 size_t fastlora_lora_matmul_workspace(const fastlora_lora_matmul* call) { return 1000; }
-const char* fastlora_lora_matmul_sm90(const fastlora_lora_matmul* call, void* workspace, int32_t sms, void* stream) {
+const char* fastlora_lora_matmul_sm90(const fastlora_lora_matmul* call, void* workspace, int32_t device, int32_t sms,
+                                      void* stream) {
   spy_lora_matmul = *call;
   spy_workspace = workspace;
   spy_sms = sms;
@@ -50,7 +52,8 @@ const char* fastlora_lora_matmul_sm90(const fastlora_lora_matmul* call, void* wo
   return ANSWER;
 }
 size_t fastlora_rank_grad_workspace(const fastlora_rank_grad* call) { return 0; }
-const char* fastlora_rank_grad_sm90(const fastlora_rank_grad* call, void* workspace, int32_t sms, void* stream) {
+const char* fastlora_rank_grad_sm90(const fastlora_rank_grad* call, void* workspace, int32_t device, int32_t sms,
+                                    void* stream) {
   spy_rank_grad = *call;
   return ANSWER;
 }
@@ -84,8 +87,10 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         pytest.skip("needs g++")
     made: dict[tuple[str, ...], Path] = {}
 
-    def compile_spy(abi: int = cuda.ABI, answer: str = "NULL", on_host: bool = True, source: str = SPY) -> Path:
-        defines = (f"-DABI={abi}", f"-DANSWER={answer}", *(["-DON_HOST"] if on_host else []))
+    def compile_spy(
+        abi: int = cuda.ABI, answer: str = "NULL", obstacle: str = "NULL", on_host: bool = True, source: str = SPY
+    ) -> Path:
+        defines = (f"-DABI={abi}", f"-DANSWER={answer}", f"-DOBSTACLE={obstacle}", *(["-DON_HOST"] if on_host else []))
         if (source, *defines) not in made:
             folder = tmp_path_factory.mktemp("spy")
             (folder / "spy.cpp").write_text(source)
@@ -242,6 +247,12 @@ def test_hopper_is_taken(monkeypatch: pytest.MonkeyPatch, compiled: Callable[...
     monkeypatch.setenv("FASTLORA_CUDA_LIBRARY", str(compiled(on_host=False)))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert cuda.refuses(request(GPU)) is None
+
+
+def test_a_driver_older_than_the_toolkit(monkeypatch: pytest.MonkeyPatch, compiled: Callable[..., Path]) -> None:
+    monkeypatch.setenv("FASTLORA_CUDA_LIBRARY", str(compiled(on_host=False, obstacle='"the driver is old"')))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert cuda.refuses(request(GPU)) == "the driver is old"
 
 
 def test_a_library_that_was_not_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -53,6 +53,20 @@ def test_a_clean_kernel_passes_and_is_read() -> None:
     )
 
 
+LOOP = """        /*0050*/                   {before} ;                                 /* 0x00000a00ff017b82 */
+        /*0070*/                   HGMMA.64x256x16.F32 R24, gdesc[UR4], RZ, !UPT ;        /* 0x03e00000041879f0 */
+        /*0080*/                   {inside} ;                                 /* 0x00000a00ff017b82 */
+        /*0090*/              @P1 BRA 0x70 ;                                 /* 0x00000a00ff017b82 */
+"""
+
+
+@pytest.mark.parametrize(("before", "inside", "fences"), [("MEMBAR.ALL.GPU", "NOP", 0), ("NOP", "MEMBAR.ALL.GPU", 1)])
+def test_a_fence_of_the_gpu_counts_in_the_loop_alone(before: str, inside: str, fences: int) -> None:
+    sass = SASS.replace("        /*0070*/", LOOP.format(before=before, inside=inside) + "        /*00f0*/")
+    expected = [f"{fences} fences of the whole GPU in a loop that multiplies"] if fences else []
+    assert faults(sass=sass) == expected
+
+
 SERIALISED = (
     "ptxas info    : (C7511) Potential Performance Loss: wgmma.mma_async instructions are serialized due to "
     f"insufficient register resources for the wgmma pipeline in the function '{NAME}'"

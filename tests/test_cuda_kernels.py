@@ -237,7 +237,7 @@ def test_the_library_refuses_in_words_before_it_launches(change: dict[str, int],
     sizes = dict(m=128, k=96, n=256, r=16, x_stride=96, w_stride=96, y_stride=256, z_stride=16)
     sizes |= dict(a_stride_r=96, a_stride_k=1, b_stride_n=16, b_stride_r=1, dtype=0, adapter_dtype=0)
     call = cuda._LoraMatmul(**(sizes | change), x=16, w=16, a=16, b=16, y=16, z=16)
-    answer = cuda._loaded().lora_matmul.launch(bytes(call), None, 4, None)
+    answer = cuda._loaded().lora_matmul.launch(bytes(call), None, 0, 4, None)
     assert answer is not None
     assert words in answer.decode()
 
@@ -402,6 +402,21 @@ FAULTS: dict[str, tuple[list[tuple[str, str, str]], str | None]] = {
         [("lora_matmul_consumer.cuh", "if (thread % 32 == 0) barrier_arrive_at(this->job_empty(), 0);", "")],
         "deadlock.*job_empty\\[",
     ),
+    "job_word_not_expected": (
+        [("lora_matmul_producer.cuh", "barrier_arrive_expect(this->job_full(), 4);", "")],
+        r"deadlock.*job_full\[",
+    ),
+    "job_expected_before_the_one_before_has_landed": (
+        [
+            ("lora_matmul_producer.cuh", "barrier_arrive_expect(this->job_full(), 4);\n      for", "for"),
+            (
+                "lora_matmul_producer.cuh",
+                "if (rank == 0) {\n",
+                "if (rank == 0) {\n      barrier_arrive_expect(this->job_full(), 4);\n",
+            ),
+        ],
+        "more often",
+    ),
     "cta_gone_before_its_pair": ([("lora_matmul_sm90.cu", "if (CLUSTER > 1) cluster_sync();\n}", "}")], None),
     "partial_sums_announced_too_early": (
         [
@@ -455,12 +470,14 @@ def test_a_planted_fault_shows(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     library = host_library.build(tmp_path / "library", csrc=with_fault(tmp_path / "csrc", name))
     monkeypatch.setattr(cuda, "_library", lambda: cuda._load(str(library)))
     seen = []
-    for seed in range(8):
-        interleave(library, seed, resident_clusters=1 + seed % 3)
+    for seed in range(12):
+        interleave(library, seed, resident_clusters=1 + seed % 3, calls_between_yields=(8, 0, 1, 40)[seed % 4])
         for attempt in (
             lambda: check(m=400, k=520, n=520, r=72),
             lambda: check(m=400, k=520, n=520, mask="product", backward=True),
             lambda: check(m=150, k=520, n=264, mask="input"),
+            # So few trips a tile that the producer is two tiles ahead.
+            lambda: check(m=400, k=96, n=520),
             lambda: check_rank_grad(m=1100, c=200, masked=True),
             lambda: check_rank_grad(m=700, c=8504),
         ):

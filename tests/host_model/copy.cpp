@@ -88,6 +88,14 @@ bool Load::step() {
   return true;
 }
 
+bool Word::step() {
+  std::memcpy(cta->at(to, 4, "store_async"), &value, 4);
+  grid->remove(this);
+  complete_bytes(*cta, barrier, 4);
+  retire();
+  return true;
+}
+
 void Store::read_source() {
   if (read) return;
   read = true;
@@ -161,6 +169,22 @@ void tma_load_multicast(Shared to, const TensorMap* map, Shared barrier, int32_t
   for (uint32_t rank = 0; rank < grid->shape.cluster; ++rank) {
     if (ctas >> rank & 1) issue_load(cta_of_cluster(rank, "tma_load_multicast"), *map, to, barrier, c0, c1);
   }
+}
+
+void store_async(Shared address, uint32_t rank, uint32_t value, Shared barrier) {
+  breathe();
+  Cta& cta = cta_of_cluster(rank, "store_async");
+  uint8_t* memory = cta.at(address, 4, "store_async");
+  check_writable(cta, address, 4, "store_async");
+  const Barrier& b = barrier_at(cta, barrier, "store_async");
+  if (!b.published) fail("store_async: barrier %s[%d] is used before a fence_barrier_init", b.name, b.index);
+  std::memset(memory, 0xFF, 4);
+  Word* word = new Word;
+  word->cta = &cta;
+  word->to = address;
+  word->barrier = barrier;
+  word->value = value;
+  grid->add(word);
 }
 
 void tma_store(const TensorMap* map, Shared from, int32_t c0, int32_t c1) {

@@ -63,6 +63,10 @@ const char* launch(void (*kernel)(Arguments), const Arguments& arguments, const 
   return model::run_grid(shape, {enter, &call});
 }
 
+inline const char* use_device(int32_t) { return nullptr; }
+
+inline const char* driver_obstacle() { return nullptr; }
+
 inline const char* set_zero(void* memory, size_t bytes, void*) {
   std::memset(memory, 0, bytes);
   return nullptr;

@@ -131,6 +131,15 @@ struct Load : Operation {
   bool step() override;
 };
 
+// A word for another CTA; 0xFFFFFFFF until it lands.
+struct Word : Operation {
+  Cta* cta;
+  Shared to, barrier;
+  uint32_t value;
+
+  bool step() override;
+};
+
 // Lives until it has written what it read and its thread has waited for that.
 struct Store : Operation {
   Thread* owner;

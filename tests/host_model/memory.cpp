@@ -95,11 +95,6 @@ void store_matrices4(Shared address, const Words4& v) {
   });
 }
 
-void store_cluster(Shared address, uint32_t rank, uint32_t value) {
-  breathe();
-  write(cta_of_cluster(rank, "store_cluster"), address, &value, 1, *current, "store_cluster");
-}
-
 void fence_async_shared() {
   breathe();
   for (const Span& span : current->unfenced) {

@@ -52,7 +52,7 @@ void store_shared(Shared address, uint32_t value);
 Words4 load_shared4(Shared address);
 void store_shared4(Shared address, const Words4& v);
 void store_matrices4(Shared address, const Words4& v);
-void store_cluster(Shared address, uint32_t rank, uint32_t value);
+void store_async(Shared address, uint32_t rank, uint32_t value, Shared barrier);
 
 uint32_t atomic_add(uint32_t* address, uint32_t value);
 uint32_t add_acquire_release(uint32_t* address, uint32_t value);
@@ -105,6 +105,10 @@ template <int PENDING>
 void wgmma_wait() {
   model::wait_wgmma(PENDING);
 }
+
+// Sums are in memory here, where the compiler cannot read them early.
+template <int COUNT>
+void wgmma_settle(float (&)[COUNT]) {}
 
 template <class T, int N, bool A_MN_MAJOR, bool B_MN_MAJOR>
 void wgmma_add(float (&d)[N / 2], uint64_t a, uint64_t b) {

@@ -35,8 +35,8 @@ __global__ void pair_kernel(const __grid_constant__ PairParameters p) {
   }
   if (!fault.is("no cluster_sync before")) cluster_sync();
   if (elected) {
-    store_cluster(word, rank ^ 1, 100 * cluster + rank);
-    barrier_arrive_expect(landed, BYTES);
+    store_async(word, rank ^ 1, 100 * cluster + rank, landed);
+    barrier_arrive_expect(landed, BYTES + 4);
     barrier_arrive_at(landed, rank ^ 1);
     tma_load_multicast(box + rank * BYTES / 2, &p.from, landed, 0, 64 * cluster + 32 * rank, 3);
   }
@@ -46,8 +46,8 @@ __global__ void pair_kernel(const __grid_constant__ PairParameters p) {
   for (uint32_t i = thread_index(); i < BYTES / 4; i += 32) {
     p.raw[block_index() * BYTES / 4 + i] = load_shared(box + 4 * i);
   }
-  cluster_sync();
   if (load_shared(word) != 100 * cluster + (rank ^ 1)) p.raw[block_index() * BYTES / 4] = 0xDEAD;
+  cluster_sync();
   if (fault.is("arrives at one that has ended") && rank == 0 && elected) {
     for (int i = 0; i < 500; ++i) back_off();
     barrier_arrive_at(landed, 1);
