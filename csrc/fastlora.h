@@ -63,7 +63,8 @@ typedef struct {
 // Bytes of device memory that a call needs beside its operands; aligned to 256.
 FASTLORA_API size_t fastlora_lora_matmul_workspace(const fastlora_lora_matmul* call);
 
-FASTLORA_API const char* fastlora_lora_matmul_sm90(const fastlora_lora_matmul* call, void* workspace, int32_t device, int32_t sms, void* stream);
+FASTLORA_API const char* fastlora_lora_matmul_sm90(const fastlora_lora_matmul* call, void* workspace, int32_t device,
+                                                   int32_t sms, void* stream);
 
 // g = pᵀ D(q), where wide and narrow are the wider and the narrower of p and q.
 //
@@ -82,7 +83,8 @@ typedef struct {
 
 FASTLORA_API size_t fastlora_rank_grad_workspace(const fastlora_rank_grad* call);
 
-FASTLORA_API const char* fastlora_rank_grad_sm90(const fastlora_rank_grad* call, void* workspace, int32_t device, int32_t sms, void* stream);
+FASTLORA_API const char* fastlora_rank_grad_sm90(const fastlora_rank_grad* call, void* workspace, int32_t device,
+                                                 int32_t sms, void* stream);
 
 // Every kernel of the library, a line each: its name without namespaces, where * stands for anything, its threads, its
 // bytes of dynamic shared memory, and 1 if it multiplies by wgmma, else 0. For tests/cuda_gate.py.
