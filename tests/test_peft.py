@@ -60,6 +60,7 @@ FAST: dict[str, dict[str, Any]] = {
     "Conv1D": {"conv1d": True},
     "Conv1D, dropout": {"conv1d": True, "lora_dropout": 0.3},
     "bf16": {"dtype": BF16, "autocast_adapter_dtype": False},
+    "fp16": {"dtype": FP16, "autocast_adapter_dtype": False},
     "bf16 base, fp32 adapters": {"dtype": BF16},
     "bf16 base, fp32 adapters, dropout": {"dtype": BF16, "lora_dropout": 0.3},
     "fp16 base, fp32 adapters": {"dtype": FP16},
