@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from . import sharded
 from .request import Request
 
 BACKENDS = ("reference", "library", "triton", "cuda")
@@ -118,6 +119,10 @@ def explain(
         TypeError, ValueError, RuntimeError: as ``lora_linear`` does.
     """
     check(x, weight, lora_a, lora_b, scale, bias, dropout_p)
+    if sharded.is_sharded(x):
+        raise RuntimeError(
+            "x is a DTensor: explain looks at one rank's share, so pass the to_local() of every argument"
+        )
     x, weight, lora_a, lora_b, bias = autocast(x, weight, lora_a, lora_b, bias)
     check_dtypes(x, weight, lora_a, lora_b, bias)
     request = Request.of_lora_matmul(rows_of(x), weight, lora_a, lora_b, training and dropout_p > 0)
@@ -139,7 +144,7 @@ def check(
     Raises:
         TypeError: an argument is of the wrong kind.
         ValueError: ``dropout_p`` is outside [0, 1).
-        RuntimeError: shapes, dtypes or devices do not fit together.
+        RuntimeError: shapes, dtypes or devices do not fit together, or some arguments are DTensors and others not.
     """
     tensors = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b}
     if bias is not None:
@@ -147,6 +152,7 @@ def check(
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    sharded.check_together(tensors)
     if isinstance(scale, bool) or not isinstance(scale, (float, numbers.Real)):
         raise TypeError(f"scale must be a float, got {type(scale).__name__}: for a tensor pass scale.item()")
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, (float, numbers.Real)):
@@ -222,6 +228,11 @@ def check_dtypes(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias
 
 def _wrong_shape(name: str, tensor: Tensor, expected: str, tensors: dict[str, Tensor]) -> NoReturn:
     shapes = ", ".join(f"{key} {list(value.shape)}" for key, value in tensors.items())
+    if hasattr(tensor, "ds_id") or hasattr(tensor, "_fsdp_flattened"):
+        expected += (
+            ". This is what one rank keeps of it under FSDP1 or DeepSpeed ZeRO-3: it is whole only inside the forward "
+            "of the wrapped module, so call that one"
+        )
     raise RuntimeError(f"{name} has shape {list(tensor.shape)}: expected {expected} (got {shapes})")
 
 

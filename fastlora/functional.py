@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import dispatch
+from . import dispatch, sharded
 from .dispatch import rows_of
 from .dropout import Dropout, draw_seed
 from .request import Request, new_middle
@@ -102,7 +102,7 @@ def lora_linear(
     all that is kept for backward. Gradients flow to every argument that asks for one, ``weight`` and ``bias`` included.
 
     Args:
-        x: input [..., K], bfloat16, float16, float32 or float64.
+        x: input [..., K], bfloat16, float16, float32 or float64. On DTensors see :mod:`fastlora.sharded`.
         weight: base weight [N, K], as ``nn.Linear`` stores it, in the dtype of x.
         lora_a: down projection [R, K], in the dtype of x, or float32 on a half-precision base.
         lora_b: up projection [N, R], in the dtype of ``lora_a``.
@@ -117,8 +117,8 @@ def lora_linear(
     Raises:
         TypeError: an argument is of the wrong kind.
         ValueError: ``dropout_p`` is outside [0, 1).
-        RuntimeError: shapes, dtypes or devices do not fit together; or ``FASTLORA_BACKEND`` forces a backend that
-            refuses this call.
+        RuntimeError: shapes, dtypes or devices do not fit together, or some arguments are DTensors and others not; or
+            ``FASTLORA_BACKEND`` forces a backend that refuses this call.
 
     Source: Hu et al., 2021, https://arxiv.org/abs/2106.09685, equation (3).
     """
@@ -127,12 +127,26 @@ def lora_linear(
     dispatch.check_dtypes(x, weight, lora_a, lora_b, bias)
 
     seed = draw_seed(x.device) if training and dropout_p > 0 else None
+    if sharded.is_sharded(x):
+        return sharded.lora_linear(_product, x, weight, lora_a, lora_b, bias, float(scale), float(dropout_p), seed)
+    return _product(x, weight, lora_a, lora_b, bias, float(scale), float(dropout_p), seed)
+
+
+def _product(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """``lora_linear`` of plain tensors that fit together."""
     if not torch.is_grad_enabled():
-        return _unrows(
-            lora_matmul_op(rows_of(x), weight, lora_a, lora_b, float(scale), bias, float(dropout_p), seed, False)[0], x
-        )
+        return _unrows(lora_matmul_op(rows_of(x), weight, lora_a, lora_b, scale, bias, dropout_p, seed, False)[0], x)
     y: Tensor = _LoRALinear.apply(  # type: ignore[no-untyped-call]
-        x, weight, lora_a, lora_b, bias, float(scale), float(dropout_p), seed
+        x, weight, lora_a, lora_b, bias, scale, dropout_p, seed
     )
     return y
 

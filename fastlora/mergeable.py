@@ -7,7 +7,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
+
+from .sharded import why_not_mergeable
 
 _Layer = TypeVar("_Layer", bound="MergeableLinear")
 
@@ -86,14 +87,11 @@ class MergeableLinear(nn.Module):
         The base weight is set aside, not overwritten: its storage may belong to somebody else.
 
         Raises:
-            RuntimeError: ``weight`` is parametrised, so that no sum can be stored in it.
+            RuntimeError: ``weight`` is parametrised or sharded over ranks, so that no sum can be stored in it.
         """
         if not self.merged:
-            if is_parametrized(self, "weight"):
-                raise RuntimeError(
-                    "weight is parametrised, so no sum can be stored in it: call "
-                    "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') first"
-                )
+            if (reason := why_not_mergeable(self)) is not None:
+                raise RuntimeError(f"no sum can be stored in the weight: {reason}")
             merged = folded(self.weight, self._update())
             self._base_weight = self.weight.data
             self.weight.data = merged

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import sharded
 from .functional import lora_linear
 from .mergeable import MergeableLinear, Update, check_rank_and_dropout, scale_of, start_adapter
 
@@ -88,11 +89,17 @@ class LoRALinear(MergeableLinear):
 
         Raises:
             TypeError: ``linear`` is no ``nn.Linear`` (a quantised subclass stores something else as its weight).
+            RuntimeError: its weight is a DTensor.
         """
         if type(linear) is not nn.Linear:
             raise TypeError(
                 f"linear must be an nn.Linear itself, got {type(linear).__name__}: dequantise it or remove its "
                 "parametrizations first"
+            )
+        if sharded.is_sharded(linear.weight):
+            raise RuntimeError(
+                "linear.weight is a DTensor, sharded over ranks already: wrap the plain layer first, then shard both "
+                "with fully_shard, or with ColwiseParallel or RowwiseParallel of fastlora.parallel"
             )
         layer = cls(
             linear.in_features,

@@ -21,7 +21,7 @@ LEDGER = ROOT / "benchmarks" / "HARDWARE.md"
 
 # Top to bottom; a file may import from lower floors only.
 FLOORS = (
-    {"merge", "peft"},
+    {"merge", "parallel", "peft"},
     {"peft_linear"},
     {"shards", "adapter_files", "merging"},
     {"adapter_reader", "injection"},
@@ -31,7 +31,8 @@ FLOORS = (
     {"functional", "matching", "mergeable", "atomic"},
     {"dispatch"},
     set(BACKENDS) | {"reference"},
-    {"request", "dropout", "peft_calls"},
+    {"sharded", "request", "peft_calls"},
+    {"dropout"},
 )
 
 # Files that import an optional dependency as they load, and so are imported inside functions only.

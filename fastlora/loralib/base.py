@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
+
+from ..sharded import why_not_mergeable
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+def unchanged(x: Tensor) -> Tensor:
+    """No dropout: x itself. A function of the module, so that layers are picklable."""
+    return x
 
 
 class LoRALayer:
@@ -32,7 +39,8 @@ class LoRALayer:
             raise ValueError(f"lora_dropout must be at least 0 and below 1, got {lora_dropout}")
         self.r = r
         self.lora_alpha = lora_alpha
-        self.lora_dropout: nn.Module = nn.Dropout(lora_dropout) if lora_dropout > 0 else nn.Identity()
+        # Without dropout a function, as in loralib: a child module would be in the way of torch's parallel styles.
+        self.lora_dropout: Callable[[Tensor], Tensor] = nn.Dropout(lora_dropout) if lora_dropout > 0 else unchanged
         self.merged = False
         self.merge_weights = merge_weights
 
@@ -78,11 +86,11 @@ class MergingLayer(LoRALayer, nn.Module):
         dropout = self.lora_dropout
         if type(dropout) is nn.Dropout:
             return dropout.p if dropout.training else 0.0
-        if type(dropout) is nn.Identity:
+        if dropout is unchanged or type(dropout) is nn.Identity:
             return 0.0
         raise TypeError(
-            f"lora_dropout is {type(dropout).__name__}: expected the nn.Dropout or nn.Identity that the layer was made "
-            "with; the fused product draws its own mask and runs no other module"
+            f"lora_dropout is {type(dropout).__name__}: expected the nn.Dropout that the layer was made with, or "
+            "nn.Identity; the fused product draws its own mask and runs no other module"
         )
 
     def _add_adapter(self, a_shape: tuple[int, int], b_shape: tuple[int, int]) -> None:
@@ -111,7 +119,7 @@ class MergingLayer(LoRALayer, nn.Module):
     def _merge(self) -> None:
         owner: Any = self._owner
         if self._adapted:
-            if is_parametrized(owner, "weight") or type(owner.weight.data) is not Tensor:
+            if why_not_mergeable(owner) is not None:
                 return
             wide = torch.promote_types(owner.weight.dtype, torch.float32)
             with torch.autocast(owner.weight.device.type, enabled=False):
