@@ -177,4 +177,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    # Without taking the interpreter down: a thread of gloo's that still lets go of its last tensors would abort the
+    # process then (pytorch issue 179291).
+    os._exit(status)

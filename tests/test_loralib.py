@@ -574,14 +574,15 @@ def test_a_loralib_checkpoint_loads(released: tuple[Any, Path, Path], loaded_in:
     assert first.unexpected_keys == second.unexpected_keys == []
     assert all("lora_" in name for name in first.missing_keys)
     assert not any("lora_" in name for name in second.missing_keys)
-    mine.train()
     tokens = torch.randint(31, (3, 6))
-    oracle = copy.deepcopy(other).double()
-    assert_same(step(mine, tokens), step(oracle, tokens), step(other, tokens))
-    for model in (mine, other, oracle):
-        model.eval()
-        model.zero_grad()
-    assert_same(step(mine, tokens), step(oracle, tokens), step(other, tokens))
+    # In float64, where the two agree whatever the CPU: what float32 loses on the way through a model is chance.
+    for mode in (True, False):
+        found, expected = (step(model.train(mode).double(), tokens) for model in (mine, other))
+        assert set(found) == set(expected)
+        for name, tensor in found.items():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-9, atol=1e-11, msg=f"{name}, train({mode})")
+        mine.zero_grad()
+        other.zero_grad()
 
 
 def test_loralib_loads_ours(released: tuple[Any, Path, Path], tmp_path: Path) -> None:
