@@ -4,9 +4,9 @@
 PYTHON ?= python3
 VENV := .venv
 NEWEST_TRITON := 3.9.0
-GPU_TESTS_triton := kernels
-GPU_TESTS_cuda := cuda_kernels
-CPP := $(wildcard $(foreach folder,csrc tests tests/host_model,$(addprefix $(folder)/*.,cu cuh h cpp)))
+GPU_TESTS_triton := tests/kernels/test_kernels.py
+GPU_TESTS_cuda := tests/csrc/test_cuda_kernels.py
+CPP := $(wildcard $(foreach folder,csrc tests/csrc tests/csrc/host_model,$(addprefix $(folder)/*.,cu cuh h cpp)))
 CLANG_FORMAT = $(PY) -c "from clang_format import clang_format; clang_format()"
 
 ifdef PY
@@ -63,16 +63,16 @@ csrc: $(READY)
 	$(PY) csrc/build.py
 
 gate: $(READY)
-	$(PY) tests/compile_gate.py
-	$(PY) tests/cuda_gate.py
+	$(PY) tests/kernels/compile_gate.py
+	$(PY) tests/csrc/cuda_gate.py
 
 test-gpu: $(READY) csrc
 	$(PY) -c "import torch; assert torch.cuda.is_available(), 'make test-gpu needs a CUDA GPU, and torch sees none'"
-	$(PY) -m pytest $(if $(FASTLORA_BACKEND),tests/test_$(GPU_TESTS_$(FASTLORA_BACKEND)).py,tests/test_kernels.py tests/test_cuda_kernels.py) tests/test_gpu.py
+	$(PY) -m pytest $(or $(GPU_TESTS_$(FASTLORA_BACKEND)),$(GPU_TESTS_triton) $(GPU_TESTS_cuda)) tests/test_gpu.py
 
 test-newest-triton: $(READY)
 	$(PY) -m pip install --quiet --no-deps --upgrade --target .cache/triton-$(NEWEST_TRITON) triton==$(NEWEST_TRITON)
-	PYTHONPATH=.cache/triton-$(NEWEST_TRITON) $(PY) -m pytest tests/test_kernels.py
+	PYTHONPATH=.cache/triton-$(NEWEST_TRITON) $(PY) -m pytest tests/kernels/test_kernels.py
 
 clean:
 	rm -rf fastlora/*.so $(VENV) .cache build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

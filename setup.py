@@ -63,7 +63,15 @@ class _Wheel(bdist_wheel):
 
 setup(
     version=re.search(r'^__version__ = "(.+)"$', _INIT, re.MULTILINE).group(1),  # type: ignore[union-attr]
-    packages=["fastlora", "fastlora.kernels", "fastlora.loralib"],
+    packages=[
+        "fastlora",
+        "fastlora.adapters",
+        "fastlora.backends",
+        "fastlora.kernels",
+        "fastlora.loralib",
+        "fastlora.ops",
+        "fastlora.peft",
+    ],
     package_data={"fastlora": ["py.typed"]},
     ext_modules=[] if _OBSTACLE else [Extension(f"fastlora.{cuda.NAME}", sources=[])],
     cmdclass={"build_py": _BuildPython, "build_ext": _BuildLibrary, "bdist_wheel": _Wheel},

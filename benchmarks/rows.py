@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple
 
-from fastlora.testing import Errors
+from fastlora.accuracy import Errors
 
 from .cases import Case, ModelCase
 from .floor import theory

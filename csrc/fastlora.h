@@ -3,7 +3,7 @@
 // A function returns NULL, or what went wrong, in words that live as long as the program. Nothing is launched then. The
 // caller keeps every pointer alive until the stream has passed. ``device`` is the ordinal of the stream's device, which
 // becomes the calling thread's.
-// fastlora/cuda.py mirrors these structs field by field. Both verbs are called alike; rank_grad ignores ``sms``, since
+// fastlora/backends/cuda.py mirrors these structs field by field. Both verbs are called alike; rank_grad ignores ``sms``, since
 // its sums must be the same on every GPU.
 #pragma once
 
@@ -17,7 +17,7 @@
 extern "C" {
 #endif
 
-// Grows with every change of a struct below; fastlora/cuda.py refuses a library of another one.
+// Grows with every change of a struct below; fastlora/backends/cuda.py refuses a library of another one.
 #define FASTLORA_ABI 2
 FASTLORA_API int32_t fastlora_abi(void);
 
@@ -28,7 +28,7 @@ enum { FASTLORA_BF16 = 0, FASTLORA_FP16 = 1, FASTLORA_FP32 = 2 };
 enum { FASTLORA_MASK_NONE = 0, FASTLORA_MASK_INPUT = 1, FASTLORA_MASK_PRODUCT = 2 };
 enum { FASTLORA_ONE_LAUNCH = 0, FASTLORA_SERIAL = 1 };
 
-// The dropout mask, as fastlora/dropout.py defines it: seed is (key, offset) int64 [2] on the device.
+// The dropout mask, as fastlora/backends/dropout.py defines it: seed is (key, offset) int64 [2] on the device.
 typedef struct {
   int32_t kind;
   int32_t threshold;
@@ -87,7 +87,7 @@ FASTLORA_API const char* fastlora_rank_grad_sm90(const fastlora_rank_grad* call,
                                                  int32_t sms, void* stream);
 
 // Every kernel of the library, a line each: its name without namespaces, where * stands for anything, its threads, its
-// bytes of dynamic shared memory, and 1 if it multiplies by wgmma, else 0. For tests/cuda_gate.py.
+// bytes of dynamic shared memory, and 1 if it multiplies by wgmma, else 0. For tests/csrc/cuda_gate.py.
 FASTLORA_API const char* fastlora_kernels(void);
 
 #ifdef __cplusplus

@@ -1,4 +1,4 @@
-// The CUDA runtime as the launchers use it. tests/host_model/launch.cuh stands in for it on a machine without a GPU.
+// The CUDA runtime as the launchers use it. tests/csrc/host_model/launch.cuh stands in for it on a machine without a GPU.
 //
 // A function here returns nullptr, or what went wrong in words that live as long as the program.
 #pragma once

@@ -1,4 +1,4 @@
-// The dropout mask's bits: the same as fastlora/dropout.py, whose docstring defines them. Philox4x32-7 (Salmon et al.,
+// The dropout mask's bits: the same as fastlora/backends/dropout.py, whose docstring defines them. Philox4x32-7 (Salmon et al.,
 // SC 2011); one call decides eight neighbouring columns of a row: word i holds columns 2 i (low half) and 2 i + 1.
 #pragma once
 

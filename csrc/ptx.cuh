@@ -1,5 +1,5 @@
 // Every instruction of sm_90a that the kernels use, behind a name: nothing else in csrc/ knows the hardware. A second
-// implementation of this header, tests/host_model/ptx.cuh, runs the same kernels on a CPU.
+// implementation of this header, tests/csrc/host_model/ptx.cuh, runs the same kernels on a CPU.
 //
 // Sections are those of the PTX ISA manual, version 9.0, chapter 9.7 "Instructions" unless said otherwise. A Shared is
 // an address in the window of the CTA's own shared memory.

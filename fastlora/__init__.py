@@ -1,13 +1,13 @@
 """LoRA fine-tuning at the speed of the frozen layer: ``y = x Wᵀ + scale · D(x) Aᵀ Bᵀ + bias`` in one pass."""
 
-from .adapter_files import load_adapter, save_adapter
-from .dispatch import explain
-from .functional import lora_linear
-from .injection import inject
-from .merging import merge_adapter, merge_and_unload, unmerge_adapter
+from .adapters.inject import inject
+from .adapters.merging import merge_adapter, merge_and_unload, unmerge_adapter
+from .adapters.model import delete_adapter, disable, enable, set_adapter, unload
+from .adapters.saving import load_adapter, save_adapter
+from .backends.dispatch import explain
 from .module import LoRALinear
+from .ops.autograd import lora_linear
 from .peft import PatchReport, patch_peft, patched_peft, unpatch_peft
-from .switching import delete_adapter, disable, enable, set_adapter, unload
 
 __version__ = "0.1.0"
 

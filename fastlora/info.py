@@ -9,7 +9,7 @@ import platform
 import torch
 
 from . import __version__
-from .dispatch import explain
+from .backends.dispatch import explain
 
 _PACKAGES = ("torch", "triton", "numpy", "peft", "transformers", "safetensors")
 _VARIABLES = (

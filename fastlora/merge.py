@@ -13,12 +13,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from . import shards
-from .adapter_reader import CONFIG, WEIGHTS, Adapters, key_of, read_adapter
+from .adapters.checkpoint import (
+    Checkpoint,
+    Entry,
+    copy_file,
+    is_floating,
+    open_checkpoint,
+    read_tensor,
+    write_tensor,
+)
+from .adapters.folder import CONFIG, WEIGHTS, Adapters, key_of, read_adapter
+from .adapters.merging import LayerMerge, MergeReport, fold_and_measure
 from .atomic import new_folder
 from .mergeable import Update
-from .merging import LayerMerge, MergeReport, fold_and_measure
-from .shards import Checkpoint, Entry
 
 # Weights in other formats: they would still be unmerged.
 _OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.npz")
@@ -57,7 +64,7 @@ def merge_folders(
     """
     base, out = Path(base), Path(out)
     config, adapters = read_adapter(adapter)
-    checkpoint = shards.open_checkpoint(base)
+    checkpoint = open_checkpoint(base)
     _check_out(base, Path(adapter), out, force)
     scales = {layer: config.scale(layer) for layer in adapters}
     targets = _targets(checkpoint, adapters, scales, config.fan_in_fan_out, base)
@@ -75,13 +82,13 @@ def merge_folders(
     with new_folder(out) as temporary:
         _copy_others(base, temporary)
         for file in checkpoint.files:
-            shards.copy_file(file, temporary / file.name, step)
+            copy_file(file, temporary / file.name, step)
             with file.open("rb") as source, (temporary / file.name).open("r+b") as copy:
                 for target in targets:
                     if target.entry.file == file:
-                        weight = shards.read(source, target.entry)
+                        weight = read_tensor(source, target.entry)
                         merged, measured = fold_and_measure(target.name, weight, target.update)
-                        shards.write(copy, target.entry, merged)
+                        write_tensor(copy, target.entry, merged)
                         layers.append(measured)
     return MergeReport(tuple(layers))
 
@@ -94,7 +101,7 @@ def _targets(
     targets, seen_linear, seen_turned = [], None, None
     for layer, parts in adapters.items():
         entry, a, b = checkpoint.tensors[names[layer]], parts["lora_A"], parts["lora_B"]
-        if not shards.is_floating(entry):
+        if not is_floating(entry):
             raise ValueError(f"{names[layer]} is {entry.dtype} in {entry.file}: dequantise the base first")
         linear, turned = (b.shape[0], a.shape[1]), (a.shape[1], b.shape[0])
         if entry.shape not in (linear, turned):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .sharded import why_not_mergeable
+from .ops.dtensor import why_not_mergeable
 
 _Layer = TypeVar("_Layer", bound="MergeableLinear")
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import sharded
-from .functional import lora_linear
 from .mergeable import MergeableLinear, Update, check_rank_and_dropout, scale_of, start_adapter
+from .ops import dtensor
+from .ops.autograd import lora_linear
 
 
 class LoRALinear(MergeableLinear):
@@ -96,7 +96,7 @@ class LoRALinear(MergeableLinear):
                 f"linear must be an nn.Linear itself, got {type(linear).__name__}: dequantise it or remove its "
                 "parametrizations first"
             )
-        if sharded.is_sharded(linear.weight):
+        if dtensor.is_sharded(linear.weight):
             raise RuntimeError(
                 "linear.weight is a DTensor, sharded over ranks already: wrap the plain layer first, then shard both "
                 "with fully_shard, or with ColwiseParallel or RowwiseParallel of fastlora.parallel"

@@ -5,7 +5,7 @@ The layers are ``LoRALinear``, what :func:`fastlora.inject` makes, and ``fastlor
     ColwiseParallel   weight, bias, lora_B sharded on N; lora_A whole       x whole -> y sharded on N
     RowwiseParallel   weight, lora_A sharded on K; lora_B, bias whole       x sharded on K -> y whole
 
-Both are what :mod:`fastlora.sharded` runs fused, a shard a rank.
+Both are what :mod:`fastlora.ops.dtensor` runs fused, a shard a rank.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor import parallel as torch_parallel
 
-from .adapted import AdaptedConv1D, AdaptedLinear
+from .adapters.layer import AdaptedConv1D, AdaptedLinear
 from .loralib import Linear
 from .module import LoRALinear
 

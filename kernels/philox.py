@@ -1,4 +1,4 @@
-"""The dropout mask's bits in Triton: the same as ``fastlora/dropout.py``, whose docstring defines them."""
+"""The dropout mask's bits in Triton: the same as ``fastlora/backends/dropout.py``, whose docstring defines them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The tile table, and how much shared memory a row of it may take.
 
 Rows are choices by arithmetic (accumulator registers, shared memory, waves), not yet by measurement; what has been
-measured stands in benchmarks/HARDWARE.md. ``tests/compile_gate.py`` compiles every row for every architecture it is
-meant for.
+measured stands in benchmarks/HARDWARE.md. ``tests/kernels/compile_gate.py`` compiles every row for every architecture
+it is meant for.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlora import lora_linear
-from fastlora.dropout import Dropout, draw_seed
-from fastlora.testing import Step, assert_close_to_oracle, oracle_step, reference_step
+from fastlora.accuracy import Step, assert_close_to_oracle, oracle_step, reference_step
+from fastlora.backends.dropout import Dropout, draw_seed
 
 SCALE = 1.7
 

@@ -20,7 +20,7 @@ collect_ignore = []
 try:
     from hypothesis import settings
 except ImportError:
-    collect_ignore.append("test_properties.py")
+    collect_ignore.append("ops/test_properties.py")
 else:
     settings.register_profile("fixed", derandomize=True, deadline=None, database=None, max_examples=60)
     settings.load_profile("fixed")

@@ -33,16 +33,17 @@ from torch.distributed.tensor import parallel as torch_parallel
 from torch.nn.parallel import DistributedDataParallel
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
-from cases import OpLog, gradient_of  # noqa: E402
 from decoder import Decoder, Shape  # noqa: E402
 
 import fastlora  # noqa: E402
 import fastlora.loralib  # noqa: E402
-from fastlora import LoRALinear, lora_linear, sharded  # noqa: E402
+from fastlora import LoRALinear, lora_linear  # noqa: E402
+from fastlora.accuracy import assert_close_to_oracle  # noqa: E402
+from fastlora.ops import dtensor  # noqa: E402
 from fastlora.parallel import ColwiseParallel, RowwiseParallel  # noqa: E402
-from fastlora.testing import assert_close_to_oracle  # noqa: E402
+from tests.cases import OpLog, gradient_of  # noqa: E402
 
 SHAPE = Shape(width=48, layers=2, heads=4, kv_heads=2, hidden=80)
 RANKS, BATCH, LENGTH, STEPS = 2, 8, 11, 4
@@ -540,7 +541,7 @@ def dropout_by_rows_drops_differently_on_every_rank(mesh: DeviceMesh) -> None:
 
 @check
 def a_reason_is_logged_once(mesh: DeviceMesh) -> None:
-    sharded._say_once.cache_clear()
+    dtensor._say_once.cache_clear()
     operands = Operands.make((7,), True)
     with Heard() as heard:
         for _ in range(3):

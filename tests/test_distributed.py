@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_worker import CHECKS
+
+from tests.distributed_worker import CHECKS
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = str(ROOT / "examples" / "distributed.py")
@@ -35,7 +36,7 @@ def launched(launcher: tuple[str, ...], *arguments: str) -> subprocess.Completed
 def verdicts(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     """What each rank says to each check of distributed_worker.py."""
     folder = tmp_path_factory.mktemp("verdicts")
-    done = launched(TORCHRUN, str(ROOT / "tests" / "distributed_worker.py"), str(folder))
+    done = launched(TORCHRUN, "-m", "tests.distributed_worker", str(folder))
     files = [folder / f"{rank}.json" for rank in range(2)]
     assert all(file.exists() for file in files), done.stderr
     return [json.loads(file.read_text(encoding="utf-8")) for file in files]

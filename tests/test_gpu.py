@@ -9,14 +9,14 @@ import sys
 
 import pytest
 import torch
-from cases import SCALE
 from torch import Tensor
 
 from fastlora import lora_linear
-from fastlora import triton as backend
-from fastlora.dropout import Dropout, draw_seed
+from fastlora.accuracy import Step, assert_close_to_oracle, oracle_step, reference_step
+from fastlora.backends import triton as backend
+from fastlora.backends.dropout import Dropout, draw_seed
 from fastlora.kernels import tiles
-from fastlora.testing import Step, assert_close_to_oracle, oracle_step, reference_step
+from tests.cases import SCALE
 
 pytestmark = pytest.mark.gpu
 
@@ -156,7 +156,7 @@ def test_sanitizer(tool: str) -> None:
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not on PATH")
-    files = {"triton": "tests/test_kernels.py", "cuda": "tests/test_cuda_kernels.py"}
+    files = {"triton": "tests/kernels/test_kernels.py", "cuda": "tests/csrc/test_cuda_kernels.py"}
     tests = sorted({files[name] for name, _ in DESIGNS})
     picked = ("-q", "-k", "every_mask or every_tile or off_the_tile")
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", *tests, *picked]

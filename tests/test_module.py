@@ -12,11 +12,11 @@ from contextlib import AbstractContextManager
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import OpLog
 from torch import Tensor, nn
 
 from fastlora import LoRALinear, lora_linear
-from fastlora.testing import assert_close_to_oracle
+from fastlora.accuracy import assert_close_to_oracle
+from tests.cases import OpLog
 
 FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

@@ -1,13 +1,13 @@
-"""The accuracy gate: what a provider computes is held to ``fastlora.testing`` before its speed is printed."""
+"""The accuracy gate: what a provider computes is held to ``fastlora.accuracy`` before its speed is printed."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fastlora import reference
-from fastlora.dropout import Dropout, draw_seed
-from fastlora.testing import Errors, compare, oracle_step, reference_step
+from fastlora.accuracy import Errors, compare, oracle_step, reference_step
+from fastlora.backends import reference
+from fastlora.backends.dropout import Dropout, draw_seed
 
 from ..cases import Case
 from .arms import Built, Provider

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 import fastlora
-from fastlora import cuda, dispatch, triton
-from fastlora.dropout import Dropout, draw_seed
+from fastlora.backends import cuda, dispatch, triton
+from fastlora.backends.dropout import Dropout, draw_seed
 
 from ..cases import FLOOR, Case
 from ..failures import AbsentError

@@ -1,4 +1,4 @@
-"""The model's accuracy gate: logits and gradients of an arm at a reduced size, held to ``fastlora.testing``.
+"""The model's accuracy gate: logits and gradients of an arm at a reduced size, held to ``fastlora.accuracy``.
 
 Two layers of the case's own widths, in its dtype and rank, with or without checkpointing. The oracle is plain LoRA in
 the same architecture in float64 on the same rounded weights, the baseline the same in the tested dtype. Biases and b
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora.testing import Errors, compare
+from fastlora.accuracy import Errors, compare
 
 from ..cases import ModelCase
 from .architectures import Architecture, architecture_named, build, random_batch

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlora
-from fastlora.testing import Errors
+from fastlora.accuracy import Errors
 
 from ..cases import DTYPES, Case
 from ..clocks import Clock, Work, no_garbage_collection, shuffled

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import fastlora
-from fastlora.testing import compare
+from fastlora.accuracy import compare
 
 from ..clocks import Work
 from .claims import MEASURED, Claim, Finding, Lab

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..sharded import why_not_mergeable
+from ..ops.dtensor import why_not_mergeable
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -1,0 +1,1 @@
+"""Named adapters on the linear layers of any model, and their files."""

@@ -1,0 +1,109 @@
+"""Reads an adapter that PEFT or fastlora wrote: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+Tensors are named ``base_model.model.<layer>.lora_A.weight`` [R, K] and ``….lora_B.weight`` [N, R]. Only safetensors is
+read: a pickle (``adapter_model.bin``) can run any code when it is opened.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import AdapterConfig
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_PICKLE = "adapter_model.bin"
+_KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.(?P<part>lora_A|lora_B)\.weight")
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+# A and B by layer, under "lora_A" and "lora_B".
+Adapters = dict[str, dict[str, Tensor]]
+
+
+def key_of(layer: str, part: str) -> str:
+    """What a tensor is called in the file."""
+    return f"base_model.model.{layer}.{part}.weight"
+
+
+def read_adapter(folder: str | os.PathLike[str]) -> tuple[AdapterConfig, Adapters]:
+    """The options and tensors of an adapter on disk, checked as far as possible without its base."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"folder {folder} does not exist or is no folder: fastlora reads local folders (huggingface_hub's "
+            "snapshot_download brings one)"
+        )
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            remedy = "expected a folder that PEFT or fastlora.save_adapter wrote"
+            if name == WEIGHTS and (folder / _PICKLE).exists():
+                remedy = (
+                    f"{_PICKLE} is a pickle, which can run any code when opened, so fastlora does not read it: load it "
+                    "with PEFT where you trust it and save it again (save_pretrained writes safetensors)"
+                )
+            raise FileNotFoundError(f"{folder} has no {name}: {remedy}")
+    config_file, weights_file = folder / CONFIG, folder / WEIGHTS
+    try:
+        text = config_file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{config_file} is not text ({error}): it is damaged, or no PEFT adapter's") from None
+    config = AdapterConfig.from_json(text, str(config_file))
+    try:
+        tensors: dict[str, Tensor] = safetensors("torch").load_file(weights_file)
+    except safetensors().SafetensorError as error:
+        raise ValueError(
+            f"{weights_file} is damaged, cut short or no safetensors file ({error}): copy it again, whole (a git-lfs "
+            "pointer holds no weights: git lfs pull)"
+        ) from None
+    return config, _sorted_into_layers(tensors, config, str(weights_file))
+
+
+def _sorted_into_layers(tensors: Mapping[str, Tensor], config: AdapterConfig, source: str) -> Adapters:
+    adapters: Adapters = {}
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise ValueError(
+                f"{source} has the key {key!r}, which fastlora does not support: expected "
+                "base_model.model.<layer>.lora_A.weight and .lora_B.weight alone"
+            )
+        if tensor.dtype not in _DTYPES or tensor.dim() != 2:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(f"{source}: {key} is {dtype} {list(tensor.shape)}: expected a floating-point matrix")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{source}: {key} holds values that are not finite: the training that wrote it diverged")
+        adapters.setdefault(match["layer"], {})[match["part"]] = tensor
+    if not adapters:
+        raise ValueError(f"{source} holds no tensors: expected {key_of('<layer>', 'lora_A')} and its partners")
+    for layer, parts in adapters.items():
+        for part, dim in (("lora_A", 0), ("lora_B", 1)):
+            key = key_of(layer, part)
+            if part not in parts:
+                raise ValueError(f"{source} has no {key}, the partner of what it has for {layer}: it is incomplete")
+            if parts[part].shape[dim] != config.rank(layer):
+                raise ValueError(
+                    f"{source}: {key} has shape {list(parts[part].shape)}, so rank {parts[part].shape[dim]}: expected "
+                    f"rank {config.rank(layer)}, as {CONFIG} says (r, rank_pattern)"
+                )
+        adapters[layer] = {"lora_A": parts["lora_A"], "lora_B": parts["lora_B"]}
+    return adapters
+
+
+def safetensors(part: str | None = None) -> Any:
+    """The safetensors package, or a module of it.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        return importlib.import_module("safetensors" if part is None else f"safetensors.{part}")
+    except ImportError as error:
+        raise ImportError("adapters on disk need safetensors: pip install 'safetensors>=0.4'") from error

@@ -1,0 +1,190 @@
+"""``fastlora.inject``: an adapter put beside the linear layers of a model, all of it or nothing."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..mergeable import start_adapter
+from .config import AdapterConfig
+from .layer import add_adapter, features
+from .matching import first_match
+from .model import State, adapted_layers, set_adapter, state_of
+from .plan import Plan, plan
+
+_log = logging.getLogger("fastlora")
+
+
+class LayerReport(NamedTuple):
+    """One adapted layer: its name, its shape, and the adapter's rank and scale in it."""
+
+    name: str
+    in_features: int
+    out_features: int
+    r: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class InjectionReport:
+    """What an adapter was put beside, what was refused and why, and how much trains now; ``print`` it."""
+
+    adapter_name: str
+    layers: tuple[LayerReport, ...]
+    refused: dict[str, str]
+    trainable: int
+    total: int
+
+    def __str__(self) -> str:
+        lines = [
+            f"adapter {self.adapter_name!r}: {len(self.layers)} layers; {self.trainable:,} of {self.total:,} "
+            f"parameters train ({self.trainable / max(self.total, 1):.2%})"
+        ]
+        kinds: dict[tuple[Any, ...], int] = {}
+        for name, *rest in self.layers:
+            kind = (re.sub(r"\d+", "*", name), *rest)
+            kinds[kind] = kinds.get(kind, 0) + 1
+        for (name, k, n, r, scale), count in kinds.items():
+            lines.append(f"  {count} x {name}: {k} -> {n}, r={r}, scale={scale:g}")
+        lines += [f"  left alone: {name}: {reason}" for name, reason in self.refused.items()]
+        return "\n".join(lines)
+
+
+def inject(
+    model: nn.Module,
+    target_modules: str | Collection[str],
+    r: int = 8,
+    lora_alpha: float = 8,
+    lora_dropout: float = 0.0,
+    *,
+    use_rslora: bool = False,
+    rank_pattern: dict[str, int] | None = None,
+    alpha_pattern: dict[str, float] | None = None,
+    exclude_modules: str | Collection[str] | None = None,
+    layers_to_transform: int | Sequence[int] | None = None,
+    layers_pattern: str | Sequence[str] | None = None,
+    init_lora_weights: bool | str = True,
+    task_type: str | None = None,
+    adapter_name: str = "default",
+    adapter_dtype: torch.dtype | None = None,
+) -> InjectionReport:
+    """Puts an adapter beside every matching linear layer of a model, in place; from then on the adapter alone trains.
+
+    Each layer computes ``y = x Wᵀ + scale · D(x) Aᵀ Bᵀ + bias``. It stays the same object with the same Parameters
+    under the same names, so ties and hooks survive, and a checkpoint of the base loads with ``strict=False``. Called
+    again with another ``adapter_name``, the model gets one more adapter on the same base, not active until
+    :func:`set_adapter`; the first one is active at once.
+
+    Args:
+        model: any torch model; its ``nn.Linear`` and transformers' ``Conv1D`` layers can have adapters.
+        target_modules: names of layers, or endings of names after a dot; a string is a regular expression for the whole
+            name, and ``"all-linear"`` means every linear layer but a transformers model's output embedding.
+        r: rank, at least 1.
+        lora_alpha: numerator of the scale.
+        lora_dropout: probability of dropout on the adapter's input, 0 <= p < 1.
+        use_rslora: scale = lora_alpha / sqrt(r) instead of lora_alpha / r.
+        rank_pattern: other ranks by regular expression for the end of the name; the first that matches counts.
+        alpha_pattern: the same for lora_alpha.
+        exclude_modules: names, endings or a regular expression for what gets no adapter.
+        layers_to_transform: numbers of the layers that take part, with a list of ``target_modules``.
+        layers_pattern: name of the list that these numbers count, such as ``"layers"``.
+        init_lora_weights: True for A Kaiming-uniform, ``"gaussian"`` for A normal, both with B zero; False for an
+            update that is not zero at the start.
+        task_type: PEFT's, such as ``"CAUSAL_LM"``: a note in the saved adapter, and with ``"SEQ_CLS"`` the classifier's
+            head is not among ``"all-linear"``.
+        adapter_name: what the adapter is called.
+        adapter_dtype: dtype of A and B. By default that of the base, and float32 on a half-precision base, where small
+            steps would otherwise be lost in rounding.
+
+    Returns:
+        A report: the layers, those refused with the reasons (they are logged as warnings too), parameter counts.
+
+    Raises:
+        TypeError, ValueError: an option is of the wrong kind or out of range; the name is taken; nothing matches; or
+            everything that matches was refused. The model is then as it was.
+
+    Source: Hu et al., 2021, https://arxiv.org/abs/2106.09685; matching as in PEFT 0.21.2.
+    """
+    config = AdapterConfig(
+        target_modules=_listed(target_modules),
+        r=r,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        use_rslora=use_rslora,
+        rank_pattern=dict(rank_pattern or {}),
+        alpha_pattern=dict(alpha_pattern or {}),
+        exclude_modules=_listed(exclude_modules),
+        layers_to_transform=_listed(layers_to_transform),
+        layers_pattern=_listed(layers_pattern),
+        init_lora_weights=init_lora_weights,
+        notes={} if task_type is None else {"task_type": task_type},
+    )
+    return attach(plan(model, config, adapter_name, adapter_dtype))
+
+
+def _listed(value: Any) -> Any:
+    """A tuple or a set as a list, which JSON has; sets sorted, so that the same call saves the same file."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    return list(value) if isinstance(value, (tuple, range)) or hasattr(value, "keys") else value
+
+
+def attach(plan: Plan, tensors: dict[str, dict[str, Tensor]] | None = None) -> InjectionReport:
+    """Carries a plan out: with a fresh start, or with the given A and B by layer and ``"lora_A"``, ``"lora_B"``."""
+    # Everything that can fail, memory above all, comes before the first change of the model.
+    adapters = []
+    for layer in plan.layers:
+        device = layer.module.weight.device
+        with torch.no_grad(), torch.inference_mode(False):
+            a, b = (torch.empty(shape, dtype=layer.dtype, device=device) for shape in layer.shapes.values())
+            if tensors is None:
+                start_adapter(a, b, plan.config.init_lora_weights)
+            else:
+                a.copy_(tensors[layer.name]["lora_A"])
+                b.copy_(tensors[layer.name]["lora_B"])
+        adapters.append((layer.module, plan.adapter_name, a, b, layer.scale, plan.config.lora_dropout))
+
+    model, name = plan.model, plan.adapter_name
+    state = state_of(model)
+    first = state is None
+    if state is None:
+        was_trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+        state = State(was_trainable=was_trainable)
+        model._fastlora = state  # type: ignore[assignment]
+        model.requires_grad_(False)
+    disabled = any(layer.adapters_disabled for _, layer in adapted_layers(model))
+    for adapter in adapters:
+        add_adapter(*adapter)
+    state.configs[name] = plan.config
+    if first:
+        set_adapter(model, name)
+    for _, adapted in adapted_layers(model):
+        adapted.active_adapter, adapted.adapters_disabled = state.active, disabled
+    for option, patterns in (("rank_pattern", plan.config.rank_pattern), ("alpha_pattern", plan.config.alpha_pattern)):
+        idle = [key for key in patterns if not any(first_match({key: True}, each.name, False) for each in plan.layers)]
+        if idle:
+            _log.warning("adapter %r: %s has keys that match none of its layers: %s", name, option, idle)
+    for refused, reason in plan.refused.items():
+        _log.warning("adapter %r: %s gets none: %s", name, refused, reason)
+    return report(model, name, plan.refused)
+
+
+def report(model: nn.Module, adapter_name: str, refused: dict[str, str]) -> InjectionReport:
+    """What there is to say about an adapter that the model has."""
+    layers = adapted_layers(model, adapter_name)
+    return InjectionReport(
+        adapter_name=adapter_name,
+        layers=tuple(
+            LayerReport(name, *features(layer), layer.lora_A[adapter_name].shape[0], layer.scale[adapter_name])
+            for name, layer in layers
+        ),
+        refused=refused,
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        total=sum(p.numel() for p in model.parameters()),
+    )

@@ -1,0 +1,181 @@
+"""A linear layer with any number of named adapters beside it, one of them active: what ``fastlora.inject`` makes.
+
+The layer stays the object it was and changes its class, so that its Parameters, ties, hooks and place in the model stay
+too; ``restore`` gives the class back. Its state dict keeps ``weight`` and ``bias`` and gains ``lora_A.<name>`` and
+``lora_B.<name>``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..mergeable import MergeableLinear, Update
+from ..ops.autograd import lora_linear
+from .matching import is_conv1d
+
+_BASE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+class AdaptedLinear(MergeableLinear, nn.Linear):
+    """An ``nn.Linear`` with adapters: ``y = x Wᵀ + scale · D(x) Aᵀ Bᵀ + bias`` with the A and B of the active one.
+
+    Made by :func:`fastlora.inject`, never constructed.
+    """
+
+    lora_A: nn.ParameterDict  # noqa: N815
+    lora_B: nn.ParameterDict  # noqa: N815
+    scale: dict[str, float]
+    lora_dropout: dict[str, float]
+    active_adapter: str | None
+    adapters_disabled: bool
+
+    @property
+    def adapted(self) -> bool:
+        """Whether the active adapter has a part in this layer."""
+        return self.active_adapter is not None and self.active_adapter in self.lora_A
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> y [..., out_features]; merged, disabled or not adapted, exactly one GEMM."""
+        if self.adapters_disabled or not self.adapted:
+            return self._base(x, self.weight if self._base_weight is None else self._base_weight)
+        if self.merged:
+            return self._base(x, self.weight)
+        name: Any = self.active_adapter
+        return lora_linear(
+            x,
+            self._as_linear(self.weight),
+            self.lora_A[name],
+            self.lora_B[name],
+            scale=self.scale[name],
+            bias=self.bias,
+            dropout_p=self.lora_dropout[name],
+            training=self.training,
+        )
+
+    def _base(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight, self.bias)
+
+    def _as_linear(self, tensor: Tensor) -> Tensor:
+        """[out, in] of what is stored as the weight is; its own inverse."""
+        return tensor
+
+    def _update(self) -> Update:
+        name: Any = self.active_adapter
+        return Update(self.lora_B[name], self.lora_A[name], self.scale[name])
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        if self.merged:
+            # torch loads children after this call, and merging again needs the adapters that are being loaded.
+            for name, child in (("lora_A", self.lora_A), ("lora_B", self.lora_B)):
+                child._load_from_state_dict(state_dict, f"{prefix}{name}.", args[0], False, [], [], [])
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """The line inside ``AdaptedLinear(...)`` when printed."""
+        ranks = ", ".join(f"{name!r} r={a.shape[0]}" for name, a in self.lora_A.items())
+        text = f"{super().extra_repr()}, adapters: {ranks}, active: {self.active_adapter!r}".removeprefix(", ")
+        return text + (", disabled" if self.adapters_disabled else "") + (", merged" if self.merged else "")
+
+
+class AdaptedConv1D(AdaptedLinear):
+    """A ``Conv1D`` of transformers with adapters: its weight is stored as [in, out] and read through its strides."""
+
+    def _base(self, x: Tensor, weight: Tensor) -> Tensor:
+        # As Conv1D has it, to the bit.
+        y: Tensor = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), weight)
+        return y.view(*x.shape[:-1], weight.shape[1])
+
+    def _as_linear(self, tensor: Tensor) -> Tensor:
+        return tensor.T
+
+    def _update(self) -> Update:
+        left, right, scale = super()._update()
+        return Update(right.T, left.T, scale)
+
+    def extra_repr(self) -> str:
+        """The line inside ``AdaptedConv1D(...)`` when printed."""
+        self.in_features, self.out_features = self.weight.shape
+        try:
+            return super().extra_repr()
+        finally:
+            del self.in_features, self.out_features
+
+
+def features(layer: Any) -> tuple[int, int]:
+    """(in, out) of a linear layer, adapted or not."""
+    first, second = layer.weight.shape
+    return (first, second) if isinstance(layer, AdaptedConv1D) or is_conv1d(layer) else (second, first)
+
+
+def obstacle(module: nn.Module, parent: nn.Module | None = None) -> str | None:
+    """Why this module cannot have an adapter, with the remedy; None where it can.
+
+    Args:
+        module: the module that is asked about.
+        parent: the module that holds it.
+    """
+    kind = type(module).__name__
+    if isinstance(module, AdaptedLinear):
+        return None
+    if isinstance(parent, nn.MultiheadAttention):
+        return "nn.MultiheadAttention reads its weight without calling it"
+    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+        return (
+            "nn.TransformerEncoderLayer reads its weight without calling it in eval mode: call "
+            "torch.backends.mha.set_fastpath_enabled(False) first"
+        )
+    if type(module) is not nn.Linear and not (is_conv1d(module) and kind == "Conv1D"):
+        if isinstance(module, nn.Linear) or is_conv1d(module):
+            return f"{kind} is a subclass, which may store something else as its weight: dequantise or unwrap it first"
+        return f"{kind} is no linear layer: fastlora adapts nn.Linear and transformers' Conv1D"
+    if "forward" in module.__dict__:
+        return "its forward was replaced (by accelerate's hooks, for one): inject before that"
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is no Parameter of its own (weight_norm computes it, for one): remove that first"
+    if type(weight) is not nn.Parameter or type(weight.data) is not Tensor or hasattr(weight, "ds_id"):
+        held = "partitioned by ZeRO-3" if hasattr(weight, "ds_id") else type(weight.data).__name__
+        return f"its weight is {held}, not a plain tensor: dequantise it, or inject before it is sharded"
+    if weight.dtype not in _BASE_DTYPES:
+        return f"its weight is {str(weight.dtype).removeprefix('torch.')}: fastlora adapts floating-point weights"
+    return None
+
+
+def add_adapter(layer: nn.Module, name: str, lora_a: Tensor, lora_b: Tensor, scale: float, lora_dropout: float) -> None:
+    """Gives a layer that has no :func:`obstacle` one more adapter, not yet active and not trainable."""
+    if not isinstance(layer, AdaptedLinear):
+        layer.__class__ = AdaptedConv1D if is_conv1d(layer) else AdaptedLinear
+        assert isinstance(layer, AdaptedLinear)
+        layer.lora_A, layer.lora_B = nn.ParameterDict(), nn.ParameterDict()
+        layer.scale, layer.lora_dropout = {}, {}
+        layer.active_adapter, layer.adapters_disabled = None, False
+        layer.register_buffer("_base_weight", None, persistent=False)
+    layer.lora_A[name] = nn.Parameter(lora_a, requires_grad=False)
+    layer.lora_B[name] = nn.Parameter(lora_b, requires_grad=False)
+    layer.scale[name], layer.lora_dropout[name] = scale, lora_dropout
+
+
+def remove_adapter(layer: AdaptedLinear, name: str) -> None:
+    """Takes one adapter away; with the last one, the layer becomes what it was."""
+    if layer.active_adapter == name:
+        layer.unmerge()
+        layer.active_adapter = None
+    for values in (layer.lora_A, layer.lora_B, layer.scale, layer.lora_dropout):
+        del values[name]
+    if not layer.lora_A:
+        restore(layer)
+
+
+def restore(layer: Any) -> None:
+    """Takes all adapters away: the class and the attributes that the layer had before, with its weight as it is now."""
+    for name in ("lora_A", "lora_B", "_base_weight", "scale", "lora_dropout", "active_adapter", "adapters_disabled"):
+        delattr(layer, name)
+    if isinstance(layer, AdaptedConv1D):
+        layer.__class__ = importlib.import_module("transformers.pytorch_utils").Conv1D
+    else:
+        layer.__class__ = nn.Linear

@@ -1,0 +1,178 @@
+"""The adapters that a model has: which one is active, switched off and on, and taken out again.
+
+A model with adapters carries one attribute of fastlora's, ``_fastlora``: a :class:`State`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from .config import AdapterConfig
+from .layer import AdaptedLinear, remove_adapter, restore
+
+
+@dataclass
+class State:
+    """What a model with adapters carries: the options of each, the active one, and the names of what trained before."""
+
+    configs: dict[str, AdapterConfig] = field(default_factory=dict)
+    active: str | None = None
+    was_trainable: list[str] = field(default_factory=list)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's and data parallel's wrappers: the one whose names the adapters have."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def state_of(model: nn.Module) -> State | None:
+    """What ``inject`` keeps on the model; None where it was never called."""
+    return model.__dict__.get("_fastlora")
+
+
+def adapted_model(model: nn.Module) -> tuple[nn.Module, State]:
+    """The unwrapped model and its state.
+
+    Raises:
+        ValueError: the model has no adapters of fastlora's.
+    """
+    if hasattr(model, "peft_config"):
+        raise ValueError("model has PEFT's adapters, not fastlora's: use PEFT's own methods, such as save_pretrained")
+    model = unwrapped(model)
+    state = state_of(model)
+    if state is None:
+        raise ValueError(
+            "model has no adapters: call fastlora.inject or fastlora.load_adapter on this very module first (a part of "
+            "it, or a model around it, has its own)"
+        )
+    return model, state
+
+
+def adapted_layers(model: nn.Module, adapter_name: str | None = None) -> Iterator[tuple[str, AdaptedLinear]]:
+    """Names and layers that have adapters, or that have this one."""
+    for name, module in model.named_modules():
+        if isinstance(module, AdaptedLinear) and (adapter_name is None or adapter_name in module.lora_A):
+            yield name, module
+
+
+def checked_name(state: State, adapter_name: str) -> AdapterConfig:
+    """The options of an adapter that exists.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if adapter_name not in state.configs:
+        raise ValueError(f"adapter_name {adapter_name!r} is unknown: the model has {shown_names(list(state.configs))}")
+    return state.configs[adapter_name]
+
+
+def set_adapter(model: nn.Module, adapter_name: str | None) -> None:
+    """Makes this adapter the active one, and the only one that trains; None leaves the base alone.
+
+    Switching costs nothing: the base is one and the same, and is not copied.
+
+    Raises:
+        ValueError: the model has no adapter of that name.
+        RuntimeError: another adapter is merged into the base.
+    """
+    model, state = adapted_model(model)
+    if adapter_name is not None:
+        checked_name(state, adapter_name)
+    if adapter_name != state.active and any(layer.merged for _, layer in adapted_layers(model)):
+        raise RuntimeError(f"adapter {state.active!r} is merged into the base: call fastlora.unmerge_adapter first")
+    for _, layer in adapted_layers(model):
+        layer.active_adapter = adapter_name
+        for adapters in (layer.lora_A, layer.lora_B):
+            for name, parameter in adapters.items():
+                parameter.requires_grad_(name == adapter_name)
+    state.active = adapter_name
+
+
+class disable:  # noqa: N801
+    """Switches all adapters of a model off: the base alone computes. Merged or not, to the bit.
+
+    Works at once, and as a context manager until its end: ``with fastlora.disable(model): ...``. ``fastlora.enable``
+    switches them on again. Which adapter is active and what trains stay as they are.
+
+    Raises:
+        ValueError: the model has no adapters.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = [layer for _, layer in adapted_layers(adapted_model(model)[0])]
+        self._before = [layer.adapters_disabled for layer in self._layers]
+        for layer in self._layers:
+            layer.adapters_disabled = True
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        for layer, before in zip(self._layers, self._before, strict=True):
+            if isinstance(layer, AdaptedLinear):  # it may have been unloaded meanwhile
+                layer.adapters_disabled = before
+
+
+def enable(model: nn.Module) -> None:
+    """Switches the adapters on again after :class:`disable`.
+
+    Raises:
+        ValueError: the model has no adapters.
+    """
+    for _, layer in adapted_layers(adapted_model(model)[0]):
+        layer.adapters_disabled = False
+
+
+def delete_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Takes one adapter away. Was it active, the base alone is; was it the last, the model is as it was before.
+
+    Raises:
+        ValueError: the model has no adapter of that name.
+    """
+    model, state = adapted_model(model)
+    checked_name(state, adapter_name)
+    if len(state.configs) == 1:
+        unload(model)
+        return
+    for _, layer in list(adapted_layers(model, adapter_name)):
+        remove_adapter(layer, adapter_name)
+    del state.configs[adapter_name]
+    if state.active == adapter_name:
+        set_adapter(model, None)
+
+
+def unload(model: nn.Module) -> nn.Module:
+    """Takes all adapters away: the layers are what they were, base weights bit for bit, and what trained trains again.
+
+    Returns:
+        The model, which is the one given, unwrapped.
+
+    Raises:
+        ValueError: the model has no adapters.
+    """
+    model, state = adapted_model(model)
+    for _, layer in list(adapted_layers(model)):
+        layer.unmerge()
+        restore(layer)
+    parameters = dict(model.named_parameters())
+    for name in state.was_trainable:
+        if name in parameters:
+            parameters[name].requires_grad_(True)
+    del model._fastlora
+    return model
+
+
+def shown_names(names: list[str]) -> str:
+    """Names with their numbers as stars, each once."""
+    kinds = list(dict.fromkeys(re.sub(r"\d+", "*", name) for name in names))
+    return ", ".join(kinds[:12]) + (f" and {len(kinds) - 12} more" if len(kinds) > 12 else "")

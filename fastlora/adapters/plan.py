@@ -1,0 +1,124 @@
+"""What an adapter would be put beside, and what speaks against it: everything is checked before anything changes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from .config import AdapterConfig
+from .layer import AdaptedConv1D, AdaptedLinear, features, obstacle
+from .matching import ALL_LINEAR, all_linear, is_conv1d
+from .model import State, shown_names, state_of, unwrapped
+
+# These read the weights of the named layers without calling them.
+_MAMBA_TYPES = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+_MAMBA_LAYERS = ("conv1d", "out_proj")
+
+
+class PlannedLayer(NamedTuple):
+    """One layer that will have an adapter, with the dtype of A and B."""
+
+    name: str
+    module: Any
+    r: int
+    scale: float
+    dtype: torch.dtype
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """What A and B measure, by PEFT's names."""
+        k, n = features(self.module)
+        return {"lora_A": (self.r, k), "lora_B": (n, self.r)}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about an adapter that is to come, checked; nothing is changed yet."""
+
+    model: nn.Module
+    adapter_name: str
+    config: AdapterConfig
+    layers: tuple[PlannedLayer, ...]
+    refused: dict[str, str]
+
+
+def plan(model: nn.Module, config: AdapterConfig, adapter_name: str, adapter_dtype: torch.dtype | None = None) -> Plan:
+    """Which layers would get the adapter, and what may speak against it; the errors of :func:`inject`."""
+    state = _state_to_write(model)
+    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
+        raise ValueError(f"adapter_name must be a word without dots, got {adapter_name!r}")
+    if hasattr(nn.ParameterDict, adapter_name):
+        raise ValueError(f"adapter_name must not be {adapter_name!r}, a name that torch uses itself: choose another")
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(f"model: {name} has no shape yet: run one batch through the model first")
+    if adapter_name in state.configs:
+        raise ValueError(f"adapter_name: the model has an adapter {adapter_name!r} already: delete_adapter removes it")
+
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
+        names = all_linear(model, config.notes.get("task_type"))
+        if not names:
+            raise ValueError(f"target_modules={ALL_LINEAR!r} matches nothing: the model has no linear layer")
+        config = replace(config, target_modules=names)
+    modules = {name: module for name, module in model.named_modules() if name and not _inside_adapter(name, model)}
+    matched = [name for name in modules if config.targets(name)]
+    if not matched:
+        raise ValueError(
+            f"target_modules={_shown(config.target_modules)} matches none of the model's modules; its linear layers "
+            f"are {shown_names(all_linear(model)) or 'none'}"
+        )
+    places = Counter(id(child) for parent in model.modules() for child in parent._modules.values())
+    refused = {name: reason for name in matched if (reason := _obstacle(model, name, modules, places)) is not None}
+    layers = tuple(_planned(name, modules[name], config, adapter_dtype) for name in matched if name not in refused)
+    if not layers:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(refused.items())[:5])
+        raise ValueError(f"target_modules={_shown(config.target_modules)} matches nothing that can have one: {reasons}")
+    turned = any(isinstance(layer.module, AdaptedConv1D) or is_conv1d(layer.module) for layer in layers)
+    return Plan(model, adapter_name, replace(config, fan_in_fan_out=turned), layers, refused)
+
+
+def _planned(name: str, module: Any, config: AdapterConfig, dtype: torch.dtype | None) -> PlannedLayer:
+    base = module.weight.dtype
+    wide = torch.promote_types(base, torch.float32)
+    if dtype not in (None, base, wide):
+        raise ValueError(
+            f"adapter_dtype must be {base}{f' or {wide}' if wide != base else ''}, {name} being {base}; got {dtype}"
+        )
+    return PlannedLayer(name, module, config.rank(name), config.scale(name), wide if dtype is None else dtype)
+
+
+def _obstacle(model: nn.Module, name: str, modules: dict[str, nn.Module], places: Counter[int]) -> str | None:
+    module, (parent, _, last) = modules[name], name.rpartition(".")
+    if getattr(getattr(model, "config", None), "model_type", None) in _MAMBA_TYPES and last in _MAMBA_LAYERS:
+        return "Mamba reads its weight without calling it"
+    if places[id(module)] > 1:
+        return "one module in several places, where PEFT adapts the first alone: copy.deepcopy it for the others"
+    return obstacle(module, modules.get(parent, model))
+
+
+def _inside_adapter(name: str, model: nn.Module) -> bool:
+    parent, _, last = name.rpartition(".")
+    return last in ("lora_A", "lora_B") and isinstance(model.get_submodule(parent), AdaptedLinear)
+
+
+def _state_to_write(model: nn.Module) -> State:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            "model has PEFT's adapters already: keep using PEFT for it (fastlora.patch_peft makes it fast), or inject "
+            "into the bare model"
+        )
+    if unwrapped(model) is not model:
+        raise ValueError(f"model is wrapped in {type(model).__name__}: call this on the model inside, before wrapping")
+    return state_of(model) or State()
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -1,0 +1,9 @@
+"""PEFT models on fastlora in one line: ``fastlora.patch_peft(model)``.
+
+Nothing here imports peft as it loads.
+"""
+
+from .calls import Calls, count_calls
+from .patch import PatchReport, patch_peft, patched_peft, unpatch_peft
+
+__all__ = ["Calls", "PatchReport", "count_calls", "patch_peft", "patched_peft", "unpatch_peft"]

@@ -1,0 +1,275 @@
+"""``FusedLoraLinear``: PEFT's LoRA layer on fastlora where a look at the call proves that PEFT would compute the same.
+
+Imports peft, so ``fastlora.peft`` imports this file inside its functions: ``import fastlora`` must not need peft.
+
+The proof is made anew in every call. What it reads can change under a running model (``merge_adapter``, hooks, ``to``),
+and looking costs a few microseconds, less than the four module calls that it saves.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from peft.tuners import lora
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
+from transformers.pytorch_utils import Conv1D as Conv1D
+
+from ..ops.autograd import lora_linear
+from . import calls
+
+DISABLED = "the adapters are disabled"
+MERGED = "the adapter is merged into the base weight"
+ARGUMENTS = "forward got more than x (adapter_names of a mixed batch, or offsets of a variant)"
+NO_ADAPTER = "none of the active adapters is in this layer"
+MASKS = "several adapters are active with dropout: each has a mask of its own, so they are no single product"
+LORA_BIAS = "lora_B has a bias (lora_bias=True)"
+STRICT = "strict_dtype keeps PEFT's float32 branch for float32 adapters on a half-precision base"
+
+# States that a user chose, and need not be warned of.
+ASKED_FOR = frozenset({DISABLED, MERGED, ARGUMENTS, STRICT})
+
+_TENSORS = (Tensor, nn.Parameter)
+_HALF = (torch.bfloat16, torch.float16)
+_WIDE = (torch.float32, torch.float64)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _log_while_compiling(reason: str) -> None:
+    # Dynamo runs this once, while it traces, and cannot hand on the layer.
+    calls.log_reason("a layer that torch.compile traces", reason, asked_for=reason in ASKED_FOR)
+
+
+class Adapter(NamedTuple):
+    """One low-rank product: a [R, K], b [N, R], the factor on it and the dropout probability in force."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    dropout_p: float
+
+
+class Proven(NamedTuple):
+    """What ``lora_linear`` needs, found where nothing but it would happen in PEFT's forward."""
+
+    weight: Tensor
+    bias: Tensor | None
+    adapter: Adapter
+
+
+Reason: TypeAlias = str
+
+
+class FusedLoraLinear(lora.Linear):
+    """``peft.tuners.lora.Linear`` whose forward is one :func:`fastlora.lora_linear` wherever that is proven right.
+
+    It adds no state: parameters, buffers, state dict, config and every method but ``forward`` are PEFT's. Instances are
+    made by :func:`fastlora.patch_peft` from PEFT's layers, never by the constructor. The name holds "Linear" because
+    PEFT's ``target_modules="all-linear"`` looks for it in a class name.
+    """
+
+    strict_dtype = False
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [..., K] → y [..., N], as ``peft.tuners.lora.Linear.forward``."""
+        proof = ARGUMENTS if args or kwargs else prove(self, x)
+        if isinstance(proof, str):
+            if torch.compiler.is_compiling():
+                _log_while_compiling(proof)
+            else:
+                calls.count_fallback(self, proof, asked_for=proof in ASKED_FOR)
+            y: Tensor = super().forward(x, *args, **kwargs)
+            return y
+        if calls.counters and not torch.compiler.is_compiling():
+            calls.count_fast(self)
+        weight, bias, (a, b, scale, p) = proof
+        return lora_linear(x, weight, a, b, scale=scale, bias=bias, dropout_p=p)
+
+
+class StrictLoraLinear(FusedLoraLinear):
+    """:class:`FusedLoraLinear` that leaves float32 adapters on a half-precision base to PEFT, outside of autocast."""
+
+    strict_dtype = True
+
+
+def prove(layer: FusedLoraLinear, x: Tensor) -> Proven | Reason:
+    """The operands of this call, or the reason why PEFT's own forward must run."""
+    # Submodules and parameters come out of their dictionaries: nn.Module.__getattr__ takes ten times as long.
+    if layer.disable_adapters:
+        return DISABLED
+    if layer.merged:
+        return MERGED
+    if not layer.cast_input_dtype_enabled:
+        return "casting of the input is switched off (disable_input_dtype_casting)"
+    if reason := _context():
+        return reason
+
+    modules = layer._modules
+    base: Any = modules["base_layer"]
+    kind = type(base)
+    if kind is not nn.Linear and kind is not Conv1D:
+        return base_refusal(base)
+    if _watched(base):
+        return _WATCHED["base_layer"]
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
+    if is_exotic(weight) or (bias is not None and is_exotic(bias)):
+        return exotic("base_layer", weight if is_exotic(weight) else bias)
+
+    downs: Any = modules["lora_A"]
+    names = [name for name in layer.active_adapters if name in downs._modules]
+    if not names:
+        return NO_ADAPTER
+    adapter = _adapter(layer, names[0])
+    if len(names) > 1 and not isinstance(adapter, str):
+        adapter = _fold(layer, names)
+    if isinstance(adapter, str):
+        return adapter
+
+    reason = _input(x) or _dtypes(layer.strict_dtype, x, weight, bias, adapter.a, adapter.b)
+    if reason:
+        return reason
+    return Proven(weight.T if kind is Conv1D else weight, bias, adapter)
+
+
+def _adapter(layer: FusedLoraLinear, name: str) -> Adapter | Reason:
+    if name in layer.lora_variant:
+        return variant(layer, name)
+    modules: Any = layer._modules
+    down: Any = modules["lora_A"]._modules[name]
+    up: Any = modules["lora_B"]._modules[name]
+    dropout: Any = modules["lora_dropout"]._modules[name]
+    if type(down) is not nn.Linear or _watched(down):
+        return _WATCHED["lora_A"]
+    if type(up) is not nn.Linear or _watched(up):
+        return _WATCHED["lora_B"]
+    if _watched(dropout):
+        return _WATCHED["lora_dropout"]
+    a: Any = down._parameters.get("weight")
+    b: Any = up._parameters.get("weight")
+    if is_exotic(a):
+        return exotic("lora_A", a)
+    if is_exotic(b):
+        return exotic("lora_B", b)
+    if up._parameters.get("bias") is not None or down._parameters.get("bias") is not None:
+        return LORA_BIAS
+
+    p = 0.0
+    if type(dropout) is nn.Dropout:
+        if dropout.training and dropout.p > 0:
+            p = dropout.p
+            if p >= 1 or dropout.inplace:
+                return "the dropout drops everything, or works in place"
+    elif type(dropout) is not nn.Identity:
+        return f"the dropout is a {type(dropout).__name__}"
+    scale = layer.scaling[name]
+    if type(scale) is not float and type(scale) is not int:
+        return f"the scaling is a {type(scale).__name__} (prepare_model_for_compiled_hotswap), not a float"
+    return Adapter(a, b, scale, p)
+
+
+def _fold(layer: FusedLoraLinear, names: list[str]) -> Adapter | Reason:
+    """Several adapters as one of the summed rank: Σ sᵢ · x aᵢᵀ bᵢᵀ = x [a₁; a₂; …]ᵀ [s₁ b₁, s₂ b₂, …]ᵀ."""
+    adapters: list[Adapter] = []
+    for name in names:
+        adapter = _adapter(layer, name)
+        if isinstance(adapter, str):
+            return adapter
+        adapters.append(adapter)
+    first = adapters[0]
+    if any(adapter.dropout_p > 0 for adapter in adapters):
+        return MASKS
+    if any(t.dtype is not first.a.dtype for adapter in adapters for t in adapter[:2]):
+        return "the active adapters differ in dtype"
+    a = torch.cat([adapter.a for adapter in adapters])
+    if all(adapter.scale == first.scale for adapter in adapters):
+        return Adapter(a, torch.cat([adapter.b for adapter in adapters], dim=1), first.scale, 0.0)
+    return Adapter(a, torch.cat([adapter.b * adapter.scale for adapter in adapters], dim=1), 1.0, 0.0)
+
+
+def _context() -> Reason | None:
+    """What surrounds the call and would see inside PEFT's forward."""
+    if _has_any_global_hook():
+        return "a global module hook would miss the submodules' calls"
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return "torch.func transforms and forward-mode AD need plain torch operators"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace needs plain torch operators"
+    return None
+
+
+def _watched(module: Any) -> bool:
+    """Whether somebody else takes part in this module's call, and would be left out if only its weight were read."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+_WATCHED = {
+    name: f"{name} has hooks, a forward or a class of its own, which reading its weight would skip"
+    for name in ("base_layer", "lora_A", "lora_B", "lora_dropout")
+}
+
+
+def is_exotic(weight: Any) -> bool:
+    """Whether a weight is no plain dense Parameter.
+
+    DTensors and quantised weights are subclasses, FSDP and weight_norm put plain tensors, ZeRO-3 leaves a stub.
+    """
+    return type(weight) is not nn.Parameter or weight.layout is not torch.strided or hasattr(weight, "ds_id")
+
+
+def exotic(name: str, weight: Any) -> Reason:
+    """Why a weight that is no plain dense Parameter is left to PEFT."""
+    if hasattr(weight, "ds_id"):
+        return f"a weight of {name} is partitioned by DeepSpeed's ZeRO-3"
+    if weight is None:
+        return f"the weight of {name} is no Parameter (FSDP1 and weight_norm put a tensor there)"
+    return f"a weight of {name} is a {type(weight).__name__}, not a plain dense Parameter"
+
+
+def base_refusal(base: Any) -> Reason:
+    """Why a base layer that is neither nn.Linear nor Conv1D itself is left to PEFT."""
+    return f"base_layer is a {type(base).__name__}, not nn.Linear or Conv1D itself (quantised, parametrised or wrapped)"
+
+
+def variant(layer: Any, name: str) -> Reason:
+    """Why an adapter that is no plain LoRA is left to PEFT."""
+    return f"the adapter is a variant of LoRA ({type(layer.lora_variant[name]).__name__})"
+
+
+def _input(x: Any) -> Reason | None:
+    if type(x) not in _TENSORS or x.layout is not torch.strided or x.is_nested or x.is_meta:
+        return "x is no plain dense tensor with data"
+    return None
+
+
+def _dtypes(strict: bool, x: Tensor, weight: Any, bias: Any, a: Tensor, b: Tensor) -> Reason | None:
+    """Dtypes that ``lora_linear`` takes and for which its result has the dtype of PEFT's."""
+    dtype, adapter = x.dtype, a.dtype
+    if adapter is not b.dtype:
+        return f"lora_A is {_plain(adapter)} and lora_B {_plain(b.dtype)}"
+    if torch.is_autocast_enabled(x.device.type):
+        operands = (x, weight, a) if bias is None else (x, weight, a, bias)
+        if all(t.dtype is torch.float32 or t.dtype in _HALF for t in operands):
+            return None
+        return "autocast leaves some of the operands in their dtype"
+    if weight.dtype is not dtype or (bias is not None and bias.dtype is not dtype):
+        return f"x is {_plain(dtype)} and base_layer {_plain(weight.dtype)}, without autocast"
+    if dtype in _HALF:
+        if adapter is torch.float32:
+            return STRICT if strict else None
+    elif dtype not in _WIDE:
+        return f"x is {_plain(dtype)}"
+    return None if adapter is dtype else f"lora_A is {_plain(adapter)} on a {_plain(dtype)} base"
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,255 @@
+"""PEFT models on fastlora in one line: ``fastlora.patch_peft(model)``.
+
+Each layer that is exactly ``peft.tuners.lora.Linear`` gets the class of :mod:`fastlora.peft.layer`, which has no state
+of its own; nothing is wrapped, moved or renamed, so checkpoints, ``isinstance`` and optimisers see no difference, and
+``unpatch_peft`` puts the class back. peft is imported in functions only.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from . import calls
+
+if TYPE_CHECKING:
+    from .layer import FusedLoraLinear
+
+# What the fast path reads of a layer: a version of PEFT without one of these is another contract.
+READ = (
+    "base_layer",
+    "lora_A",
+    "lora_B",
+    "lora_dropout",
+    "scaling",
+    "lora_variant",
+    "active_adapters",
+    "disable_adapters",
+    "merged",
+    "cast_input_dtype_enabled",
+)
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """What :func:`patch_peft` did, layer by layer; ``print`` it.
+
+    Attributes:
+        patched: names of the layers that run on fastlora from now on.
+        already_patched: names of those that did before.
+        skipped: name of each other adapter layer → why it keeps PEFT's forward.
+        trainable_base: names of the patched layers whose base weight asks for a gradient.
+    """
+
+    patched: tuple[str, ...]
+    already_patched: tuple[str, ...]
+    skipped: dict[str, str]
+    trainable_base: tuple[str, ...]
+
+    @property
+    def reasons(self) -> Counter[str]:
+        """How many layers were skipped for each reason."""
+        return Counter(self.skipped.values())
+
+    def __str__(self) -> str:
+        total = len(self.patched) + len(self.already_patched) + len(self.skipped)
+        lines = [f"{len(self.patched)} of {total} adapter layers patched"]
+        if self.already_patched:
+            lines[0] += f", {len(self.already_patched)} patched already"
+        for reason, count in self.reasons.most_common():
+            lines.append(f"  {count} skipped: {reason} ({_some(n for n, r in self.skipped.items() if r == reason)})")
+        if self.trainable_base:
+            lines.append(f"  {len(self.trainable_base)} with a trainable base weight ({_some(self.trainable_base)})")
+        return "\n".join(lines)
+
+
+def patch_peft(model: nn.Module, *, strict_dtype: bool = False) -> PatchReport:
+    """Runs the LoRA layers of a PEFT model on :func:`fastlora.lora_linear` wherever a call proves that it may.
+
+    ``y = x Wᵀ + scale · D(x) Aᵀ Bᵀ + bias``, for every layer whose class is ``peft.tuners.lora.Linear`` itself. Each
+    call looks at the layer's state; where anything but this formula would run (merged, disabled, DoRA, hooks, quantised
+    weights, ...: docs/peft.md has the table), PEFT's own forward does, and the first time its reason is logged by
+    ``logging.getLogger("fastlora")``. Patch once the model has its adapters and before DDP, FSDP or an engine wraps it;
+    layers that get their first adapter later need another call. Tested with peft 0.21.2.
+
+    Args:
+        model: what ``get_peft_model`` returned, or any module that holds PEFT's layers.
+        strict_dtype: leave float32 adapters on a half-precision base (outside of autocast) to PEFT, which casts x up
+            and computes the adapter in float32. By default fastlora rounds the adapters to the dtype of x instead.
+
+    Returns:
+        A :class:`PatchReport`.
+
+    Raises:
+        TypeError: ``model`` is no ``nn.Module``.
+        ImportError: peft is not installed.
+
+    Warns:
+        UserWarning: no layer was patched, with the reasons counted; or a patched layer's base weight is trainable.
+    """
+    return _patch(model, strict_dtype, stacklevel=4)[0]
+
+
+def unpatch_peft(model: nn.Module) -> int:
+    """Gives every patched layer of ``model`` PEFT's class back.
+
+    Returns:
+        How many layers were patched.
+
+    Raises:
+        TypeError: ``model`` is no ``nn.Module``.
+
+    Warns:
+        UserWarning: no layer was patched, or some were wrapped by a class of their own since and stay as they are.
+    """
+    _check_module(model)
+    count = 0
+    wrapped: list[str] = []
+    # Where nobody imported the class, no layer has it; and peft itself may be missing.
+    ours = sys.modules.get(f"{__package__}.layer")
+    if ours is not None:
+        for name, layer in model.named_modules():
+            if type(layer) in (ours.FusedLoraLinear, ours.StrictLoraLinear):
+                layer.__class__ = ours.lora.Linear
+                count += 1
+            elif isinstance(layer, ours.FusedLoraLinear):
+                wrapped.append(name)
+    if wrapped:
+        warnings.warn(
+            f"{len(wrapped)} layers stay patched ({_some(wrapped)}): a wrapper such as fully_shard gave them a class "
+            "of its own. Unpatch before wrapping",
+            stacklevel=2,
+        )
+    elif count == 0:
+        warnings.warn(
+            "no layer of model is patched, so there is nothing to undo: call fastlora.patch_peft(model) first, or pass "
+            "the model that was patched",
+            stacklevel=2,
+        )
+    return count
+
+
+@contextmanager
+def patched_peft(model: nn.Module, *, strict_dtype: bool = False) -> Iterator[PatchReport]:
+    """:func:`patch_peft` for the length of a block: ``with fastlora.patched_peft(model) as report: ...``.
+
+    Every layer leaves the block with the class it had before; what was patched before stays patched.
+    """
+    report, before = _patch(model, strict_dtype, stacklevel=5)
+    after = {layer: type(layer) for layer in before}
+    try:
+        yield report
+    finally:
+        for layer, kind in before.items():
+            # A layer that somebody gave another class meanwhile is his.
+            if type(layer) is after[layer]:
+                layer.__class__ = kind
+
+
+def _patch(model: nn.Module, strict_dtype: bool, stacklevel: int) -> tuple[PatchReport, dict[nn.Module, type]]:
+    """The report, and the class that each layer had whose class was changed."""
+    _check_module(model)
+    if importlib.util.find_spec("peft") is None:
+        raise ImportError("patch_peft needs peft, which is not installed: pip install peft")
+    from peft.tuners import lora
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    from .layer import FusedLoraLinear, StrictLoraLinear
+
+    kind: type[FusedLoraLinear] = StrictLoraLinear if strict_dtype else FusedLoraLinear
+    patched: dict[str, Any] = {}
+    already: dict[str, Any] = {}
+    skipped: dict[str, str] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, FusedLoraLinear):
+            already[name] = layer
+        elif isinstance(layer, BaseTunerLayer):
+            reason = _refusal(layer) if type(layer) is lora.Linear else _another(layer)
+            if reason is None:
+                patched[name] = layer
+            else:
+                skipped[name] = reason
+
+    before: dict[nn.Module, type] = {}
+    try:
+        for name, layer in (patched | already).items():
+            if type(layer) in (lora.Linear, FusedLoraLinear, StrictLoraLinear) and type(layer) is not kind:
+                before[layer] = type(layer)
+                layer.__class__ = kind
+                calls.name_layer(layer, name)
+        calls.forget_warnings()
+        trainable = tuple(name for name, layer in patched.items() if _base_weight(layer).requires_grad)
+        report = PatchReport(tuple(patched), tuple(already), skipped, trainable)
+        # In here because a user may have made warnings errors.
+        _warn(report, stacklevel)
+    except BaseException:
+        for layer, was in before.items():
+            layer.__class__ = was
+        raise
+    return report, before
+
+
+def _refusal(layer: Any) -> str | None:
+    """Why a LoRA layer cannot run on fastlora as it was built, whatever state it will be in; None where it can."""
+    from .layer import LORA_BIAS, Conv1D, base_refusal, exotic, is_exotic, variant
+
+    missing = [attribute for attribute in READ if not hasattr(layer, attribute)]
+    if missing:
+        return f"this version of peft has no {', '.join(missing)} in its LoRA layers: install one docs/peft.md names"
+    if "forward" in layer.__dict__:
+        return "its forward was replaced on the instance (X-LoRA and accelerate's hooks do so)"
+    base = layer.base_layer
+    if type(base) not in (nn.Linear, Conv1D):
+        return base_refusal(base)
+    if is_exotic(base._parameters.get("weight")):
+        return exotic("base_layer", base._parameters.get("weight"))
+    names = list(layer.lora_A)
+    if names and all(name in layer.lora_variant for name in names):
+        return variant(layer, names[0])
+    if names and all(layer.lora_B[name].bias is not None for name in names):
+        return LORA_BIAS
+    return None
+
+
+def _another(layer: object) -> str:
+    kind = type(layer)
+    return f"a {kind.__module__}.{kind.__name__} is not peft.tuners.lora.Linear itself"
+
+
+def _base_weight(layer: Any) -> Any:
+    return layer.base_layer.weight
+
+
+def _warn(report: PatchReport, stacklevel: int) -> None:
+    if not report.patched and not report.already_patched:
+        if report.skipped:
+            why = "; ".join(f"{count} × {reason}" for reason, count in report.reasons.most_common())
+        else:
+            why = "it holds no adapter layers of peft: pass what get_peft_model returned, unmerged"
+        warnings.warn(f"patch_peft patched no layer of model: {why}", stacklevel=stacklevel)
+    if report.trainable_base:
+        warnings.warn(
+            f"{len(report.trainable_base)} patched layers have a trainable base weight "
+            f"({_some(report.trainable_base)}): its gradient is computed too, at the cost of full fine-tuning. Freeze "
+            "it (requires_grad_(False)) unless you mean to train it",
+            stacklevel=stacklevel,
+        )
+
+
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: pass get_peft_model's result")
+
+
+def _some(names: Any, most: int = 3) -> str:
+    names = list(names)
+    more = f", and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,485 @@
+"""The benchmarks: rows, the gate, failures, order, names and the report. Times are never asserted."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from itertools import pairwise, permutations
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import environment, runner
+from benchmarks.__main__ import main
+from benchmarks.cases import FLOOR, LAYERS, MODES, PROFILES, Case
+from benchmarks.clocks import Clock, shuffled
+from benchmarks.failures import failures_into
+from benchmarks.layers import arms, contest, providers
+from benchmarks.layers import command as layers
+from benchmarks.layers.arms import Provider
+from benchmarks.layers.operands import make_operands
+from benchmarks.layers.table import render_case, step_speedups
+from benchmarks.layers.work import kept_bytes, peak_bytes
+from benchmarks.results import read
+from benchmarks.rows import STATUSES, LayerRow, Spread
+from benchmarks.units import geometric_mean
+from fastlora.backends import dispatch
+
+CPU = torch.device("cpu")
+TINY = ["--layer", "host", "--tokens", "24", "--rank", "4", "--rounds", "2"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_interpreter():
+    """A benchmark is what a user runs: no kernel under Triton's interpreter, which the other tests switch on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        dispatch._choose.cache_clear()
+        yield
+    dispatch._choose.cache_clear()
+
+
+def contestants(*names):
+    known = providers.providers()
+    return [known[name] for name in names]
+
+
+def run_tiny(arms, modes=MODES, dropout=0.0, dtype="fp32", rounds=1):
+    case = Case("gpt2.proj", 24, 4, dtype, dropout)
+    return contest.run_case(case, arms, modes, rounds, 60.0, Clock(CPU), CPU)
+
+
+def broken(name, **changes):
+    """A provider that builds plain LoRA and then breaks it."""
+
+    def build(case, operands, p):
+        return replace(contestants("plain")[0].build(case, operands, p), **changes)
+
+    return Provider(name, "broken", build)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """The rows of one small run through the command line: both dtypes, with and without dropout."""
+    path = tmp_path_factory.mktemp("results") / "cpu" / "layers-quick.jsonl"
+    assert main([*TINY, "--dtype", "fp32", "bf16", "--dropout", "0", "0.1", "--json", str(path)]) == 0
+    return path
+
+
+def test_every_provider_has_a_row_in_every_mode_and_case(published):
+    header, rows = read(published).environment, read(published).rows
+    names = list(providers.providers())
+    assert {(row.dtype, row.dropout, row.provider, row.mode) for row in rows} == {
+        (dtype, p, name, mode) for dtype in ("fp32", "bf16") for p in (0.0, 0.1) for name in names for mode in MODES
+    }
+    assert header["device"] == "cpu"
+    assert header["packages"]["torch"] == torch.__version__
+    for row in rows:
+        assert row.status in STATUSES
+        assert (row.m, row.k, row.n, row.r, row.bias) == (24, 64, 64, 4, False)
+        if row.status != "ok":
+            assert row.reason
+            assert row.wall_ms is None
+            assert row.ratio is None
+            continue
+        assert row.wall_ms.p20 <= row.wall_ms.p50 <= row.wall_ms.p80
+        assert row.device_ms is None
+        assert row.ratio > 0
+        assert row.noise >= 0
+        assert contest.MIN_ROUNDS <= row.rounds <= 2 * contest.HOST_ROUNDS
+        assert row.kept_bytes >= 0
+        assert row.peak_bytes > 0
+        for numbers in row.errors.values():
+            assert numbers["rms"] <= numbers["rms_bound"]
+            assert numbers["max"] <= numbers["max_bound"]
+    assert all(row.ratio == 1 for row in rows if row.provider == FLOOR)
+
+
+def test_lora_rows_check_all_four_tensors_and_dropout_where_the_mask_is_known(published):
+    rows = read(published).rows
+    for row in rows:
+        if row.provider.startswith("fastlora") and row.status == "ok":
+            assert set(row.errors) == {"y", "dx", "da", "db"}
+            assert row.gate_dropout == row.dropout
+        elif row.status == "ok":
+            assert row.gate_dropout == 0
+    assert {row.backend for row in rows if row.provider == "fastlora"} == {"library"}
+
+
+def test_absent_rows_say_why(published):
+    rows = read(published).rows
+    absent = {(row.provider, row.dtype, row.dropout): row.reason for row in rows if row.status == "absent"}
+    assert absent["addmm", "fp32", 0.1] == "takes no dropout"
+    assert absent["peft-fp32", "fp32", 0.0] == "the base is float32 already"
+
+
+def test_absent_peft_is_listed_as_absent(monkeypatch):
+    monkeypatch.setattr(arms.importlib.util, "find_spec", lambda name: None)
+    rows = run_tiny(contestants(FLOOR, "peft-same"), modes=["forward"])
+    assert [(row.status, row.reason) for row in rows] == [("ok", None), ("absent", "peft is not installed")]
+
+
+def test_a_wrong_provider_gets_no_speed():
+    def doubled_update(case, operands, p):
+        built = contestants("plain")[0].build(case, operands, p)
+        return replace(built, layer=lambda x: 1.01 * built.layer(x))
+
+    rows = run_tiny([*contestants(FLOOR), Provider("wrong", "1 % too large", doubled_update)])
+    wrong = [row for row in rows if row.provider == "wrong"]
+    assert [row.status for row in wrong] == ["wrong"] * 3
+    assert all(row.ms is None and row.ratio is None and row.rounds is None for row in wrong)
+    assert all(name in wrong[0].reason for name in ("y: rms error", "dx: rms error", "bound"))
+    assert "wrong: y: rms error" in render_case(rows)
+
+
+def spoil_gradient(spoil):
+    def build(case, operands, p):
+        built = contestants("plain")[0].build(case, operands, p)
+        built.trained["db"].register_hook(spoil)
+        return built
+
+    return build
+
+
+def spoil_output(spoil):
+    def build(case, operands, p):
+        built = contestants("plain")[0].build(case, operands, p)
+        return replace(built, layer=lambda x: spoil(built.layer(x)))
+
+    return build
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("where", [spoil_output, spoil_gradient], ids=["output", "gradient"])
+@pytest.mark.parametrize(
+    ("factor", "found"), [(0.0, ("rms error", "all zero")), (torch.nan, ("is nan", "not finite"))], ids=["zero", "nan"]
+)
+def test_what_is_zero_or_not_finite_gets_no_speed(factor, found, where, dropout):
+    """The gate sees it without dropout, and what the gate cannot see is seen in the layer itself."""
+
+    def build(case, operands, p):
+        return (where(lambda tensor: factor * tensor) if p == dropout else contestants("plain")[0].build)(
+            case, operands, p
+        )
+
+    rows = run_tiny([*contestants(FLOOR), Provider("spoilt", "at one dropout alone", build)], ["step"], dropout=dropout)
+    assert (rows[1].status, rows[1].ms, rows[1].rounds) == ("wrong", None, None)
+    assert any(words in rows[1].reason for words in found)
+    assert ("db: " if where is spoil_gradient else "y: ") in rows[1].reason
+
+
+def test_a_gradient_that_never_arrives_is_wrong():
+    def detached(case, operands, p):
+        built = contestants("plain")[0].build(case, operands, p)
+        return replace(built, trained={**built.trained, "db": built.trained["db"].detach().clone().requires_grad_()})
+
+    rows = run_tiny([*contestants(FLOOR), Provider("detached", "db is another tensor", detached)], modes=["step"])
+    assert (rows[1].status, rows[1].reason) == ("wrong", "db: no gradient arrived")
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "oom"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "oom"),
+        (MemoryError(), "oom"),
+        (RuntimeError("CUDA error: out of memory"), "oom"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), "oom"),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), "oom"),
+        (ZeroDivisionError("no luck"), "error"),
+    ],
+)
+def test_a_provider_that_raises_is_a_row_and_the_others_go_on(error, status):
+    def fail(x):
+        raise error
+
+    rows = run_tiny([*contestants(FLOOR), broken("fails", layer=fail), *contestants("plain")], modes=["step"])
+    assert [row.status for row in rows] == ["ok", status, "ok"]
+    assert rows[1].reason.startswith(type(error).__name__)
+
+
+def test_a_provider_that_raises_inside_the_clock_is_a_row():
+    calls = []
+
+    def build(case, operands, p):
+        built = contestants("plain")[0].build(case, operands, p)
+
+        def layer(x):
+            calls.append(1)
+            if len(calls) > 5:
+                raise ValueError("late")
+            return built.layer(x)
+
+        return replace(built, layer=layer)
+
+    rows = run_tiny([*contestants(FLOOR), Provider("late", "fails on its sixth call", build)], ["step"], rounds=3)
+    assert [row.status for row in rows] == ["ok", "error"]
+    assert rows[1].ms is None
+
+
+def test_operands_out_of_memory_fail_every_row(monkeypatch):
+    def out_of_memory(case, device):
+        raise torch.OutOfMemoryError("too large")
+
+    monkeypatch.setattr(contest, "make_operands", out_of_memory)
+    assert [row.status for row in run_tiny(contestants(FLOOR, "plain"), ["step"])] == ["oom", "oom"]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_fastlora_keeps_the_rank_r_middle_alone(dtype):
+    case = Case("gpt2.proj", 40, 8, dtype, 0.0)
+    operands = make_operands(case, CPU)
+    for arm in contestants("fastlora", "fastlora-library", "addmm"):
+        with arm.turn():
+            built = arm.build(case, operands, 0.0)
+            assert kept_bytes(built, operands) == 40 * 8 * operands.w.itemsize
+    floor = contestants(FLOOR)[0].build(case, operands, 0.0)
+    assert kept_bytes(floor, operands) == 0
+
+
+def test_fastlora_stores_no_mask_and_plain_lora_does():
+    case = Case("gpt2.proj", 40, 8, "fp32", 0.1)
+    operands = make_operands(case, CPU)
+    ours, plain = (arm.build(case, operands, 0.1) for arm in contestants("fastlora", "plain"))
+    seed_bytes = 16
+    assert kept_bytes(ours, operands) == 40 * 8 * 4 + seed_bytes
+    assert kept_bytes(plain, operands) > 40 * 768 * 4
+
+
+def test_peak_of_the_floor_is_y_and_dx():
+    case = Case("gpt2.attn", 40, 8, "fp32", 0.0)
+    operands = make_operands(case, CPU)
+    floor = contestants(FLOOR)[0].build(case, operands, 0.0)
+    assert peak_bytes(floor, operands) == 4 * 40 * (768 + 2304)
+
+
+def test_providers_take_turns_in_ever_other_order():
+    orders = [shuffled("abcde", turn) for turn in range(200)]
+    assert all(sorted(order) == list("abcde") for order in orders)
+    assert orders == [shuffled("abcde", turn) for turn in range(200)]
+    assert {order[0] for order in orders} == set("abcde")
+    assert {pair for order in orders for pair in pairwise(order)} == set(permutations("abcde", 2))
+
+
+def test_rounds_are_interleaved(monkeypatch):
+    order = []
+    sample = contest._Entrant.sample
+
+    def spy(entrant, clock, operands, calls):
+        order.append(entrant.provider.name)
+        sample(entrant, clock, operands, calls)
+
+    monkeypatch.setattr(contest._Entrant, "sample", spy)
+    run_tiny(contestants(FLOOR, "plain", "addmm"), ["forward"], rounds=2)
+    assert len(order) == 8
+    for round_ in (order[:4], order[4:]):
+        assert sorted(round_) == sorted([FLOOR, FLOOR, "plain", "addmm"])
+
+
+def test_no_call_finds_its_input_where_the_last_one_left_it(monkeypatch):
+    copies, prepare = [], contest.prepare
+
+    def spy(mode, built, operands, call):
+        copies.append(call % len(operands.xs))
+        return prepare(mode, built, operands, call)
+
+    monkeypatch.setattr(contest, "prepare", spy)
+    run_tiny(contestants(FLOOR, "plain"), ["step"], rounds=3)
+    assert len(copies) > 9
+    assert all(one != two for one, two in pairwise(copies))
+
+
+def test_a_lost_gpu_ends_the_run_and_keeps_what_was_finished(tmp_path, monkeypatch, capsys):
+    path, run_case = tmp_path / "rows.jsonl", layers.run_case
+
+    def lost(case, *rest):
+        if case.dtype == "bf16":
+            with failures_into([LayerRow.of(case, "plain", "step")]):
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return run_case(case, *rest)
+
+    def synchronize():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(layers, "run_case", lost)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    assert main([*SHORT, "--json", str(path)]) == 1
+    message = capsys.readouterr().err
+    assert "the GPU is lost to this process after plain: RuntimeError: CUDA error: an illegal memory access" in message
+    assert "--resume" in message
+    assert {row.dtype for row in read(path).rows} == {"fp32"}
+
+
+def test_host_sized_cases_compare_wall_time():
+    times = {"wall_ms": Spread(0.2, 0.2, 0.2), "device_ms": Spread(0.01, 0.01, 0.01)}
+    rows = [replace(LayerRow.of(Case(name, 1, 8, "bf16", 0.0), "fastlora", "step"), **times) for name in LAYERS]
+    assert {row.ms.p50 for row in rows if row.case.is_host} == {0.2}
+    assert {row.ms.p50 for row in rows if not row.case.is_host} == {0.01}
+
+
+def test_wall_time_stands_beside_the_device_s():
+    both = [timed(FLOOR, 2.0, device_ms=Spread(1.5, 1.5, 1.5)), timed("addmm", 2.5, device_ms=Spread(1.5, 1.6, 1.7))]
+    head, floor, addmm = (line.split() for line in render_case(both).splitlines()[1:4])
+    assert head[:6] == ["step", "ms", "×", "floor", "step", "wall"]
+    assert floor[:5] == [FLOOR, "1.500", "(1.500-1.500)", "1.00", "2.000"]
+    assert addmm[:5] == ["addmm", "1.600", "(1.500-1.700)", "1.25", "2.500"]
+    assert "wall" not in render_case([timed(FLOOR, 2.0)])
+
+
+def test_a_provider_by_name_only_is_listed_and_told_how(published):
+    rows = [row for row in read(published).rows if row.provider == "unsloth"]
+    assert {(row.status, row.reason) for row in rows} == {
+        ("absent", "takes part only where it is named: --provider unsloth")
+    }
+
+
+def test_a_mode_stops_at_its_time_but_not_before_the_least_rounds():
+    case = Case("host", 4, 4, "fp32", 0.0)
+    rows = contest.run_case(case, contestants(FLOOR), ["forward"], 1000, 0.0, Clock(CPU), CPU)
+    assert rows[0].rounds == contest.MIN_ROUNDS
+
+
+def test_a_turn_forces_the_backend_and_restores_the_variable(monkeypatch):
+    monkeypatch.setenv("FASTLORA_BACKEND", "reference")
+    with contestants("fastlora-library")[0].turn():
+        assert os.environ["FASTLORA_BACKEND"] == "library"
+    assert os.environ["FASTLORA_BACKEND"] == "reference"
+    monkeypatch.delenv("FASTLORA_BACKEND")
+    with contestants("fastlora")[0].turn():
+        assert os.environ["FASTLORA_BACKEND"] == "auto"
+    assert "FASTLORA_BACKEND" not in os.environ
+
+
+@pytest.mark.parametrize("option", ["--layer", "--provider", "--profile", "--mode", "--dtype"])
+def test_unknown_names_list_the_known_ones(option, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([option, "nonsense"])
+    assert stop.value.code == 2
+    known = {"--layer": LAYERS, "--provider": providers.providers(), "--profile": PROFILES["cpu"], "--mode": MODES}
+    message = capsys.readouterr().err
+    assert all(name in message for name in known.get(option, ("bf16", "fp16", "fp32")))
+
+
+@pytest.mark.parametrize("value", ["1", "-0.1", "nan", "some"])
+def test_a_dropout_that_is_none_is_told_what_was_expected(value, capsys):
+    with pytest.raises(SystemExit):
+        main([f"--dropout={value}"])
+    assert f"--dropout: expected a number of at least 0 and below 1, got '{value}'" in capsys.readouterr().err
+
+
+def test_a_path_that_cannot_be_written_is_named_with_the_remedy(tmp_path, capsys):
+    assert main([*TINY, "--json", str(tmp_path)]) == 2
+    assert f"{tmp_path} cannot be written: Is a directory; --json PATH names another" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_gpu_run_without_gpu_offers_the_cpu_one(capsys):
+    assert main(["--device", "cuda"]) == 2
+    message = capsys.readouterr().err
+    assert "no CUDA device" in message
+    assert "--device cpu" in message
+
+
+def test_publish_refuses_a_part_of_a_profile(capsys):
+    assert main(["--publish", *TINY]) == 2
+    assert "whole profile" in capsys.readouterr().err
+
+
+def test_publish_copies_a_finished_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "RESULTS", tmp_path)
+    monkeypatch.setattr(runner, "LOCAL", tmp_path / "local")
+    quick = PROFILES["cpu"]["quick"]
+    tiny = replace(quick, rounds=1, sweeps=[{**quick.sweeps[0], "layer": ["host"]}])
+    monkeypatch.setitem(layers.PROFILES["cpu"], "quick", tiny)
+    monkeypatch.setattr(contest, "HOST_ROUNDS", 1)
+    assert main(["--device", "cpu", "--publish"]) == 0
+    written = tmp_path / environment.slug(CPU) / "layers-quick.jsonl"
+    assert written.read_bytes() == (tmp_path / "local" / "cpu" / "layers-quick.jsonl").read_bytes()
+
+
+SHORT = [*TINY, "--dtype", "fp32", "bf16", "--dropout", "0", "--provider", "plain", "--mode", "step"]
+
+
+def interrupt_at(monkeypatch, dtype):
+    """Ctrl-C in the first case of this dtype; returns the cases that ran."""
+    run_case, ran = layers.run_case, []
+
+    def interrupted(case, *rest):
+        if case.dtype == dtype:
+            raise KeyboardInterrupt
+        ran.append(case)
+        return run_case(case, *rest)
+
+    monkeypatch.setattr(layers, "run_case", interrupted)
+    return ran
+
+
+def test_an_interrupted_run_keeps_finished_cases_and_is_resumed(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "rows.jsonl"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, "bf16")
+        assert main([*SHORT, "--json", str(path)]) == 130
+    assert "1 of 2 cases are in" in capsys.readouterr().err
+    before = read(path)
+    assert not before.complete
+    assert [row.provider for row in before.rows] == [FLOOR, "plain"]
+    ran = interrupt_at(monkeypatch, "none")
+    assert main([*SHORT, "--json", str(path), "--resume"]) == 0
+    assert [case.dtype for case in ran] == ["bf16"]
+    after = read(path)
+    assert after.complete
+    assert after.rows[:2] == before.rows
+    assert [(row.dtype, row.provider) for row in after.rows] == [
+        (dtype, name) for dtype in ("fp32", "bf16") for name in (FLOOR, "plain")
+    ]
+
+
+def test_an_interruption_outside_the_cases_is_no_traceback(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "rows.jsonl"
+
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(layers.plots, "save", interrupted)
+    assert main([*SHORT, "--json", str(path)]) == 130
+    assert capsys.readouterr().err.endswith("\ninterrupted\n")
+    assert read(path).complete
+
+
+def test_a_wrong_row_makes_the_run_fail(tmp_path, monkeypatch):
+    def wrong(*args):
+        return [replace(LayerRow.of(Case("host", 1, 1, "fp32", 0.0), "plain", "step"), status="wrong", reason="y")]
+
+    monkeypatch.setattr(layers, "run_case", wrong)
+    assert main([*TINY, "--json", str(tmp_path / "rows.jsonl")]) == 1
+
+
+def test_list_names_everything(capsys):
+    assert main(["layers", "--list"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in (*PROFILES["cpu"], *LAYERS, *providers.providers()))
+
+
+def test_percentiles_and_geometric_mean():
+    assert Spread.of([3.0]) == Spread(3.0, 3.0, 3.0)
+    assert Spread.of([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == Spread(2.0, 3.5, 5.0)
+    assert geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
+
+
+def timed(provider, p50, **changes):
+    row = LayerRow.of(Case("gpt2.attn", 256, 8, "bf16", 0.0), provider, "step")
+    return replace(row, wall_ms=Spread(p50, p50, p50), ratio=p50 / 2, **changes)
+
+
+def test_speedups_are_peft_over_fastlora():
+    rows = [timed(FLOOR, 2.0), timed("peft-same", 6.0), timed("fastlora", 3.0)]
+    assert step_speedups(rows, "fastlora", "peft-same") == [2.0]
+    assert step_speedups(rows, "fastlora", "peft-fp32") == []
+
+
+def test_device_slug(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert environment.slug(SimpleNamespace(type="cuda")) == "nvidia-h200"
+    assert environment.slug(CPU) == "cpu"

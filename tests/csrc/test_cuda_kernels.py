@@ -1,0 +1,492 @@
+"""The CUDA kernels' own source against the fp64 oracle: on an sm_90 GPU where there is one, else on the host model.
+
+The host model (host_model/) interleaves CTAs, warps, copies and matrix products at random under a seed. What it finds
+is as good as the faults it can see, so the last part of this file plants them and expects each to show.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastlora.accuracy import assert_close_to_oracle
+from fastlora.backends import cuda, reference
+from fastlora.backends.dropout import Dropout, draw_seed
+from tests.cases import DTYPES, LAYOUTS, SCALE, check_against_reference, make
+from tests.csrc import host_library
+
+ROOT = Path(__file__).resolve().parents[2]
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+MASKS = ("none", "input", "product")
+HALVES = ("bf16", "fp16")
+
+pytestmark = [
+    pytest.mark.skipif(not ON_GPU and shutil.which("g++") is None, reason="no g++ on PATH to build the host model"),
+    pytest.mark.skipif(
+        ON_GPU and torch.cuda.get_device_capability() != (9, 0), reason="the CUDA kernels are for sm_90"
+    ),
+]
+
+
+@pytest.fixture(scope="session")
+def host_model() -> Path | None:
+    """The kernels compiled for the host; None where a GPU runs the real ones."""
+    return None if ON_GPU else host_library.build(ROOT / "build" / "host_model")
+
+
+@pytest.fixture(autouse=True)
+def library(host_model: Path | None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The backend on that library, every new element NaN until somebody writes it."""
+    if host_model is not None:
+        monkeypatch.setenv("FASTLORA_CUDA_LIBRARY", str(host_model))
+        interleave(host_model, seed=1)
+    load = cuda._library
+    load.cache_clear()
+    empty = torch.empty
+
+    def poisoned(*args: object, **kwargs: object) -> Tensor:
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else 0x7F)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    yield
+    load.cache_clear()
+
+
+def interleave(library: Path, seed: int, resident_clusters: int = 2, calls_between_yields: int = 8) -> None:
+    """Sets how the host model runs what follows."""
+    configure = ctypes.CDLL(str(library)).fastlora_model_configure
+    configure.argtypes = (ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_uint64)
+    configure(seed, resident_clusters, calls_between_yields, 0)
+
+
+def check(
+    *,
+    m: int = 150,
+    k: int = 96,
+    n: int = 272,
+    r: int = 16,
+    dtypes: str = "bf16",
+    mask: str = "none",
+    backward: bool = False,
+    layout: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One call of lora_matmul against the oracle; ``backward`` turns the operands as backward does."""
+    dtype, adapter_dtype = DTYPES[dtypes]
+    x, w, a, b, bias = make(m, k, n, r, dtype=dtype, adapter_dtype=adapter_dtype).map(lambda t: t.to(DEVICE))
+    if backward:
+        w, a, b, bias = w.T.contiguous().T, a.T.contiguous().T, b.T.contiguous().T, None
+    if layout is not None:
+        a, b = LAYOUTS[layout](a), LAYOUTS[layout](b)
+    dropout = None if mask == "none" else Dropout(0.3, draw_seed(DEVICE))
+    options = {"scale": SCALE, "dropout": dropout, "on_product": mask == "product"}
+    y, z = cuda.lora_matmul(x, w, a, b, bias=bias, **options)
+    baseline = reference.lora_matmul(x, w, a, b, bias=bias, **options)
+    wide = None if bias is None else bias.double()
+    oracle = reference.lora_matmul(x.double(), w.double(), a.double(), b.double(), bias=wide, **options)
+    assert_close_to_oracle(y, oracle=oracle[0], baseline=baseline[0], name="y")
+    assert_close_to_oracle(z, oracle=oracle[1], baseline=baseline[1], name="z")
+    return y, z
+
+
+def check_rank_grad(
+    *, m: int = 300, c: int = 200, r: int = 16, dtypes: str = "bf16", masked: bool = False, wide_first: bool = False
+) -> Tensor:
+    """One call of rank_grad against the oracle; the gradient is in the adapters' dtype."""
+    dtype, grad_dtype = DTYPES[dtypes]
+    generator = torch.Generator().manual_seed(3)
+    wide = torch.randn(m, c, generator=generator).to(dtype).to(DEVICE)
+    narrow = torch.randn(m, math.ceil(r / 8) * 8, generator=generator).to(dtype).to(DEVICE)[:, :r]
+    p, q = (wide, narrow) if wide_first else (narrow, wide)
+    dropout = Dropout(0.3, draw_seed(DEVICE)) if masked else None
+    grad = cuda.rank_grad(p, q, dtype=grad_dtype, dropout=dropout)
+    baseline = reference.rank_grad(p, q, dtype=grad_dtype, dropout=dropout)
+    oracle = reference.rank_grad(p.double(), q.double(), dtype=torch.float64, dropout=dropout)
+    assert_close_to_oracle(grad, oracle=oracle, baseline=baseline, name="grad")
+    return grad
+
+
+@pytest.fixture(params=cuda.DESIGNS)
+def design(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Who makes z."""
+    monkeypatch.setenv("FASTLORA_CUDA_DESIGN", request.param)
+    return str(request.param)
+
+
+@pytest.fixture(params=[(128, 150), (256, 100), (256, 300)], ids=["128", "256", "256_in_pairs"])
+def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Every kernel of lora_matmul: the columns of a tile, and an M at which it runs alone or in a cluster of two."""
+    columns, m = request.param
+    pack = cuda._pack_lora_matmul
+    monkeypatch.setattr(cuda, "_pack_lora_matmul", lambda *fields: pack(*fields[:-1], columns))
+    return int(m)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dtypes", HALVES)
+def test_every_tile_design_and_mask(tile: int, design: str, dtypes: str, mask: str, backward: bool) -> None:
+    check(m=tile, n=280, dtypes=dtypes, mask=mask, backward=backward)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("r", [1, 8, 12, 16, 24, 64, 72, 128, 200, 256])
+def test_any_rank(design: str, r: int, mask: str) -> None:
+    check(m=140, k=72, n=264, r=r, mask=mask, backward=mask == "product")
+
+
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 8, 8), (127, 64, 256), (129, 72, 264), (257, 200, 520), (64, 520, 136)])
+def test_sizes_off_the_tile(design: str, m: int, k: int, n: int) -> None:
+    check(m=m, k=k, n=n)
+    check(m=m, k=k, n=n, backward=True, mask="product")
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_float32_adapters_are_read_as_they_are(design: str, mask: str) -> None:
+    check(dtypes="bf16_fp32_adapters", mask=mask, backward=mask == "product", r=20)
+
+
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_adapters_of_any_strides(layout: str, backward: bool) -> None:
+    check(layout=layout, backward=backward)
+
+
+@pytest.mark.parametrize("dtypes", HALVES)
+@pytest.mark.parametrize("on_product", [False, True], ids=["forward", "backward"])
+def test_z_alone(dtypes: str, on_product: bool) -> None:
+    dtype = DTYPES[dtypes][0]
+    x, _, a, b, _ = make(300, 136, 64, 40, dtype=dtype).map(lambda t: t.to(DEVICE))
+    a = a.T.contiguous().T if on_product else a
+    y, z = cuda.lora_matmul(x, None, a, b, scale=SCALE, on_product=on_product)
+    assert y is None
+    baseline = reference.lora_matmul(x, None, a, b, scale=SCALE)[1]
+    oracle = reference.lora_matmul(x.double(), None, a.double(), b.double(), scale=SCALE)[1]
+    assert_close_to_oracle(z, oracle=oracle, baseline=baseline, name="z")
+
+
+@pytest.mark.parametrize("dtypes", sorted(set(DTYPES) - {"fp32"}))
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("r", [1, 16, 72, 200])
+def test_rank_grad(r: int, masked: bool, dtypes: str) -> None:
+    check_rank_grad(r=r, c=264, masked=masked, dtypes=dtypes)
+
+
+@pytest.mark.parametrize(("m", "c"), [(1, 8), (64, 128), (65, 136), (700, 72), (1100, 392)])
+def test_rank_grad_off_the_tile_and_split(m: int, c: int) -> None:
+    check_rank_grad(m=m, c=c, r=8)
+    check_rank_grad(m=m, c=c, r=8, wide_first=True)
+
+
+def test_rank_grad_goes_round_its_ring() -> None:
+    """Enough columns that one split takes all tokens: more trips than stages."""
+    check_rank_grad(m=700, c=8504)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("dtypes", sorted(set(DTYPES) - {"fp32"}))
+def test_a_training_step_through_autograd(
+    design: str, dtypes: str, dropout_p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if ON_GPU:
+        pytest.skip("tests/test_gpu.py does this on the GPU")
+    monkeypatch.setenv("FASTLORA_BACKEND", "cuda")
+    dtype, adapter_dtype = DTYPES[dtypes]
+    operands = make(k=72, n=136, r=12, lead=(2, 3, 25), dtype=dtype, adapter_dtype=adapter_dtype)
+    check_against_reference(operands, dropout_p=dropout_p)
+
+
+@pytest.mark.skipif(ON_GPU, reason="needs the host model's seeds; tests/test_gpu.py repeats on the GPU")
+def test_the_same_bits_however_the_hardware_interleaves(host_model: Path, design: str) -> None:
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    results = []
+    for seed in range(12):
+        interleave(host_model, seed, resident_clusters=1 + seed % 4, calls_between_yields=(0, 1, 5, 40)[seed % 4])
+        torch.set_rng_state(state)
+        results.append((*check(m=400, n=520, mask="product", backward=True), check_rank_grad(m=600, masked=True)))
+    for other in results[1:]:
+        assert all(torch.equal(first, again) for first, again in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"r": 257}, "r must be at most 256"),
+        ({"n": 250}, "n must be a multiple of 8"),
+        ({"x_stride": 100}, "rows of x must start on 16 bytes"),
+        ({"w_stride": 100}, "rows of w must start on 16 bytes"),
+        ({"z_stride": 8}, "rows of z must start on 16 bytes"),
+        ({"dtype": 2}, "dtype must be BF16 or FP16"),
+        ({"m": 0}, "must be at least 1"),
+        ({"tile_columns": 64}, "tile_columns must be 0, 128 or 256"),
+        ({"tile_columns": 128, "r": 200, "z_stride": 200}, "tiles of 128 columns take r up to 128"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_the_library_refuses_in_words_before_it_launches(change: dict[str, int], words: str) -> None:
+    sizes = dict(m=128, k=96, n=256, r=16, x_stride=96, w_stride=96, y_stride=256, z_stride=16)
+    sizes |= dict(a_stride_r=96, a_stride_k=1, b_stride_n=16, b_stride_r=1, dtype=0, adapter_dtype=0)
+    call = cuda._LoraMatmul(**(sizes | change), x=16, w=16, a=16, b=16, y=16, z=16)
+    answer = cuda._loaded().lora_matmul.launch(bytes(call), None, 0, 4, None)
+    assert answer is not None
+    assert words in answer.decode()
+
+
+SHAPES = [
+    (m, n, tile_n, cluster, sms)
+    for m in (1, 128, 129, 1000, 2048, 8192, 20000)
+    for n in (8, 256, 1024, 4096, 28672)
+    for tile_n, cluster in ((128, 1), (256, 1), (256, 2))
+    for sms in (2, 7, 114, 132)
+]
+
+
+@pytest.mark.skipif(ON_GPU, reason="plain arithmetic, checked where the host model is built")
+def test_every_producer_of_z_comes_before_all_that_wait_for_it(tmp_path: Path) -> None:
+    probe_path = host_library.build(tmp_path, sources=[Path(__file__).with_name("schedule_probe.cpp")])
+    probe = ctypes.CDLL(str(probe_path)).schedule_probe
+    for m, n, tile_n, cluster, sms in SHAPES:
+        sizes = (ctypes.c_uint64(m), ctypes.c_uint64(n), tile_n, cluster)
+        count = probe(*sizes, 1, 1, sms, None, 0)
+        jobs = (ctypes.c_uint32 * (3 * count))()
+        assert probe(*sizes, 1, 1, sms, jobs, count) == count
+        row_units, columns = math.ceil(m / (128 * cluster)), math.ceil(n / tile_n)
+        made: set[int] = set()
+        tiles: set[tuple[int, int]] = set()
+        for units, first, column in zip(jobs[::3], jobs[1::3], jobs[2::3], strict=True):
+            if units:
+                assert not tiles, "a producer after a tile would be waited for"
+                assert made.isdisjoint(range(first, first + units))
+                made |= set(range(first, first + units))
+            else:
+                assert first in made
+                tiles.add((first, column))
+        assert made == set(range(row_units))
+        assert tiles == {(row, column) for row in range(row_units) for column in range(columns)}
+        assert count - row_units * columns <= row_units
+
+
+# A fault planted in csrc/: in which file what is replaced by what, and the words of the report where it must be one.
+FAULTS: dict[str, tuple[list[tuple[str, str, str]], str | None]] = {
+    "stride_in_the_descriptor": (
+        [("layout.cuh", "uint64_t(SWIZZLE_BYTES >> 4) << 32", "uint64_t(SWIZZLE_BYTES >> 5) << 32")],
+        None,
+    ),
+    "leading_offset_in_the_descriptor": (
+        [
+            (
+                "layout.cuh",
+                "uint64_t((panel_bytes & 0x3FFFF) >> 4) << 16",
+                "uint64_t((panel_bytes & 0x3FFFF) >> 5) << 16",
+            )
+        ],
+        None,
+    ),
+    "swizzle_in_the_descriptor": ([("layout.cuh", "uint64_t(1) << 62", "uint64_t(2) << 62")], None),
+    "step_along_k": ([("layout.cuh", "16 * PANEL_ROW_BYTES : 32", "16 * PANEL_ROW_BYTES : 64")], None),
+    "step_along_k_of_a_transposed_operand": (
+        [("layout.cuh", "16 * PANEL_ROW_BYTES : 32", "8 * PANEL_ROW_BYTES : 32")],
+        None,
+    ),
+    "swizzle_of_what_threads_write": ([("layout.cuh", "((chunk ^ (row & 7)) << 4)", "(chunk << 4)")], None),
+    "row_of_a_fragment": ([("layout.cuh", "return 16 * warp + lane / 4;", "return 16 * warp + lane % 8;")], None),
+    "phase_waited_for": (
+        [
+            (
+                "lora_matmul_consumer.cuh",
+                "barrier_wait(this->full(), trip.parity);",
+                "barrier_wait(this->full(), trip.parity ^ 1);",
+            )
+        ],
+        None,
+    ),
+    "coordinate_of_x": (
+        [
+            (
+                "lora_matmul_producer.cuh",
+                "tma_load(to, &p.x, this->full(), k, first_m);",
+                "tma_load(to, &p.x, this->full(), k, first_m + 1);",
+            )
+        ],
+        None,
+    ),
+    "place_of_a_share_of_w": (
+        [
+            (
+                "lora_matmul_producer.cuh",
+                "to + rank * ROWS * PANEL_ROW_BYTES, first_k",
+                "to + (rank ^ 1) * ROWS * PANEL_ROW_BYTES, first_k",
+            )
+        ],
+        None,
+    ),
+    "too_few_bytes_expected": (
+        [
+            (
+                "lora_matmul_producer.cuh",
+                "barrier_arrive_expect(this->full(), bytes);",
+                "barrier_arrive_expect(this->full(), bytes - 8192);",
+            )
+        ],
+        None,
+    ),
+    "too_many_bytes_expected": (
+        [
+            (
+                "lora_matmul_producer.cuh",
+                "barrier_arrive_expect(this->full(), bytes);",
+                "barrier_arrive_expect(this->full(), bytes + 128);",
+            )
+        ],
+        "deadlock.*full\\[",
+    ),
+    "slot_given_back_before_the_wait": (
+        [
+            (
+                "lora_matmul_consumer.cuh",
+                "wgmma_wait<1>();\n      release(previous);",
+                "release(previous);\n      wgmma_wait<1>();",
+            )
+        ],
+        None,
+    ),
+    "slot_given_back_by_one_cta_of_two": (
+        [
+            ("lora_matmul_block.cuh", 'CONSUMERS * CLUSTER, "empty"', 'CONSUMERS, "empty"'),
+            ("lora_matmul_consumer.cuh", "if (thread < CLUSTER) {", "if (thread == this->rank) {"),
+        ],
+        None,
+    ),
+    "y_without_its_fence": ([("lora_matmul_consumer.cuh", "fence_async_shared();\n      sync();", "sync();")], "fence"),
+    "masked_x_without_its_fence": (
+        [("lora_matmul_consumer.cuh", "fence_async_shared();\n    sync();", "sync();")],
+        "fence",
+    ),
+    "y_buffer_taken_too_early": (
+        [("lora_matmul_consumer.cuh", "if (thread == 0) tma_store_wait_read<L::Y_BUFFERS - 1>();", "")],
+        None,
+    ),
+    "z_not_waited_for": (
+        [("lora_matmul_producer.cuh", "while (load_acquire(p.flags + block) < CONSUMERS) back_off();", "")],
+        None,
+    ),
+    "half_of_z_waited_for": (
+        [
+            (
+                "lora_matmul_producer.cuh",
+                "(load_acquire(p.flags + block) < CONSUMERS)",
+                "(load_acquire(p.flags + block) < 1)",
+            )
+        ],
+        None,
+    ),
+    "tiles_before_their_z": (
+        [
+            ("schedule.cuh", "return job < z_jobs;", "return job >= row_units * columns;"),
+            ("schedule.cuh", "return job * z_run;", "return (job - row_units * columns) * z_run;"),
+            ("schedule.cuh", "const uint32_t tile = job - z_jobs;", "const uint32_t tile = job;"),
+        ],
+        "deadlock.*global memory",
+    ),
+    "job_never_acknowledged": (
+        [("lora_matmul_consumer.cuh", "if (thread % 32 == 0) barrier_arrive_at(this->job_empty(), 0);", "")],
+        "deadlock.*job_empty\\[",
+    ),
+    "job_word_not_expected": (
+        [("lora_matmul_producer.cuh", "barrier_arrive_expect(this->job_full(), 4);", "")],
+        r"deadlock.*job_full\[",
+    ),
+    "job_expected_before_the_one_before_has_landed": (
+        [
+            ("lora_matmul_producer.cuh", "barrier_arrive_expect(this->job_full(), 4);\n      for", "for"),
+            (
+                "lora_matmul_producer.cuh",
+                "if (rank == 0) {\n",
+                "if (rank == 0) {\n      barrier_arrive_expect(this->job_full(), 4);\n",
+            ),
+        ],
+        "more often",
+    ),
+    "cta_gone_before_its_pair": ([("lora_matmul_sm90.cu", "if (CLUSTER > 1) cluster_sync();\n}", "}")], None),
+    "partial_sums_announced_too_early": (
+        [
+            (
+                "rank_grad_sm90.cu",
+                "Layout<PANELS>::LAST;\n    named_barrier_sync(1 + CONSUMERS, CONSUMERS * WARPGROUP);",
+                "Layout<PANELS>::LAST;",
+            )
+        ],
+        None,
+    ),
+    "tokens_of_the_next_split": (
+        [
+            (
+                "rank_grad_sm90.cu",
+                "p.tokens_per_split ? p.m : first_m + p.tokens_per_split",
+                "p.tokens_per_split ? p.m : p.m",
+            )
+        ],
+        None,
+    ),
+    "slot_of_rank_grad_given_back_before_the_wait": (
+        [
+            (
+                "rank_grad_sm90.cu",
+                "wgmma_wait<1>();\n      release(previous);",
+                "release(previous);\n      wgmma_wait<1>();",
+            )
+        ],
+        None,
+    ),
+}
+
+
+def with_fault(folder: Path, name: str) -> Path:
+    """A copy of csrc/ with the fault in it, and float16 left out, which halves the time to compile."""
+    replacements = list(FAULTS[name][0])
+    shutil.copytree(ROOT / "csrc", folder)
+    for verb in ("lora_matmul", "rank_grad"):
+        replacements.append((f"{verb}_sm90.cu", f": run_{verb}<FP16>(", ": nullptr; (void)("))
+    for path, old, new in replacements:
+        text = (folder / path).read_text(encoding="utf-8")
+        assert old in text, f"csrc/{path} no longer has {old!r}: plant the fault where it went"
+        (folder / path).write_text(text.replace(old, new), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.skipif(ON_GPU, reason="on the host model alone")
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_shows(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = host_library.build(tmp_path / "library", csrc=with_fault(tmp_path / "csrc", name))
+    monkeypatch.setattr(cuda, "_library", lambda: cuda._load(str(library)))
+    seen = []
+    for seed in range(12):
+        interleave(library, seed, resident_clusters=1 + seed % 3, calls_between_yields=(8, 0, 1, 40)[seed % 4])
+        for attempt in (
+            lambda: check(m=400, k=520, n=520, r=72),
+            lambda: check(m=400, k=520, n=520, mask="product", backward=True),
+            lambda: check(m=150, k=520, n=264, mask="input"),
+            # So few trips a tile that the producer is two tiles ahead.
+            lambda: check(m=400, k=96, n=520),
+            lambda: check_rank_grad(m=1100, c=200, masked=True),
+            lambda: check_rank_grad(m=700, c=8504),
+        ):
+            try:
+                attempt()
+            except (AssertionError, RuntimeError) as error:
+                seen.append(str(error))
+        if seen:
+            break
+    assert seen, "nothing noticed"
+    words = FAULTS[name][1]
+    assert words is None or any(re.search(words, report, re.DOTALL) for report in seen), seen[0]
