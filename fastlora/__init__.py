@@ -4,9 +4,8 @@ from .adapters.inject import inject
 from .adapters.merging import merge_adapter, merge_and_unload, unmerge_adapter
 from .adapters.model import delete_adapter, disable, enable, set_adapter, unload
 from .adapters.saving import load_adapter, save_adapter
-from .backends.dispatch import explain
 from .module import LoRALinear
-from .ops.autograd import lora_linear
+from .ops.linear import explain, lora_linear
 from .peft import PatchReport, patch_peft, patched_peft, unpatch_peft
 
 __version__ = "0.1.0"

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .backends import reference
-from .backends.dropout import Dropout
+from .backends.request import Product, dtype_name
 
 RMS_FACTOR = 1.5
 MAX_FACTOR = 2.0
@@ -39,54 +39,28 @@ class Step(NamedTuple):
     db: Tensor
 
 
-def reference_step(
-    x: Tensor,
-    w: Tensor,
-    a: Tensor,
-    b: Tensor,
-    dy: Tensor,
-    *,
-    scale: float,
-    bias: Tensor | None = None,
-    dropout: Dropout | None = None,
-) -> Step:
+def reference_step(product: Product, dy: Tensor) -> Step:
     """Forward and backward in the reference's two verbs, in the dtype of x: the baseline.
 
     Args:
-        x: input [M, K].
-        w: base weight [N, K].
-        a: down projection [R, K].
-        b: up projection [N, R].
+        product: the forward, with x [M, K] and dropout, if any, on the input.
         dy: gradient of the output [M, N].
-        scale: factor on the update.
-        bias: base bias [N] or None.
-        dropout: the mask on the adapter's input, or None.
     """
-    y, z = reference.lora_matmul(x, w, a, b, scale=scale, bias=bias, dropout=dropout)
-    dx, t = reference.lora_matmul(dy, w.T, b.T, a.T, scale=scale, dropout=dropout, on_product=True)
+    p = product
+    assert p.w is not None
+    y, z = reference.lora_matmul(p)
+    turned = Product(dy, p.w.T, p.b.T, p.a.T, p.scale, None, p.dropout_p, p.seed, on_product=True)
+    dx, t = reference.lora_matmul(turned)
     assert y is not None
     assert dx is not None
-    da = reference.rank_grad(t, x, dtype=a.dtype, dropout=dropout)
-    db = reference.rank_grad(dy, z, dtype=b.dtype)
+    da = reference.rank_grad(t, p.x, dtype=p.a.dtype, dropout=p.mask_x)
+    db = reference.rank_grad(dy, z, dtype=p.b.dtype)
     return Step(y, dx, da, db)
 
 
-def oracle_step(
-    x: Tensor,
-    w: Tensor,
-    a: Tensor,
-    b: Tensor,
-    dy: Tensor,
-    *,
-    scale: float,
-    bias: Tensor | None = None,
-    dropout: Dropout | None = None,
-) -> Step:
+def oracle_step(product: Product, dy: Tensor) -> Step:
     """:func:`reference_step` in float64 on the same rounded inputs: the oracle."""
-    wide = None if bias is None else bias.double()
-    return reference_step(
-        x.double(), w.double(), a.double(), b.double(), dy.double(), scale=scale, bias=wide, dropout=dropout
-    )
+    return reference_step(product.map(Tensor.double), dy.double())
 
 
 class Errors(NamedTuple):
@@ -152,7 +126,9 @@ def compare(actual: Tensor, *, oracle: Tensor, baseline: Tensor) -> Errors:
 
     finite = oracle.isfinite()
     if not (baseline.isfinite() | ~finite).all():
-        raise ValueError(f"the baseline overflows {_plain(baseline.dtype)} where the oracle is finite: scale the data")
+        raise ValueError(
+            f"the baseline overflows {dtype_name(baseline.dtype)} where the oracle is finite: scale the data"
+        )
     if not torch.equal(actual.isfinite(), finite):
         at = _coordinate((actual.isfinite() != finite).int())
         return Errors.mismatched(f"is {actual[at].item()} at {at}, oracle {oracle[at].item():.9g}")
@@ -197,4 +173,6 @@ def _coordinate(values: Tensor) -> tuple[int, ...]:
 
 
 def _plain(value: object) -> str:
-    return str(list(value)) if isinstance(value, torch.Size) else str(value).removeprefix("torch.")
+    if isinstance(value, torch.Size):
+        return str(list(value))
+    return dtype_name(value) if isinstance(value, torch.dtype) else str(value)

@@ -9,14 +9,12 @@ import platform
 import torch
 
 from . import __version__
-from .backends.dispatch import explain
+from .ops.linear import explain
 
 _PACKAGES = ("torch", "triton", "numpy", "peft", "transformers", "safetensors")
 _VARIABLES = (
     "FASTLORA_BACKEND",
-    "FASTLORA_CUDA_DESIGN",
     "FASTLORA_CUDA_LIBRARY",
-    "FASTLORA_TRITON_DESIGN",
     "TRITON_INTERPRET",
 )
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .mergeable import MergeableLinear, Update, check_rank_and_dropout, scale_of, start_adapter
 from .ops import dtensor
-from .ops.autograd import lora_linear
+from .ops.linear import lora_linear
 
 
 class LoRALinear(MergeableLinear):

@@ -23,7 +23,7 @@ def load_tile(ptr, row, column, ROWS, COLUMNS, stride_row, stride_column):
 
 @triton.jit
 def low_rank_product(
-    acc_mn, z_ptr, b_ptr, first_m, first_n, M, N, R, stride_bn, stride_br,
+    acc_mn, z_ptr, b_ptr, first_m, first_n, M, N, R, stride_zm, stride_bn, stride_br,
     BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc_mn + z_mr · b_nrᵀ: one more trip of the base product's accumulator, or a few where the rank is large."""
@@ -31,7 +31,7 @@ def low_rank_product(
     n = first_n + tl.arange(0, acc_mn.shape[1])
     r = tl.arange(0, BLOCK_R)
     for first_r in tl.range(0, R, BLOCK_R, num_stages=1):
-        z_mr = load_tile(z_ptr, m, first_r + r, M, R, R, 1)
+        z_mr = load_tile(z_ptr, m, first_r + r, M, R, stride_zm, 1)
         b_rn = load_tile(b_ptr, first_r + r, n, R, N, stride_br, stride_bn)
         acc_mn = tl.dot(z_mr, b_rn.to(z_mr.dtype), acc_mn, input_precision=PRECISION)
     return acc_mn

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 
 class Launch(NamedTuple):
     """One launch: the kernel, its grid, its arguments by name, and the compiler's options."""
@@ -16,3 +18,8 @@ class Launch(NamedTuple):
     def run(self) -> None:
         """Launches on the current device and stream."""
         self.kernel[self.grid](**self.arguments, **self.options)
+
+
+def strided(name: str, tensor: Tensor, axes: str) -> dict[str, Any]:
+    """A kernel's arguments for one operand: ``strided("x", x, "mk")`` is x_ptr, stride_xm and stride_xk."""
+    return {f"{name}_ptr": tensor} | {f"stride_{name}{axis}": tensor.stride(i) for i, axis in enumerate(axes)}

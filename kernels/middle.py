@@ -1,4 +1,4 @@
-"""The middle z = scale · D(x) aᵀ, a tall-skinny product: the first launch of the serial designs.
+"""The middle z = scale · D(x) aᵀ, a tall-skinny product: the first launch of every fused kernel.
 
     for each block of M, block of R:
         acc_mr = 0
@@ -11,13 +11,14 @@ rounded once. Bytes: one read of x, which bounds it for R <= 64. In the backward
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch
-from .philox import NO_MASK, Mask, keep_mask
+from .launch import Launch, strided
+from .philox import Mask, keep_mask
 from .tiles import middle_tile
 
 
@@ -34,6 +35,7 @@ def _middle_kernel(
     R,
     stride_xm,
     stride_xk,
+    stride_zm,
     stride_ar,
     stride_ak,
     DROPOUT: tl.constexpr,
@@ -60,34 +62,36 @@ def _middle_kernel(
         x_ptrs += BLOCK_K * tl.cast(stride_xk, tl.int64)
         a_ptrs += BLOCK_K * tl.cast(stride_ak, tl.int64)
 
-    z_ptrs = z_ptr + m.to(tl.int64)[:, None] * R + r[None, :]
+    z_ptrs = z_ptr + m.to(tl.int64)[:, None] * stride_zm + r[None, :]
     tl.store(z_ptrs, (acc_mr * scale).to(z_ptr.dtype.element_ty), mask=(m < M)[:, None] & (r < R)[None, :])
 
 
-def launch(x: Tensor, a: Tensor, *, scale: float, precision: str, dropout: Mask | None) -> tuple[Tensor, Launch]:
-    """z's memory and the launch that fills it; ``dropout`` is the mask on x, or None."""
+def launch(p: Any, z: Tensor, *, precision: str) -> Launch:
+    """The launch that fills z.
+
+    Args:
+        p: the ``Product`` whose x, a, scale and mask on x are read.
+        z: [M, R], rows contiguous.
+        precision: Triton's ``input_precision`` for fp32 operands.
+    """
+    x, a = p.x, p.a
     (m, k), r = x.shape, a.shape[0]
-    z = torch.empty(m, r, dtype=x.dtype, device=x.device)
-    seed, threshold, rescale = dropout or NO_MASK
+    mask = Mask.of(p.mask_x)
     tile = middle_tile(r, x.element_size())
-    return z, Launch(
+    return Launch(
         _middle_kernel,
         (triton.cdiv(m, tile.rows), triton.cdiv(r, tile.columns)),
-        dict(
-            x_ptr=x,
-            a_ptr=a,
-            z_ptr=z,
-            seed_ptr=seed,
-            threshold=threshold,
-            scale=scale * rescale,
+        strided("x", x, "mk")
+        | strided("a", a, "rk")
+        | strided("z", z, "m")
+        | dict(
+            seed_ptr=mask.seed,
+            threshold=mask.threshold,
+            scale=p.scale * mask.rescale,
             M=m,
             K=k,
             R=r,
-            stride_xm=x.stride(0),
-            stride_xk=x.stride(1),
-            stride_ar=a.stride(0),
-            stride_ak=a.stride(1),
-            DROPOUT=dropout is not None,
+            DROPOUT=mask.seed is not None,
             PRECISION=precision,
             BLOCK_M=tile.rows,
             BLOCK_R=tile.columns,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -10,14 +10,22 @@ from torch import Tensor
 
 
 class Mask(NamedTuple):
-    """What a kernel needs to make a mask anew: (key, offset) int64 [2] on the device, threshold and rescale."""
+    """The arguments from which a kernel makes a mask anew; without dropout ``seed`` is None and nothing is masked.
+
+    Attributes:
+        seed: (key, offset) int64 [2] on the device.
+        threshold: the smallest signed 16-bit lane that keeps.
+        rescale: 1 / (1 - p).
+    """
 
     seed: Tensor | None
     threshold: int
     rescale: float
 
-
-NO_MASK = Mask(None, 0, 1.0)
+    @staticmethod
+    def of(dropout: Any) -> Mask:
+        """The mask of a ``Dropout``, or that of None."""
+        return Mask(None, 0, 1.0) if dropout is None else Mask(dropout.seed, dropout.threshold, dropout.rescale)
 
 
 @triton.jit

@@ -15,13 +15,15 @@ atomics, and the number of splits depends on the shapes alone.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch
-from .philox import NO_MASK, Mask, keep_mask
+from .philox import Mask, keep_mask
 from .tiles import rank_grad_tile
 
 # CTAs that fill the largest GPUs about twice; a constant, so that the sum is the same on every GPU.
@@ -96,7 +98,7 @@ def _sum_splits_kernel(partial_ptr, grad_ptr, size, splits, BLOCK: tl.constexpr)
 
 
 def launches(
-    p: Tensor, q: Tensor, *, dtype: torch.dtype, precision: str, dropout: Mask | None = None
+    p: Tensor, q: Tensor, *, dtype: torch.dtype, precision: str, dropout: Any = None
 ) -> tuple[Tensor, list[Launch]]:
     """The gradient's memory and the launches that fill it.
 
@@ -105,7 +107,7 @@ def launches(
         q: [M, Q]; the mask is on it.
         dtype: dtype of the gradient.
         precision: Triton's ``input_precision`` for fp32 operands.
-        dropout: the mask, or None.
+        dropout: the ``Dropout`` on q, or None.
     """
     q_is_wide = dropout is not None or q.shape[1] >= p.shape[1]
     wide, narrow = (q, p) if q_is_wide else (p, q)
@@ -120,7 +122,7 @@ def launches(
     grad = torch.empty(p.shape[1], q.shape[1], dtype=dtype, device=q.device)
     partial = grad if splits == 1 else torch.empty(splits, *grad.shape, dtype=torch.float32, device=q.device)
     stride_r, stride_c = grad.stride() if q_is_wide else grad.stride()[::-1]
-    seed, threshold, rescale = dropout or NO_MASK
+    mask = Mask.of(dropout)
     product = Launch(
         _rank_grad_kernel,
         (triton.cdiv(c, tile.columns), splits, triton.cdiv(r, tile.rows)),
@@ -128,9 +130,9 @@ def launches(
             wide_ptr=wide,
             narrow_ptr=narrow,
             grad_ptr=partial,
-            seed_ptr=seed,
-            threshold=threshold,
-            rescale=rescale,
+            seed_ptr=mask.seed,
+            threshold=mask.threshold,
+            rescale=mask.rescale,
             M=m,
             C=c,
             R=r,

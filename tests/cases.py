@@ -7,13 +7,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlora import lora_linear
 from fastlora.accuracy import Step, assert_close_to_oracle, oracle_step, reference_step
+from fastlora.backends import dispatch
 from fastlora.backends.dropout import Dropout, draw_seed
+from fastlora.backends.request import Kernel, Product
 
 SCALE = 1.7
 
@@ -52,6 +55,12 @@ class Operands(NamedTuple):
     def double(self) -> Operands:
         return self.map(lambda t: t.detach().double())
 
+    def product(self, dropout: Dropout | None = None, *, scale: float = SCALE, on_product: bool = False) -> Product:
+        """The operands of a verb: x as [M, K]."""
+        mask = (0.0, None) if dropout is None else (dropout.p, dropout.seed)
+        x, weight, a, b, bias = self
+        return Product(x if x.dim() == 2 else _rows(x), weight, a, b, scale, bias, *mask, on_product)
+
     def __call__(self, **options: Any) -> Tensor:
         return lora_linear(*self[:4], bias=self.bias, **({"scale": SCALE} | options))
 
@@ -82,6 +91,31 @@ def make(
         normal(n, r, std=r**-0.5, dtype=adapter_dtype),
         normal(n, std=0.5, dtype=dtype) if bias else None,
     )
+
+
+def kernel_named(name: str, verb: str = "lora_matmul") -> Kernel:
+    """A kernel of the package."""
+    return next(kernel for kernel in dispatch.KERNELS[verb] if kernel.name == name)
+
+
+def replace_kernel(monkeypatch: pytest.MonkeyPatch, name: str, **fields: Any) -> None:
+    """Puts a changed kernel of ``lora_matmul`` in the place of the one of that name."""
+    changed = tuple(k._replace(**fields) if k.name == name else k for k in dispatch.KERNELS["lora_matmul"])
+    monkeypatch.setitem(dispatch.KERNELS, "lora_matmul", changed)
+    dispatch.forget()
+
+
+def count_runs(monkeypatch: pytest.MonkeyPatch, name: str) -> list[torch.Size]:
+    """The shape of x in each call of ``lora_matmul`` that a kernel runs from now on, compiled calls included."""
+    shapes: list[torch.Size] = []
+    run = kernel_named(name).run
+
+    def noted(product: Product) -> object:
+        shapes.append(product.x.shape)
+        return run(product)
+
+    replace_kernel(monkeypatch, name, run=noted)
+    return shapes
 
 
 def gradient_of(y: Tensor, seed: int = 2) -> Tensor:
@@ -135,9 +169,8 @@ def check_against_reference(operands: Operands, dropout_p: float = 0.0, dy: Tens
 def _step(
     step: Callable[..., Step], operands: Operands, dy: Tensor, scale: float, dropout: Dropout | None
 ) -> dict[str, Tensor]:
-    x, weight, a, b, bias = operands
-    y, dx, da, db = step(_rows(x), weight, a, b, _rows(dy), scale=scale, bias=bias, dropout=dropout)
-    return {"y": y.view(dy.shape), "x": dx.view(x.shape), "lora_a": da, "lora_b": db}
+    y, dx, da, db = step(operands.product(dropout, scale=scale), _rows(dy))
+    return {"y": y.view(dy.shape), "x": dx.view(operands.x.shape), "lora_a": da, "lora_b": db}
 
 
 def _base_gradients(operands: Operands, dy: Tensor) -> dict[str, Tensor]:

@@ -13,6 +13,8 @@ os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from fastlora.backends import dispatch
+
 # The tensors are small: waking a second thread costs more than it computes.
 torch.set_num_threads(1)
 
@@ -29,6 +31,7 @@ else:
 @pytest.fixture(autouse=True)
 def same_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTLORA_BACKEND", raising=False)
+    dispatch.forget()
     torch.manual_seed(0)
 
 

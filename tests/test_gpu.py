@@ -13,19 +13,18 @@ from torch import Tensor
 
 from fastlora import lora_linear
 from fastlora.accuracy import Step, assert_close_to_oracle, oracle_step, reference_step
-from fastlora.backends import triton as backend
+from fastlora.backends import dispatch, triton
 from fastlora.backends.dropout import Dropout, draw_seed
 from fastlora.kernels import tiles
-from tests.cases import SCALE
+from tests.cases import SCALE, Operands
 
 pytestmark = pytest.mark.gpu
 
-# Backend and design, all of them unless FASTLORA_BACKEND names one backend.
-DESIGNS = tuple(
-    (name, design)
-    for name, designs in {"triton": ("portable", "serial", "one_launch"), "cuda": ("one_launch", "serial")}.items()
-    for design in designs
-    if os.environ.get("FASTLORA_BACKEND", name) == name
+# Every kernel, or those that FASTLORA_BACKEND names.
+KERNELS = tuple(
+    kernel.name
+    for kernel in dispatch.KERNELS["lora_matmul"]
+    if kernel.name.startswith(("triton", "cuda")) and kernel.name.startswith(os.environ.get("FASTLORA_BACKEND", ""))
 )
 # M, K, N, R: square, a key projection, wide, tall, few tokens, and nothing a multiple of its tile.
 SHAPES = (
@@ -57,35 +56,31 @@ class Layer:
         return Step(y.detach(), *torch.autograd.grad(y, (self.x, self.a, self.b), self.dy))
 
     def check(self, actual: Step, dropout: Dropout | None = None) -> None:
-        operands = self.x.detach(), self.w, self.a.detach(), self.b.detach(), self.dy
-        options = {"scale": SCALE, "bias": self.bias, "dropout": dropout}
-        oracle, baseline = oracle_step(*operands, **options), reference_step(*operands, **options)
+        operands = Operands(self.x, self.w, self.a, self.b, self.bias).map(Tensor.detach)
+        product = operands.product(dropout)
+        oracle, baseline = oracle_step(product, self.dy), reference_step(product, self.dy)
         for name in Step._fields:
             assert_close_to_oracle(
                 getattr(actual, name), oracle=getattr(oracle, name), baseline=getattr(baseline, name), name=name
             )
 
 
-@pytest.fixture(params=DESIGNS, ids="-".join)
-def design(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    name, design = request.param
-    capability = backend._capability(torch.device("cuda", torch.cuda.current_device()))
-    if name == "cuda" and capability != 90:
+@pytest.fixture(params=KERNELS)
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    capability = triton.capability_of(torch.device("cuda", torch.cuda.current_device()))
+    if request.param.startswith("cuda") and capability != 90:
         pytest.skip("the CUDA kernels are for sm_90")
-    if name == "triton" and design != "portable" and capability not in tiles.TMA_CAPABILITIES:
-        pytest.skip("the TMA designs are not for this architecture")
-    if name == "triton" and design == "one_launch" and capability != 90:
-        pytest.skip("one_launch is for sm_90")
-    monkeypatch.setenv("FASTLORA_BACKEND", name)
-    monkeypatch.setenv(f"FASTLORA_{name.upper()}_DESIGN", design)
-    return f"{name}-{design}"
+    if request.param == "triton-serial" and capability not in tiles.TMA_CAPABILITIES:
+        pytest.skip("triton-serial is not for this architecture")
+    monkeypatch.setenv("FASTLORA_BACKEND", request.param)
+    return str(request.param)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids=["no_dropout", "dropout"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 def test_step_against_the_oracle(
-    design: str, shape: tuple[int, int, int, int], dtype: torch.dtype, dropout_p: float
+    kernel: str, shape: tuple[int, int, int, int], dtype: torch.dtype, dropout_p: float
 ) -> None:
     layer = Layer(*shape, dtype, dtype)
     state = torch.cuda.get_rng_state()
@@ -95,14 +90,13 @@ def test_step_against_the_oracle(
     layer.check(actual, dropout)
 
 
-def test_fp32_adapters(design: str) -> None:
-    """Without dropout: under a mask on x, one_launch refuses them."""
+def test_fp32_adapters(kernel: str) -> None:
     layer = Layer(2048, 1024, 2048, 16, torch.bfloat16, torch.float32)
     layer.check(layer.step())
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids=["no_dropout", "dropout"])
-def test_the_same_bits_a_hundred_times(design: str, dropout_p: float) -> None:
+def test_the_same_bits_a_hundred_times(kernel: str, dropout_p: float) -> None:
     layer = Layer(4096, 2048, 2048, 16, torch.bfloat16, torch.bfloat16)
     state = torch.cuda.get_rng_state()
     first = layer.step(dropout_p)
@@ -112,7 +106,7 @@ def test_the_same_bits_a_hundred_times(design: str, dropout_p: float) -> None:
             assert torch.equal(expected, actual)
 
 
-def test_a_captured_graph_replays_the_step(design: str) -> None:
+def test_a_captured_graph_replays_the_step(kernel: str) -> None:
     layer = Layer(1024, 1024, 1024, 16, torch.bfloat16, torch.bfloat16)
     expected = layer.step()
     graph, captured = _capture(layer, 0.0)
@@ -122,7 +116,7 @@ def test_a_captured_graph_replays_the_step(design: str) -> None:
             assert torch.equal(want, got)
 
 
-def test_a_captured_graph_draws_a_new_mask_each_time(design: str) -> None:
+def test_a_captured_graph_draws_a_new_mask_each_time(kernel: str) -> None:
     layer = Layer(1024, 1024, 1024, 16, torch.bfloat16, torch.bfloat16)
     graph, captured = _capture(layer, 0.3)
     graph.replay()
@@ -131,7 +125,7 @@ def test_a_captured_graph_draws_a_new_mask_each_time(design: str) -> None:
     assert not torch.equal(first, captured.y)
 
 
-def test_two_streams_and_other_work_at_once(design: str) -> None:
+def test_two_streams_and_other_work_at_once(kernel: str) -> None:
     layer = Layer(4096, 2048, 2048, 16, torch.bfloat16, torch.bfloat16)
     expected = layer.step()
     other = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
@@ -157,7 +151,7 @@ def test_sanitizer(tool: str) -> None:
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not on PATH")
     files = {"triton": "tests/kernels/test_kernels.py", "cuda": "tests/csrc/test_cuda_kernels.py"}
-    tests = sorted({files[name] for name, _ in DESIGNS})
+    tests = sorted({files[name.partition("-")[0]] for name in KERNELS})
     picked = ("-q", "-k", "every_mask or every_tile or off_the_tile")
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", *tests, *picked]
     run = subprocess.run(command, capture_output=True, text=True, timeout=500)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from fastlora.backends.dispatch import PROVEN
+from fastlora.backends import dispatch, measured
+from fastlora.backends.measured import Proof
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fastlora"
@@ -24,7 +25,8 @@ FLOORS: tuple[set[str], ...] = (
     {"info", "merge", "parallel"},
     {"module", "adapters", "peft", "loralib"},
     {"mergeable", "accuracy"},
-    {"ops", "backends"},
+    {"ops"},
+    {"backends"},
     {"kernels", "atomic"},
 )
 
@@ -148,7 +150,6 @@ def test_imports_go_down_only(module: str) -> None:
     floor = next(i for i, floor in enumerate(FLOORS) if part in floor)
     imported = {name for name in imported_modules(MODULES[module], package_of(MODULES[module])) if "fastlora." in name}
     allowed = {part, "__version__"}.union(*FLOORS[floor + 1 :])
-    allowed |= {"ops", "backends"} if part in ("ops", "backends") else set()  # dispatch still checks a call's arguments
     assert {part_of(name) for name in imported} <= allowed
 
 
@@ -194,39 +195,45 @@ def test_import_fastlora_reaches_no_file_with_an_optional_dependency() -> None:
     assert reached & set(NEEDS) == set()
 
 
-def proofs() -> list[tuple[str, tuple[int, int]]]:
-    return [(backend, capability) for backend, proven in sorted(PROVEN.items()) for capability in sorted(proven)]
+def is_proven(ledger: str, proof: Proof) -> bool:
+    """Whether a row is of this very kernel, verb, architecture and dtype, and the run it reports took place."""
+    wanted = [proof.kernel, proof.verb, f"sm_{proof.capability}", proof.dtype]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in ledger.splitlines() if line[:1] == "|"]
+    return any(row[:4] == wanted and not row[-1].startswith("not yet run") for row in rows)
 
 
-def is_proven(ledger: str, backend: str, capability: tuple[int, int]) -> bool:
-    """Whether a row of the ledger names the backend and the architecture, and the run it reports took place."""
-    architecture = rf"\bsm_{capability[0]}{capability[1]}\b"
-    return any(
-        line.startswith("|") and backend in line and re.search(architecture, line) and "not yet run" not in line
-        for line in ledger.splitlines()
-    )
+def test_every_proof_has_its_line_in_the_ledger() -> None:
+    ledger = LEDGER.read_text(encoding="utf-8")
+    assert [proof for proof in sorted(measured.PROVEN) if not is_proven(ledger, proof)] == []
 
 
-def test_every_proven_backend_has_its_line_in_the_ledger() -> None:
-    ledger = LEDGER.read_text(encoding="utf-8") if LEDGER.exists() else ""
-    assert [proof for proof in proofs() if not is_proven(ledger, *proof)] == []
+PROOF = Proof("lora_matmul", "triton-serial", 90, "bfloat16")
 
 
 @pytest.mark.parametrize(
     ("row", "proven"),
     [
-        ("| triton lora_matmul | NVIDIA H200, sm_90 | 1a2b3c4 | passed |", True),
-        ("| triton lora_matmul | NVIDIA H200, sm_90 | | not yet run |", False),
-        ("| cuda lora_matmul | NVIDIA H200, sm_90 | 1a2b3c4 | passed |", False),
-        ("| triton lora_matmul | RTX 4090, sm_89 | 1a2b3c4 | passed |", False),
-        ("triton on sm_90 is mentioned in passing", False),
+        ("| triton-serial | lora_matmul | sm_90 | bfloat16 | gate | H200, 1a2b3c4: passed |", True),
+        ("| triton-serial | lora_matmul | sm_90 | bfloat16 | gate | not yet run on hardware |", False),
+        ("| triton-portable | lora_matmul | sm_90 | bfloat16 | gate | H200, 1a2b3c4: passed |", False),
+        ("| triton | rank_grad | sm_90 | bfloat16 | gate | H200, 1a2b3c4: passed |", False),
+        ("| triton-serial | rank_grad | sm_90 | bfloat16 | gate | H200, 1a2b3c4: passed |", False),
+        ("| triton-serial | lora_matmul | sm_80 | bfloat16 | gate | A100, 1a2b3c4: passed |", False),
+        ("| triton-serial | lora_matmul | sm_90 | float16 | gate | H200, 1a2b3c4: passed |", False),
+        ("triton-serial lora_matmul on sm_90 in bfloat16 is mentioned in passing", False),
     ],
 )
-def test_what_counts_as_a_line(row: str, proven: bool) -> None:
-    assert is_proven(f"# Ledger\n\n{row}\n", "triton", (9, 0)) == proven
+def test_only_a_kernels_own_line_proves_it(row: str, proven: bool) -> None:
+    assert is_proven(f"# Ledger\n\n{row}\n", PROOF) == proven
 
 
-def test_what_is_proven_is_a_backend_that_auto_may_pass_over() -> None:
-    from fastlora.backends import dispatch
+def test_the_ledger_has_a_line_for_every_kernel_that_can_be_chosen() -> None:
+    ledger = LEDGER.read_text(encoding="utf-8")
+    for verb, kernels in dispatch.KERNELS.items():
+        for kernel in kernels:
+            if kernel.name not in ("library", "reference"):
+                assert f"| {kernel.name} | {verb} | sm_" in ledger
 
-    assert {backend for backend, _ in proofs()} <= set(dispatch.BACKENDS)
+
+def test_what_is_proven_is_a_kernel_that_auto_may_pass_over() -> None:
+    assert all(proof.kernel in {kernel.name for kernel in dispatch.KERNELS[proof.verb]} for proof in measured.PROVEN)

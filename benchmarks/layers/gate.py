@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fastlora.accuracy import Errors, compare, oracle_step, reference_step
 from fastlora.backends import reference
-from fastlora.backends.dropout import Dropout, draw_seed
+from fastlora.backends.dropout import draw_seed
+from fastlora.backends.request import Product
 
 from ..cases import Case
 from .arms import Built, Provider
@@ -70,16 +71,12 @@ class Gate:
         x, dy = o.xs[0], o.dys[0]
         if base:
             return _base_products(x.double(), dy.double(), o), _base_products(x, dy, o)
-        dropout = None
+        seed = None
         if p > 0:
             torch.manual_seed(_SEED)
-            dropout = Dropout(p, draw_seed(x.device))
-        steps = (
-            step(x, o.w, o.a, o.b, dy, scale=o.scale, bias=o.bias, dropout=dropout)
-            for step in (oracle_step, reference_step)
-        )
-        oracle, baseline = (step._asdict() for step in steps)
-        return oracle, baseline
+            seed = draw_seed(x.device)
+        product = Product(x, o.w, o.a, o.b, o.scale, o.bias, p, seed)
+        return oracle_step(product, dy)._asdict(), reference_step(product, dy)._asdict()
 
 
 def _base_products(x: Tensor, dy: Tensor, o: Operands) -> Products:

@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 import fastlora
-from fastlora.backends import cuda, dispatch, triton
-from fastlora.backends.dropout import Dropout, draw_seed
+from fastlora.backends import dispatch
 
 from ..cases import FLOOR, Case
 from ..failures import AbsentError
@@ -143,29 +142,14 @@ def _fastlora(backend: str, wide: bool = False) -> Callable[[Case, Operands, flo
             o.xs[0], layer.weight, layer.lora_A, layer.lora_B, scale=o.scale, bias=layer.bias, dropout_p=p
         )
         if chosen.chosen is None:
-            raise AbsentError(dict(chosen.verdicts)[backend] or "refused")
-        if chosen.chosen == "triton" and not o.w.is_cuda:
+            raise AbsentError(dict(chosen.verdicts).get(backend) or "refused")
+        if chosen.chosen.startswith("triton") and not o.w.is_cuda:
             raise AbsentError("runs here in Triton's interpreter, whose time means nothing")
-        if chosen.chosen == "cuda" and not o.w.is_cuda:
+        if chosen.chosen.startswith("cuda") and not o.w.is_cuda:
             raise AbsentError("runs here in the host model, whose time means nothing")
-        tile = _tile(chosen.chosen, o, layer, p)
-        return Built(layer, {"da": layer.lora_A, "db": layer.lora_B}, backend=chosen.chosen, tile=tile)
+        return Built(layer, {"da": layer.lora_A, "db": layer.lora_B}, backend=chosen.chosen, tile=chosen.tile)
 
     return build
-
-
-def _tile(backend: str, o: Operands, layer: fastlora.LoRALinear, p: float) -> str | None:
-    """The design and tile of the forward, of a backend that has several. A forced one may be impossible."""
-    if backend == "cuda":
-        return cuda.design()
-    if backend != "triton":
-        return None
-    a, b = layer.lora_A.detach(), layer.lora_B.detach()
-    try:
-        triton.plan(o.dys[0], o.w.T, b.T, a.T)
-        return triton.plan(o.xs[0].detach(), o.w, a, b, dropout=Dropout(p, draw_seed(o.w.device)) if p else None)
-    except RuntimeError as refusal:
-        raise AbsentError(str(refusal)) from refusal
 
 
 def providers() -> dict[str, Provider]:
@@ -184,19 +168,13 @@ def providers() -> dict[str, Provider]:
         _ours("fastlora-fp32", "the same with float32 adapters", "auto", wide=True),
     ]
     known += [
-        _ours(f"fastlora-{name}", f"fastlora forced to {name}", name)
-        for name in dispatch.BACKENDS
-        if name != "reference"
-    ]
-    known += [
-        _ours(f"fastlora-{name}-{design}", f"fastlora forced to {name}'s {design} design", name, design=design)
-        for name, design in (("triton", "portable"), ("triton", "one_launch"), ("cuda", "serial"))
+        _ours(f"fastlora-{kernel.name}", f"fastlora forced to {kernel.name}", kernel.name)
+        for kernel in dispatch.KERNELS["lora_matmul"]
+        if kernel.name != "reference"
     ]
     return {provider.name: provider for provider in known}
 
 
-def _ours(name: str, about: str, backend: str, wide: bool = False, design: str | None = None) -> Provider:
-    variables = {"FASTLORA_BACKEND": backend, "FASTLORA_TRITON_DESIGN": None, "FASTLORA_CUDA_DESIGN": None}
-    if design is not None:
-        variables[f"FASTLORA_{backend.upper()}_DESIGN"] = design
+def _ours(name: str, about: str, backend: str, wide: bool = False) -> Provider:
+    variables = {"FASTLORA_BACKEND": backend}
     return Provider(name, about, _fastlora(backend, wide), own_mask=True, variables=variables)

@@ -23,7 +23,6 @@ from ..environment import variables_set
 from .architectures import Architecture, architecture_named, as_linear, targets
 
 FULL = "full"
-_DESIGNS = ("FASTLORA_TRITON_DESIGN", "FASTLORA_CUDA_DESIGN")
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Arm:
 
     def turn(self) -> AbstractContextManager[None]:
         """Forces the backend for a while; entered and left outside every clock."""
-        return variables_set({"FASTLORA_BACKEND": self.backend, **dict.fromkeys(_DESIGNS)})
+        return variables_set({"FASTLORA_BACKEND": self.backend})
 
     def refuses(self, case: ModelCase, device: torch.device) -> str | None:
         """Why it has nothing to offer for the case; None where it has."""
@@ -77,7 +76,9 @@ class Arm:
         square = torch.empty(16, 16, dtype=case.torch_dtype, device=device)
         with self.turn():
             explanation = fastlora.explain(square, square, square, square)
-        return dict(explanation.verdicts)[self.backend] if explanation.chosen is None else None
+        if explanation.chosen is not None:
+            return None
+        return next(verdict.reason for verdict in explanation.verdicts if verdict.kernel.startswith(self.backend))
 
 
 def _full(model: nn.Module, architecture: Architecture, case: ModelCase) -> Adapted:

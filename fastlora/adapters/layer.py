@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..mergeable import MergeableLinear, Update
-from ..ops.autograd import lora_linear
+from ..ops.linear import lora_linear
 from .matching import is_conv1d
 
 _BASE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

@@ -1,7 +1,6 @@
 """The two verbs on the CUDA kernels: what they refuse, and how they are called through ``csrc/fastlora.h``.
 
-``FASTLORA_CUDA_DESIGN=one_launch|serial`` says who makes the middle z: CTAs of the one launch (the default), or a
-launch before it. ``FASTLORA_CUDA_LIBRARY`` names another library than the package's own, read once, when one
+``FASTLORA_CUDA_LIBRARY`` names another library than the package's own, read once, when one
 is first needed. The host model (``tests/csrc/host_model``) runs the kernels' source on the CPU and takes CPU tensors.
 """
 
@@ -19,13 +18,15 @@ import torch
 from torch import Tensor
 
 from .dropout import Dropout
-from .request import Request, new_middle
+from .request import Kernel, Product, Request, new_middle
 
 ABI = 2
 MAX_RANK = 256
-DESIGNS = ("one_launch", "serial")
 
 _LIBRARY = Path(__file__).parent.with_name("libfastlora_cuda.so")
+# Who makes the middle z: jobs of their own in the one launch, or a launch before it.
+DESIGNS = ("z_jobs", "serial")
+
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _MASK_INPUT, _MASK_PRODUCT = 1, 2
 _NO_MASK = (0, 0, 1.0, 0)
@@ -152,23 +153,14 @@ def refuses(request: Request) -> str | None:
     return request.unaligned
 
 
-def lora_matmul(
-    x: Tensor,
-    w: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    *,
-    scale: float,
-    bias: Tensor | None = None,
-    dropout: Dropout | None = None,
-    on_product: bool = False,
-) -> tuple[Tensor | None, Tensor]:
+def lora_matmul(p: Product, design: int = 0) -> tuple[Tensor | None, Tensor]:
     """x [M, K], w [N, K] or None for z alone, a [R, K], b [N, R], bias [N] → y [M, N], z [M, R].
 
     The rows of x, and those of w or of the matrix whose transposed view it is, are contiguous and start on 16 bytes,
     and N is a multiple of 8.
     """
     library = _loaded()
+    x, w, a, b, bias = p.x, p.w, p.a, p.b, p.bias
     device, dtype = x.device, x.dtype
     (m, k), (n, r) = x.shape, b.shape
     z = new_middle(x, r)
@@ -189,16 +181,18 @@ def lora_matmul(
                 bias = bias.clone()  # the kernels read it two elements at a time
             bias_at = bias.data_ptr()
     mask = _NO_MASK
-    if dropout is not None and (w is not None or not on_product):
-        mask = _mask(_MASK_PRODUCT if on_product else _MASK_INPUT, dropout)
+    if (dropout := p.mask_x) is not None:
+        mask = _mask(_MASK_INPUT, dropout)
+    elif w is not None and (dropout := p.mask_product) is not None:
+        mask = _mask(_MASK_PRODUCT, dropout)
     call = _pack_lora_matmul(
         x.data_ptr(), w_at, a.data_ptr(), b_at, bias_at, y_at, z.data_ptr(),
         m, k, n_made, r,
         x.stride(0), w_stride, n_made, z.stride(0),
         a_stride_r, a_stride_k, b_stride_n, b_stride_r,
-        w_transposed, _DTYPES[dtype], _DTYPES[a.dtype], scale,
+        w_transposed, _DTYPES[dtype], _DTYPES[a.dtype], p.scale,
         *mask,
-        DESIGNS.index(design()), 0,
+        design, 0,
     )  # fmt: skip
     _launch(library.lora_matmul, call, device)
     return y, z
@@ -222,18 +216,6 @@ def rank_grad(p: Tensor, q: Tensor, *, dtype: torch.dtype, dropout: Dropout | No
     )  # fmt: skip
     _launch(library.rank_grad, call, q.device)
     return grad
-
-
-def design() -> str:
-    """The design that ``FASTLORA_CUDA_DESIGN`` asks for.
-
-    Raises:
-        RuntimeError: it names an unknown one.
-    """
-    forced = os.environ.get("FASTLORA_CUDA_DESIGN", DESIGNS[0])
-    if forced not in DESIGNS:
-        raise RuntimeError(f"FASTLORA_CUDA_DESIGN={forced!r} is unknown: expected {', '.join(DESIGNS)}")
-    return forced
 
 
 def _mask(kind: int, dropout: Dropout) -> tuple[int, int, float, int]:
@@ -310,3 +292,10 @@ def _verb(library: ctypes.CDLL, name: str) -> _Verb:
     launch.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p)
     launch.restype = ctypes.c_char_p
     return _Verb(workspace, launch)
+
+
+LORA_MATMUL = tuple(
+    Kernel(f"cuda-{name}", refuses, functools.partial(lora_matmul, design=design))
+    for design, name in enumerate(DESIGNS)
+)
+RANK_GRAD = (Kernel("cuda", refuses, rank_grad),)

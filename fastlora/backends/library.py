@@ -12,39 +12,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dropout import Dropout, kept
-from .request import Request, new_middle
+from .request import Kernel, Product, new_middle, runs_anything
 
 
-def refuses(request: Request) -> str | None:
-    """Never: any device, any dtype, any shape."""
-    return None
-
-
-def lora_matmul(
-    x: Tensor,
-    w: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    *,
-    scale: float,
-    bias: Tensor | None = None,
-    dropout: Dropout | None = None,
-    on_product: bool = False,
-) -> tuple[Tensor | None, Tensor]:
+def lora_matmul(p: Product) -> tuple[Tensor | None, Tensor]:
     """x [M, K], w [N, K] or None for z alone, a [R, K], b [N, R], bias [N] → y [M, N], z [M, R]."""
-    a, b = a.to(x.dtype), b.to(x.dtype)
+    x, w = p.x, p.w
+    a, b = p.a.to(x.dtype), p.b.to(x.dtype)
     if x.is_cpu:
         a = a.contiguous()  # a CPU's GEMM is up to seven times slower on the small operand's transpose
     z = new_middle(x, a.shape[0])
-    if dropout is None or on_product:
-        z.addmm_(x, a.T, beta=0, alpha=scale)
+    if (dropout := p.mask_x) is None:
+        z.addmm_(x, a.T, beta=0, alpha=p.scale)
     else:
         for rows, mask in dropout.chunks(x):
-            z[rows].addmm_(kept(x[rows], mask), a.T, beta=0, alpha=scale * dropout.rescale)
+            z[rows].addmm_(kept(x[rows], mask), a.T, beta=0, alpha=p.scale * dropout.rescale)
     if w is None:
         return None, z
-    y = F.linear(x, w, bias)
-    if dropout is None or not on_product:
+    y = F.linear(x, w, p.bias)
+    if (dropout := p.mask_product) is None:
         y.addmm_(z, b.T)
     else:
         for rows, mask in dropout.chunks(y):
@@ -66,3 +52,7 @@ def rank_grad(p: Tensor, q: Tensor, *, dtype: torch.dtype, dropout: Dropout | No
     for rows, mask in dropout.chunks(q):
         grad.add_(torch.mm(p[rows].T, kept(q[rows], mask)), alpha=dropout.rescale)
     return grad.to(dtype)
+
+
+LORA_MATMUL = (Kernel("library", runs_anything, lora_matmul),)
+RANK_GRAD = (Kernel("library", runs_anything, rank_grad),)

@@ -18,33 +18,17 @@ import torch
 from torch import Tensor
 
 from .dropout import Dropout
-from .request import Request
+from .request import Kernel, Product, new_middle, runs_anything
 
 
-def refuses(request: Request) -> str | None:
-    """Never: any device, any dtype, any shape."""
-    return None
-
-
-def lora_matmul(
-    x: Tensor,
-    w: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    *,
-    scale: float,
-    bias: Tensor | None = None,
-    dropout: Dropout | None = None,
-    on_product: bool = False,
-) -> tuple[Tensor | None, Tensor]:
+def lora_matmul(p: Product) -> tuple[Tensor | None, Tensor]:
     """x [M, K], w [N, K] or None for z alone, a [R, K], b [N, R], bias [N] → y [M, N], z [M, R]."""
-    a, b = a.to(x.dtype), b.to(x.dtype)
-    z = scale * ((x if on_product else _dropped(x, dropout)) @ a.T)
-    if w is None:
+    a, b = p.a.to(p.x.dtype), p.b.to(p.x.dtype)
+    z = new_middle(p.x, a.shape[0]).copy_(p.scale * (_dropped(p.x, p.mask_x) @ a.T))
+    if p.w is None:
         return None, z
-    product = z @ b.T
-    y = x @ w.T + (_dropped(product, dropout) if on_product else product)
-    return (y if bias is None else y + bias), z
+    y = p.x @ p.w.T + _dropped(z @ b.T, p.mask_product)
+    return (y if p.bias is None else y + p.bias), z
 
 
 def rank_grad(p: Tensor, q: Tensor, *, dtype: torch.dtype, dropout: Dropout | None = None) -> Tensor:
@@ -56,3 +40,7 @@ def _dropped(x: Tensor, dropout: Dropout | None) -> Tensor:
     if dropout is None:
         return x
     return torch.where(dropout.keep(*x.shape), x * dropout.rescale, 0)
+
+
+LORA_MATMUL = (Kernel("reference", runs_anything, lora_matmul),)
+RANK_GRAD = (Kernel("reference", runs_anything, rank_grad),)

@@ -1,22 +1,74 @@
-"""What a backend is asked: the facts about one call that decide whether and how it can run; and how z lies."""
+"""A call as a value (``Product``), the facts that decide what can run it (``Request``), and what runs (``Kernel``)."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .dropout import Dropout
 
 _HALF = frozenset({torch.bfloat16, torch.float16})
 _EIGHT = "a multiple of 8 elements"
 
 
+class Product(NamedTuple):
+    """One product with its low-rank update: the call that goes from ``lora_linear`` down to a kernel.
+
+        z = scale · D(x) aᵀ,   y = x wᵀ + z bᵀ + bias          the mask on the input
+        z = scale · x aᵀ,      y = x wᵀ + D(z bᵀ) + bias       the mask on the product
+
+    The fields are the operator's schema, in its order. At the border x is [..., K], in a kernel [M, K].
+
+    Attributes:
+        x: input [M, K].
+        w: base weight [N, K], or None for z alone.
+        a: down projection [R, K].
+        b: up projection [N, R].
+        scale: factor on z.
+        bias: [N] or None.
+        dropout_p: probability of dropping.
+        seed: int64 [2] from which the mask is made, or None without dropout.
+        on_product: whether the mask is on z bᵀ instead of x.
+    """
+
+    x: Tensor
+    w: Tensor | None
+    a: Tensor
+    b: Tensor
+    scale: float
+    bias: Tensor | None = None
+    dropout_p: float = 0.0
+    seed: Tensor | None = None
+    on_product: bool = False
+
+    @property
+    def mask_x(self) -> Dropout | None:
+        """The mask on x, or None."""
+        return None if self.seed is None or self.on_product else Dropout(self.dropout_p, self.seed)
+
+    @property
+    def mask_product(self) -> Dropout | None:
+        """The mask on z bᵀ, or None."""
+        return Dropout(self.dropout_p, self.seed) if self.seed is not None and self.on_product else None
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Product:
+        """The product with ``f`` of every operand; the seed stays."""
+        x, w, a, b, bias = (None if t is None else f(t) for t in (self.x, self.w, self.a, self.b, self.bias))
+        return self._replace(x=x, w=w, a=a, b=b, bias=bias)  # type: ignore[arg-type]
+
+
 class Request(NamedTuple):
-    """One call of a verb, hashable, without its data. M is the token count, R the rank.
+    """The facts about one call of a verb, hashable, without its data. M is the token count, R the rank.
 
     For ``lora_matmul`` K and N are the contracted and the produced width (in the backward these are out_features and
-    in_features); for ``rank_grad`` they are the two sides of the gradient. ``unaligned`` says in words which 16-bit
-    operand the copy engine of a GPU cannot read.
+    in_features); for ``rank_grad`` they are the two sides of the gradient.
+
+    Attributes:
+        unaligned: why the copy engine of a GPU cannot read one of the 16-bit operands, or None.
+        z_only: whether there is no w, so that z alone is made.
     """
 
     verb: str
@@ -29,11 +81,13 @@ class Request(NamedTuple):
     r: int
     dropout: bool
     unaligned: str | None = None
+    z_only: bool = False
 
     @staticmethod
-    def of_lora_matmul(x: Tensor, w: Tensor | None, a: Tensor, b: Tensor, dropout: bool) -> Request:
-        """The request of ``lora_matmul`` on these tensors."""
-        (m, k), n, dtype = x.shape, b.shape[0], x.dtype
+    def of_lora_matmul(p: Product) -> Request:
+        """The request of ``lora_matmul`` on these operands."""
+        x, w = p.x, p.w
+        (m, k), n, dtype = x.shape, p.b.shape[0], x.dtype
         unaligned = None
         if dtype in _HALF:
             # On the way of every call: one look at the numbers, and words only where something is wrong.
@@ -51,7 +105,9 @@ class Request(NamedTuple):
                 if wrong_strides or (x.data_ptr() | w.data_ptr()) & 15:
                     w_rows = _unaligned("w", w) if w.stride(1) == 1 else _unaligned("wᵀ", w.T)
                     unaligned = _unaligned("x", x) or w_rows or f"N = {n}: rows of y must start on 16 bytes, {_EIGHT}"
-        return Request("lora_matmul", x.device, dtype, a.dtype, m, k, n, a.shape[0], dropout, unaligned)
+        return Request(
+            "lora_matmul", x.device, dtype, p.a.dtype, m, k, n, p.a.shape[0], p.seed is not None, unaligned, w is None
+        )
 
     @staticmethod
     def of_rank_grad(p: Tensor, q: Tensor, dtype: torch.dtype, dropout: bool) -> Request:
@@ -67,16 +123,42 @@ class Request(NamedTuple):
         return Request("rank_grad", q.device, q.dtype, dtype, m, k, n, min(k, n), dropout, unaligned)
 
 
+class Kernel(NamedTuple):
+    """One way to run a verb: the unit that is chosen, proven, timed and named.
+
+    Attributes:
+        name: as ``FASTLORA_BACKEND``, the ledger and the benchmarks have it.
+        refuses: the reason why it cannot run a request, or None.
+        run: the verb.
+        tile: the tile it would take for a product, in words; None where it has none of its own.
+    """
+
+    name: str
+    refuses: Callable[[Request], str | None]
+    run: Callable[..., Any]
+    tile: Callable[[Product], str] | None = None
+
+
+def runs_anything(request: Request) -> str | None:
+    """Refuses nothing: any device, any dtype, any shape."""
+    return None
+
+
 def new_middle(x: Tensor, r: int) -> Tensor:
     """Memory for z [M, R]. Rows of 16-bit elements start on 16 bytes, so that tensor copies can read them.
 
-    That holds on every device and backend: torch.compile and its caches on disk are told before one is chosen.
+    That holds on every device and kernel: torch.compile and its caches on disk are told before one is chosen.
     """
     m, dtype = x.shape[0], x.dtype
     padding = -r % 8
     if padding == 0 or dtype not in _HALF:
         return torch.empty((m, r), dtype=dtype, device=x.device)
     return torch.empty((m, r + padding), dtype=dtype, device=x.device)[:, :r]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype's name without ``torch.``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _unaligned(name: str, rows: Tensor) -> str | None:

@@ -1,7 +1,4 @@
-"""The two verbs on the Triton kernels: what they refuse, and which of their designs runs.
-
-``FASTLORA_TRITON_DESIGN=portable|serial|one_launch`` forces a design; else serial where TMA can go, portable elsewhere.
-"""
+"""The two verbs on the Triton kernels: what each refuses, and how it is launched."""
 
 from __future__ import annotations
 
@@ -9,19 +6,23 @@ import contextlib
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..kernels.tiles import TMA_CAPABILITIES
 from .dropout import Dropout
-from .request import Request
+from .request import Kernel, Product, Request, dtype_name, new_middle
 
 _INTERPRETED_CAPABILITY = 90
 
+Launches = tuple["Tensor | None", Tensor, list[Any]]
+
 
 def refuses(request: Request) -> str | None:
-    """The reason why these kernels cannot run a request, or None."""
+    """The reason why none of these kernels can run a request, or None."""
     if not _installed():
         return "triton is not installed: pip install triton"
     if request.dtype is torch.float64:
@@ -36,40 +37,70 @@ def refuses(request: Request) -> str | None:
         return f"x is on {request.device.type}: the kernels need a CUDA GPU (or TRITON_INTERPRET=1 to try them without)"
     if torch.version.hip:
         return "AMD GPUs: the kernels have never been tried there"
-    capability = _capability(request.device)
+    capability = capability_of(request.device)
     if capability < 80:
         return f"sm_{capability}: the kernels need sm_80 or newer"
     return None
 
 
-def lora_matmul(
-    x: Tensor,
-    w: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    *,
-    scale: float,
-    bias: Tensor | None = None,
-    dropout: Dropout | None = None,
-    on_product: bool = False,
-) -> tuple[Tensor | None, Tensor]:
-    """x [M, K], w [N, K] or None for z alone, a [R, K], b [N, R], bias [N] → y [M, N], z [M, R]."""
-    with _device(x):
-        y, z, steps = _launches(x, w, a, b, scale, bias, dropout, on_product)
-        for step in steps:
-            step.run()
-    return y, z
+def refuses_serial(request: Request) -> str | None:
+    """The reason why ``triton-serial`` cannot run a request, or None; z alone is the middle kernel's in any case."""
+    if (reason := refuses(request)) or request.z_only:
+        return reason
+    capability = capability_of(request.device)
+    if capability not in TMA_CAPABILITIES:
+        return f"TMA tiles are for {', '.join(f'sm_{c}' for c in TMA_CAPABILITIES)}, this is sm_{capability}"
+    if request.dtype not in (torch.bfloat16, torch.float16):
+        return f"{dtype_name(request.dtype)}: TMA tiles are for 16-bit operands"
+    return request.unaligned
 
 
-def plan(x: Tensor, w: Tensor, a: Tensor, b: Tensor, *, dropout: Dropout | None = None) -> str:
-    """The design and tile that :func:`lora_matmul` would launch, such as ``serial 128x256x64, 8 warps, 3 stages``."""
-    capability = _capability(x.device)
-    with _device(x):
-        launch = _launches(x, w, a, b, 1.0, None, dropout, on_product=False)[2][-1]
-    rows, columns, depth = (launch.arguments[f"BLOCK_{axis}"] for axis in "MNK")
-    design = _design(x, w, a, capability, masked=dropout is not None)
-    warps, stages = launch.options["num_warps"], launch.options["num_stages"]
-    return f"{design} {rows}x{columns}x{depth}, {warps} warps, {stages} stages"
+def launches_portable(p: Product, capability: int, precision: str) -> Launches:
+    """y's and z's memory, and the launches of ``triton-portable`` that fill it."""
+    from ..kernels import lora_matmul_portable as kernel
+
+    return _launches(p, precision, lambda p, z: kernel.launch(p, z, capability=capability, precision=precision))
+
+
+def launches_serial(p: Product, capability: int, precision: str) -> Launches:
+    """y's and z's memory, and the launches of ``triton-serial`` that fill it."""
+    from ..kernels import lora_matmul_serial as kernel
+
+    return _launches(p, precision, kernel.launch)
+
+
+def _launches(p: Product, precision: str, base: Callable[[Product, Tensor], tuple[Tensor, Any]]) -> Launches:
+    from ..kernels import middle
+
+    if p.bias is not None and not p.bias.is_contiguous():
+        p = p._replace(bias=p.bias.contiguous())
+    z = new_middle(p.x, p.a.shape[0])
+    steps = [middle.launch(p, z, precision=precision)]
+    if p.w is None:
+        return None, z, steps
+    y, step = base(p, z)
+    return y, z, [*steps, step]
+
+
+def _run(launches: Callable[[Product, int, str], Launches]) -> Callable[[Product], tuple[Tensor | None, Tensor]]:
+    def run(p: Product) -> tuple[Tensor | None, Tensor]:
+        with _device(p.x):
+            y, z, steps = launches(p, capability_of(p.x.device), _precision())
+            for step in steps:
+                step.run()
+        return y, z
+
+    return run
+
+
+def _tile(launches: Callable[[Product, int, str], Launches]) -> Callable[[Product], str]:
+    def tile(p: Product) -> str:
+        with _device(p.x):
+            step = launches(p, capability_of(p.x.device), _precision())[2][-1]
+        rows, columns, depth = (step.arguments[f"BLOCK_{axis}"] for axis in "MNK")
+        return f"{rows}x{columns}x{depth}, {step.options['num_warps']} warps, {step.options['num_stages']} stages"
+
+    return tile
 
 
 def rank_grad(p: Tensor, q: Tensor, *, dtype: torch.dtype, dropout: Dropout | None = None) -> Tensor:
@@ -78,65 +109,10 @@ def rank_grad(p: Tensor, q: Tensor, *, dtype: torch.dtype, dropout: Dropout | No
 
     with _device(q):
         grad: Tensor
-        grad, steps = kernel.launches(p, q, dtype=dtype, precision=_precision(), dropout=_mask(dropout))
+        grad, steps = kernel.launches(p, q, dtype=dtype, precision=_precision(), dropout=dropout)
         for step in steps:
             step.run()
     return grad
-
-
-def _launches(
-    x: Tensor,
-    w: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-    bias: Tensor | None,
-    dropout: Dropout | None,
-    on_product: bool,
-) -> tuple[Tensor | None, Tensor, list[Any]]:
-    from ..kernels import lora_matmul as kernel
-
-    capability = _capability(x.device)
-    masked = dropout is not None and not on_product
-    planned: tuple[Tensor | None, Tensor, list[Any]] = kernel.launches(
-        x,
-        w,
-        a,
-        b,
-        scale=scale,
-        bias=None if bias is None else bias.contiguous(),
-        dropout=_mask(dropout),
-        on_product=on_product,
-        capability=capability,
-        precision=_precision(),
-        design="portable" if w is None else _design(x, w, a, capability, masked=masked),
-    )
-    return planned
-
-
-def _design(x: Tensor, w: Tensor, a: Tensor, capability: int, *, masked: bool) -> str:
-    from ..kernels import lora_matmul as kernel
-    from ..kernels import lora_matmul_tma as tma
-
-    forced = os.environ.get("FASTLORA_TRITON_DESIGN")
-    if forced is None:
-        return "portable" if tma.refuses(x, w, capability) else "serial"
-    if forced not in kernel.DESIGNS:
-        raise RuntimeError(f"FASTLORA_TRITON_DESIGN={forced!r} is unknown: expected {', '.join(kernel.DESIGNS)}")
-    reason = None
-    if forced != "portable":
-        reason = tma.refuses(x, w, capability)
-    if forced == "one_launch":
-        reason = reason or tma.refuses_one_launch(a, capability, masked)
-    if reason:
-        raise RuntimeError(f"FASTLORA_TRITON_DESIGN={forced} cannot run this call: {reason}")
-    return forced
-
-
-def _mask(dropout: Dropout | None) -> Any:
-    from ..kernels.philox import Mask
-
-    return None if dropout is None else Mask(dropout.seed, dropout.threshold, dropout.rescale)
 
 
 def _precision() -> str:
@@ -150,7 +126,8 @@ def _device(x: Tensor) -> Any:
 
 
 @functools.cache
-def _capability(device: torch.device) -> int:
+def capability_of(device: torch.device) -> int:
+    """A device's compute capability as a number, 90 for sm_90; the interpreter runs what is for sm_90."""
     if device.type != "cuda":
         return _INTERPRETED_CAPABILITY
     major, minor = torch.cuda.get_device_capability(device)
@@ -164,3 +141,10 @@ def _installed() -> bool:
 
 def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+
+
+LORA_MATMUL = (
+    Kernel("triton-serial", refuses_serial, _run(launches_serial), _tile(launches_serial)),
+    Kernel("triton-portable", refuses, _run(launches_portable), _tile(launches_portable)),
+)
+RANK_GRAD = (Kernel("triton", refuses, rank_grad),)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.autograd import lora_linear
+from ..ops.linear import lora_linear
 from .base import MergingLayer
 
 

@@ -1,4 +1,4 @@
-"""``lora_linear`` and its chain rule, written in the two verbs, over two registered torch operators.
+"""The chain rule of a product, written in the two verbs, over two registered torch operators.
 
     y  = x wᵀ + z bᵀ + bias     z = scale · D(x) aᵀ
     dx = dy w + D'(t a)         t = scale · dy b
@@ -18,10 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..backends import dispatch
-from ..backends.dispatch import rows_of
-from ..backends.dropout import Dropout, draw_seed
-from ..backends.request import Request, new_middle
-from . import dtensor
+from ..backends.dropout import Dropout
+from ..backends.request import Product, new_middle
 
 _ops = torch.library.Library("fastlora", "FRAGMENT")
 _ops.define(
@@ -31,46 +29,20 @@ _ops.define(
 _ops.define("rank_grad(Tensor p, Tensor q, ScalarType dtype, float dropout_p, Tensor? seed) -> Tensor")
 
 
-def _lora_matmul(
-    x: Tensor,
-    w: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-    bias: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    on_product: bool,
-) -> tuple[Tensor, Tensor]:
-    dropout = None if seed is None else Dropout(dropout_p, seed)
-    request = Request.of_lora_matmul(x, w, a, b, dropout is not None)
-    backend = dispatch.backend_for(request)
-    y, z = backend.lora_matmul(x, w, a, b, scale=scale, bias=bias, dropout=dropout, on_product=on_product)
-    if request.r % 8 and z.stride() != (expected := new_middle(x, request.r)).stride():
-        z = expected.copy_(z)
-    return (x.new_empty(0) if y is None else y), z
+def _lora_matmul(*operands: Any) -> tuple[Tensor, Tensor]:
+    product = Product(*operands)
+    y, z = dispatch.lora_matmul(product)
+    return (product.x.new_empty(0) if y is None else y), z
 
 
-def _lora_matmul_fake(
-    x: Tensor,
-    w: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-    bias: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    on_product: bool,
-) -> tuple[Tensor, Tensor]:
-    y = x.new_empty(0) if w is None else x.new_empty(x.shape[0], w.shape[0])
-    return y, new_middle(x, a.shape[0])
+def _lora_matmul_fake(*operands: Any) -> tuple[Tensor, Tensor]:
+    p = Product(*operands)
+    y = p.x.new_empty(0) if p.w is None else p.x.new_empty(p.x.shape[0], p.w.shape[0])
+    return y, new_middle(p.x, p.a.shape[0])
 
 
 def _rank_grad(p: Tensor, q: Tensor, dtype: torch.dtype, dropout_p: float, seed: Tensor | None) -> Tensor:
-    dropout = None if seed is None else Dropout(dropout_p, seed)
-    backend = dispatch.backend_for(Request.of_rank_grad(p, q, dtype, dropout is not None))
-    grad: Tensor = backend.rank_grad(p, q, dtype=dtype, dropout=dropout)
-    return grad
+    return dispatch.rank_grad(p, q, dtype, None if seed is None else Dropout(dropout_p, seed))
 
 
 def _rank_grad_fake(p: Tensor, q: Tensor, dtype: torch.dtype, dropout_p: float, seed: Tensor | None) -> Tensor:
@@ -86,69 +58,11 @@ rank_grad_op = torch.ops.fastlora.rank_grad.default
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
 
-def lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    *,
-    scale: float,
-    bias: Tensor | None = None,
-    dropout_p: float = 0.0,
-    training: bool = True,
-) -> Tensor:
-    """A linear layer with a low-rank update: ``y = x Wᵀ + scale · D(x) Aᵀ Bᵀ + bias``.
-
-    D is dropout on the adapter's input alone, recomputed in the backward and never stored. x and the rank-R middle are
-    all that is kept for backward. Gradients flow to every argument that asks for one, ``weight`` and ``bias`` included.
-
-    Args:
-        x: input [..., K], bfloat16, float16, float32 or float64. On DTensors see :mod:`fastlora.ops.dtensor`.
-        weight: base weight [N, K], as ``nn.Linear`` stores it, in the dtype of x.
-        lora_a: down projection [R, K], in the dtype of x, or float32 on a half-precision base.
-        lora_b: up projection [N, R], in the dtype of ``lora_a``.
-        scale: factor on the update, lora_alpha / r (or lora_alpha / sqrt(r) for rsLoRA).
-        bias: base bias [N] or None.
-        dropout_p: probability of dropping an element of x on its way into ``lora_a``, 0 <= p < 1, realised to 1/65536.
-        training: False switches dropout off.
-
-    Returns:
-        y [..., N] in the dtype of x (of autocast where that is on).
-
-    Raises:
-        TypeError: an argument is of the wrong kind.
-        ValueError: ``dropout_p`` is outside [0, 1).
-        RuntimeError: shapes, dtypes or devices do not fit together, or some arguments are DTensors and others not; or
-            ``FASTLORA_BACKEND`` forces a backend that refuses this call.
-
-    Source: Hu et al., 2021, https://arxiv.org/abs/2106.09685, equation (3).
-    """
-    dispatch.check(x, weight, lora_a, lora_b, scale, bias, dropout_p)
-    x, weight, lora_a, lora_b, bias = dispatch.autocast(x, weight, lora_a, lora_b, bias)
-    dispatch.check_dtypes(x, weight, lora_a, lora_b, bias)
-
-    seed = draw_seed(x.device) if training and dropout_p > 0 else None
-    if dtensor.is_sharded(x):
-        return dtensor.lora_linear(_product, x, weight, lora_a, lora_b, bias, float(scale), float(dropout_p), seed)
-    return _product(x, weight, lora_a, lora_b, bias, float(scale), float(dropout_p), seed)
-
-
-def _product(
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> Tensor:
-    """``lora_linear`` of plain tensors that fit together."""
+def multiply(product: Product) -> Tensor:
+    """y [..., N] of a product of plain tensors whose x is [..., K]."""
     if not torch.is_grad_enabled():
-        return _unrows(lora_matmul_op(rows_of(x), weight, lora_a, lora_b, scale, bias, dropout_p, seed, False)[0], x)
-    y: Tensor = _LoRALinear.apply(  # type: ignore[no-untyped-call]
-        x, weight, lora_a, lora_b, bias, scale, dropout_p, seed
-    )
+        return _unrows(lora_matmul_op(*_by_rows(product))[0], product.x)
+    y: Tensor = _LoRALinear.apply(*product)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -156,31 +70,21 @@ class _LoRALinear(torch.autograd.Function):
     """The chain rule in the module docstring, computing only what ``needs_input_grad`` asks for."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        bias: Tensor | None,
-        scale: float,
-        dropout_p: float,
-        seed: Tensor | None,
-    ) -> Tensor:
-        x_mk = rows_of(x)
-        y_mn, z_mr = lora_matmul_op(x_mk, weight, lora_a, lora_b, scale, bias, dropout_p, seed, False)
-        need_x, need_weight, need_a, need_b = ctx.needs_input_grad[:4]
+    def forward(ctx: Any, *operands: Any) -> Tensor:
+        p = Product(*operands)
+        y_mn, z_mr = lora_matmul_op(*_by_rows(p))
+        need_x, need_w, need_a, need_b = ctx.needs_input_grad[:4]
         ctx.save_for_backward(
-            x if need_a or need_weight else None,
-            weight if need_x else None,
-            lora_a if need_x or need_a else None,
-            lora_b if need_x or need_a else None,
+            p.x if need_a or need_w else None,
+            p.w if need_x else None,
+            p.a if need_x or need_a else None,
+            p.b if need_x or need_a else None,
             z_mr if need_b else None,
-            seed,
+            p.seed,
         )
-        ctx.scale, ctx.dropout_p = scale, dropout_p
-        ctx.x_shape, ctx.adapter_dtype = x.shape, lora_a.dtype
-        return _unrows(y_mn, x)
+        ctx.scale, ctx.dropout_p = p.scale, p.dropout_p
+        ctx.x_shape, ctx.adapter_dtype = p.x.shape, p.a.dtype
+        return _unrows(y_mn, p.x)
 
     @staticmethod
     @once_differentiable
@@ -193,25 +97,37 @@ class _LoRALinear(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, lora_a, lora_b, z_mr, seed = ctx.saved_tensors
-    need_x, need_weight, need_a, need_b, need_bias = ctx.needs_input_grad[:5]
-    p = ctx.dropout_p
-    dx = dweight = da = db = dbias = None
+    """One gradient for each field of Product."""
+    x, w, a, b, z_mr, seed = ctx.saved_tensors
+    need_x, need_w, need_a, need_b, _, need_bias = ctx.needs_input_grad[:6]
+    dx = dw = da = db = dbias = None
     dy_mn = rows_of(dy)
     if need_x or need_a:
         # The forward's verb with the operands turned; without need_x only its rank-R middle is made.
-        w = weight.T if need_x else None
-        dx_mk, t_mr = lora_matmul_op(dy_mn, w, lora_b.T, lora_a.T, ctx.scale, None, p, seed, True)
+        turned = Product(dy_mn, w.T if need_x else None, b.T, a.T, ctx.scale, None, ctx.dropout_p, seed, True)
+        dx_mk, t_mr = lora_matmul_op(*turned)
         dx = dx_mk.view(ctx.x_shape) if need_x else None
     if need_a:
-        da = rank_grad_op(t_mr, rows_of(x), ctx.adapter_dtype, p, seed)
+        da = rank_grad_op(t_mr, rows_of(x), ctx.adapter_dtype, ctx.dropout_p, seed)
     if need_b:
         db = rank_grad_op(dy_mn, z_mr, ctx.adapter_dtype, 0.0, None)
-    if need_weight:
-        dweight = torch.mm(dy_mn.T, rows_of(x))
+    if need_w:
+        dw = torch.mm(dy_mn.T, rows_of(x))
     if need_bias:
         dbias = dy_mn.sum(0)
-    return dx, dweight, da, db, dbias, None, None, None
+    return dx, dw, da, db, None, dbias, None, None, None
+
+
+def _by_rows(p: Product) -> Product:
+    """The product with x as [M, K]."""
+    return p if p.x.dim() == 2 else p._replace(x=rows_of(p.x))
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """All leading dimensions as one: [..., C] -> [M, C], a view wherever the strides allow."""
+    if x.dim() == 2:
+        return x
+    return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
 
 
 def _unrows(y_mn: Tensor, x: Tensor) -> Tensor:

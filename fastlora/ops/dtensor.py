@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,15 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..backends.dropout import Dropout
+from ..backends.request import Product
+from . import autograd
 
 _PLAIN = (Tensor, nn.Parameter)
+_TENSORS = ("x", "w", "a", "b", "bias")
 _log = logging.getLogger("fastlora")
-
-Product = Callable[
-    [Tensor, Tensor, Tensor, Tensor, "Tensor | None", float, float, "Tensor | None"],
-    Tensor,
-]
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -86,140 +82,102 @@ def why_not_mergeable(layer: nn.Module, name: str = "weight") -> str | None:
     return f"{name} belongs to {owner}: gather the state dict, load it into an unsharded model and merge there"
 
 
-def lora_linear(
-    product: Product,
-    x: Any,
-    w: Any,
-    a: Any,
-    b: Any,
-    bias: Any | None,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> Tensor:
-    """The layer on DTensors of one mesh: ``product`` on every rank's shard where a plan allows, else the formula."""
+def multiply(p: Any) -> Tensor:
+    """y of a product of DTensors on one mesh: on every rank's shard where a plan allows, else the formula."""
     # On the way back this brings each gradient to the placement of its tensor: partial sums are reduced.
-    w, a, b, bias = (None if t is None else t.redistribute(placements=t.placements) for t in (w, a, b, bias))
-    placements = tuple(None if t is None else t.placements for t in (x, w, a, b, bias))
-    if x.device_mesh.ndim == 1:
-        if _is(placements, (None, 0, None, 0, 0), x.dim()):
-            return _by_columns(product, x, w, a, b, bias, scale, dropout_p, seed)
-        if _is(placements, (x.dim() - 1, 1, 1, None, None), x.dim()):
-            return _by_rows(product, x, w, a, b, bias, scale, dropout_p, seed)
+    p = p._replace(**{name: t.redistribute(placements=t.placements) for name, t in _parameters(p).items()})
+    placements = {name: t.placements for name, t in {"x": p.x, **_parameters(p)}.items()}
+    if p.x.device_mesh.ndim == 1:
+        last = p.x.dim() - 1
+        if _is(placements, p, x=None, w=0, a=None, b=0, bias=0):
+            return _by_columns(p)
+        if _is(placements, p, x=last, w=1, a=1, b=None, bias=None):
+            return _by_rows(p)
     _say_once(
         "lora_linear runs in plain DTensor operators, not fused: x, weight, lora_a, lora_b, bias are placed "
-        f"{', '.join(map(str, placements))} over {x.device_mesh.ndim} mesh dimension(s), neither by columns nor by "
-        "rows; fastlora.parallel.ColwiseParallel and RowwiseParallel place a LoRALinear so that its product is fused"
+        f"{', '.join(str(placements.get(name)) for name in _TENSORS)} over {p.x.device_mesh.ndim} mesh dimension(s), "
+        "neither by columns nor by rows; fastlora.parallel.ColwiseParallel and RowwiseParallel place a LoRALinear so "
+        "that its product is fused"
     )
-    return _formula(x, w, a, b, bias, scale, dropout_p, seed)
+    return _formula(p)
 
 
-def _is(placements: tuple[Any, ...], plan: tuple[int | None, ...], x_dim: int) -> bool:
-    """Whether tensors on a mesh of one dimension are sharded on the dimensions of the plan; None: whole."""
+def _parameters(p: Any) -> dict[str, Any]:
+    """The operands that a layer holds."""
+    return {name: t for name in _TENSORS[1:] if (t := getattr(p, name)) is not None}
 
-    def matches(placement: Any, dim: int | None, ndim: int) -> bool:
+
+def _is(placements: dict[str, Any], p: Any, **plan: int | None) -> bool:
+    """Whether operands on a mesh of one dimension are sharded on the dimensions of the plan; None: whole."""
+
+    def matches(name: str, dim: int | None) -> bool:
+        placement = placements[name][0]
         if dim is None:
             return bool(placement.is_replicate())
-        return type(placement).__name__ == "Shard" and placement.dim % ndim == dim
+        return type(placement).__name__ == "Shard" and placement.dim % getattr(p, name).dim() == dim
 
-    return all(
-        found is None or matches(found[0], dim, ndim)
-        for found, dim, ndim in zip(placements, plan, (x_dim, 2, 2, 2, 1), strict=True)
-    )
+    return all(matches(name, dim) for name, dim in plan.items() if name in placements)
 
 
-def _by_columns(
-    product: Product,
-    x: Any,
-    w: Any,
-    a: Any,
-    b: Any,
-    bias: Any | None,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> Tensor:
+def _by_columns(p: Any) -> Tensor:
     from torch.distributed.tensor import Partial, Shard
 
     # Every rank sees all of x and a but its own columns of dy alone: its dx and da are partial sums.
-    y = product(
-        x.to_local(grad_placements=[Partial()]),
-        w.to_local(grad_placements=[Shard(0)]),
-        a.to_local(grad_placements=[Partial()]),
-        b.to_local(grad_placements=[Shard(0)]),
-        None if bias is None else bias.to_local(grad_placements=[Shard(0)]),
-        scale,
-        dropout_p,
-        seed,
-    )
-    return _from_local(y, x, w, Shard(x.dim() - 1))
+    shard = _shard_of(p, x=Partial(), w=Shard(0), a=Partial(), b=Shard(0), bias=Shard(0))
+    return _from_local(autograd.multiply(shard), p, Shard(p.x.dim() - 1))
 
 
-def _by_rows(
-    product: Product,
-    x: Any,
-    w: Any,
-    a: Any,
-    b: Any,
-    bias: Any | None,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> Tensor:
+def _by_rows(p: Any) -> Tensor:
     from torch.distributed.tensor import Partial, Shard
 
-    mesh = x.device_mesh
-    if seed is not None:
-        # Ranks that draw alike must still drop differently: their columns of x are not each other's.
-        seed = torch.stack((seed[0], seed[1] + mesh.get_local_rank()))
-    if bias is not None:
-        # A share on every rank, so that the sum over ranks holds it once.
-        bias = bias.to_local(grad_placements=[Partial()]) / mesh.size()
     # Every rank sees all of dy: what it makes of it is whole, but db, made of its partial z, is a partial sum.
-    y = product(
-        x.to_local(grad_placements=[Shard(x.dim() - 1)]),
-        w.to_local(grad_placements=[Shard(1)]),
-        a.to_local(grad_placements=[Shard(1)]),
-        b.to_local(grad_placements=[Partial()]),
-        bias,
-        scale,
-        dropout_p,
-        seed,
-    )
+    shard = _shard_of(p, x=Shard(p.x.dim() - 1), w=Shard(1), a=Shard(1), b=Partial(), bias=Partial())
+    if shard.seed is not None:
+        # Ranks that draw alike must still drop differently: their columns of x are not each other's.
+        shard = shard._replace(seed=torch.stack((p.seed[0], p.seed[1] + p.x.device_mesh.get_local_rank())))
+    if shard.bias is not None:
+        # A share on every rank, so that the sum over ranks holds it once.
+        shard = shard._replace(bias=shard.bias / p.x.device_mesh.size())
     # Changes nothing forward, and makes dy whole on the way back whatever the consumer did with the partial sum.
-    result: Any = _from_local(y, x, w, Partial())
+    result: Any = _from_local(autograd.multiply(shard), p, Partial())
     whole: Tensor = result.redistribute(placements=[Partial()])
     return whole
 
 
-def _from_local(y: Tensor, x: Any, w: Any, placement: Any) -> Tensor:
+def _shard_of(p: Product, **gradients: Any) -> Product:
+    """This rank's shard of every operand, each with the placement of its gradient."""
+    operands: dict[str, Any] = {name: getattr(p, name) for name in gradients}
+    return p._replace(
+        **{name: t.to_local(grad_placements=[gradients[name]]) for name, t in operands.items() if t is not None}
+    )
+
+
+def _from_local(y: Tensor, p: Any, placement: Any) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     # Shape and strides are said, not guessed from the shard: shards may differ in size.
-    shape = torch.Size((*x.shape[:-1], w.shape[0]))
+    shape = torch.Size((*p.x.shape[:-1], p.w.shape[0]))
     stride = torch.empty(shape, device="meta").stride()
-    result: Tensor = DTensor.from_local(y, x.device_mesh, [placement], run_check=False, shape=shape, stride=stride)
+    result: Tensor = DTensor.from_local(y, p.x.device_mesh, [placement], run_check=False, shape=shape, stride=stride)
     return result
 
 
-def _formula(
-    x: Any, w: Any, a: Any, b: Any, bias: Any | None, scale: float, dropout_p: float, seed: Tensor | None
-) -> Tensor:
+def _formula(p: Any) -> Tensor:
+    x = p.x
     if x.dim() == 1:  # DTensor's own linear takes no single row
-        return _formula(x.unsqueeze(0), w, a, b, bias, scale, dropout_p, seed).squeeze(0)
+        return _formula(p._replace(x=x.unsqueeze(0))).squeeze(0)
     dropped = x
-    if seed is not None:
+    if (dropout := p.mask_x) is not None:
         from torch.distributed.tensor import DTensor, Replicate
 
         # The mask of the whole x, made on every rank from the seed, and of it the part that lies here.
-        if any(placement.is_partial() for placement in x.placements):
-            x = x.redistribute(placements=[Replicate() if p.is_partial() else p for p in x.placements])
-        dropout = Dropout(dropout_p, seed)
+        if any(each.is_partial() for each in x.placements):
+            x = x.redistribute(placements=[Replicate() if each.is_partial() else each for each in x.placements])
         mask = dropout.keep(x.numel() // max(x.shape[-1], 1), x.shape[-1]).view(x.shape).to(x.dtype)
         whole: Any = DTensor.from_local(mask, x.device_mesh, [Replicate()] * x.device_mesh.ndim, run_check=False)
         dropped = x * whole.redistribute(placements=x.placements) * dropout.rescale
-    z = scale * F.linear(dropped, a.to(x.dtype))
-    return F.linear(x, w, bias) + F.linear(z, b.to(x.dtype))
+    z = p.scale * F.linear(dropped, p.a.to(x.dtype))
+    return F.linear(x, p.w, p.bias) + F.linear(z, p.b.to(x.dtype))
 
 
 @functools.cache

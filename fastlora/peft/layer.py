@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D as Conv1D
 
-from ..ops.autograd import lora_linear
+from ..ops.linear import lora_linear
 from . import calls
 
 DISABLED = "the adapters are disabled"

@@ -21,6 +21,7 @@ import fastlora
 from fastlora.accuracy import assert_close_to_oracle, oracle_step, reference_step
 from fastlora.adapters.layer import AdaptedConv1D, AdaptedLinear
 from fastlora.adapters.matching import all_linear, first_match, is_target
+from fastlora.backends.request import Product
 from tests.adapters.tiny_models import IDS, adapted, fill, gpt2, llama, run, toy
 from tests.cases import DTYPES, OpLog
 
@@ -241,9 +242,8 @@ def test_outputs_and_gradients_of_a_layer(dtypes: tuple[torch.dtype, torch.dtype
     a, b = layer.lora_A["default"], layer.lora_B["default"]
     y = model(x)
     y.backward(dy)
-    operands = [t.detach() for t in (x, weight, a, b)]
-    oracle = oracle_step(*operands, dy, scale=10 / 6, bias=layer.bias)
-    baseline = reference_step(*operands, dy, scale=10 / 6, bias=layer.bias)
+    product = Product(x, weight, a, b, 10 / 6, layer.bias).map(Tensor.detach)
+    oracle, baseline = oracle_step(product, dy), reference_step(product, dy)
     for name, actual in (("y", y), ("dx", x.grad), ("da", a.grad), ("db", b.grad)):
         assert_close_to_oracle(actual, oracle=getattr(oracle, name), baseline=getattr(baseline, name), name=name)
 

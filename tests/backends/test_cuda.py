@@ -19,11 +19,11 @@ from torch import Tensor
 
 import fastlora
 from csrc import build as csrc
-from fastlora.backends import cuda, dispatch
+from fastlora.backends import cuda, dispatch, measured
 from fastlora.backends.dropout import Dropout
-from fastlora.backends.request import Request
+from fastlora.backends.request import Product, Request
 from fastlora.ops.autograd import lora_matmul_op
-from tests.cases import make
+from tests.cases import kernel_named, make
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADER = ROOT / "csrc" / "fastlora.h"
@@ -69,10 +69,10 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No library is loaded and nothing chosen, before and after."""
 
     def forget() -> None:
-        dispatch._choose.cache_clear()
+        dispatch.forget()
         cuda._library.cache_clear()
 
-    for name in ("FASTLORA_CUDA_LIBRARY", "FASTLORA_CUDA_DESIGN"):
+    for name in ("FASTLORA_CUDA_LIBRARY",):
         monkeypatch.delenv(name, raising=False)
     forget()
     yield
@@ -179,7 +179,7 @@ def test_the_codes_are_those_of_the_header() -> None:
         "FASTLORA_MASK_NONE": cuda._NO_MASK[0],
         "FASTLORA_MASK_INPUT": cuda._MASK_INPUT,
         "FASTLORA_MASK_PRODUCT": cuda._MASK_PRODUCT,
-        "FASTLORA_ONE_LAUNCH": cuda.DESIGNS.index("one_launch"),
+        "FASTLORA_ONE_LAUNCH": cuda.DESIGNS.index("z_jobs"),
         "FASTLORA_SERIAL": cuda.DESIGNS.index("serial"),
     } == codes
 
@@ -313,16 +313,17 @@ def test_forced_on_a_cpu_it_raises_with_every_reason(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("FASTLORA_BACKEND", "cuda")
     with pytest.raises(RuntimeError, match="FASTLORA_BACKEND=cuda cannot run this call") as caught:
         call()
-    assert f"cuda       x is on cpu: {HOPPER}" in str(caught.value)
-    assert "library    can run" in str(caught.value)
+    for name in cuda.DESIGNS:
+        assert re.search(rf"cuda-{name} +x is on cpu: {re.escape(HOPPER)}", str(caught.value))
+    assert re.search("library +can run", str(caught.value))
 
 
 @pytest.mark.usefixtures("spy")
 def test_auto_leaves_it_even_where_it_can_run() -> None:
     explanation = fastlora.explain(*make(32, 64, 48, 8, dtype=torch.bfloat16)[:4])
     assert explanation.chosen == "library"
-    assert dict(explanation.verdicts)["cuda"] == (
-        "can run without a GPU, but auto keeps it for GPUs; FASTLORA_BACKEND=cuda forces it"
+    assert dict(explanation.verdicts)["cuda-serial"] == (
+        "can run without a GPU, but auto keeps it for GPUs; FASTLORA_BACKEND=cuda-serial forces it"
     )
 
 
@@ -333,21 +334,14 @@ def test_auto_leaves_it_on_hopper_until_it_is_proven(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     explanation = dispatch._explain(request(GPU), "auto")
     assert explanation.chosen == "library"
-    assert dict(explanation.verdicts)["cuda"] == (
-        "can run, but auto passes it over: not yet proven on sm_90 (benchmarks/HARDWARE.md); FASTLORA_BACKEND=cuda "
-        "forces it"
+    assert dict(explanation.verdicts)["cuda-z_jobs"] == (
+        "can run, but auto passes it over: not yet proven on sm_90 in bfloat16 (benchmarks/HARDWARE.md); "
+        "FASTLORA_BACKEND=cuda-z_jobs forces it"
     )
-    assert dispatch.PROVEN["cuda"] == frozenset()
+    assert {proof for proof in measured.PROVEN if proof.kernel.startswith("cuda")} == set()
 
 
 @pytest.mark.usefixtures("spy")
-def test_an_unknown_design_lists_the_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTLORA_BACKEND", "cuda")
-    monkeypatch.setenv("FASTLORA_CUDA_DESIGN", "fused")
-    with pytest.raises(RuntimeError, match="FASTLORA_CUDA_DESIGN='fused' is unknown: expected one_launch, serial"):
-        call()
-
-
 def test_words_of_the_library_are_raised(monkeypatch: pytest.MonkeyPatch, compiled: Callable[..., Path]) -> None:
     monkeypatch.setenv("FASTLORA_CUDA_LIBRARY", str(compiled(answer='"no room for y"')))
     monkeypatch.setenv("FASTLORA_BACKEND", "cuda")
@@ -360,7 +354,7 @@ def test_words_of_the_library_are_raised(monkeypatch: pytest.MonkeyPatch, compil
 @pytest.mark.parametrize("forced", ["reference", "library", "cuda"])
 @pytest.mark.usefixtures("spy")
 def test_z_lies_alike_whoever_makes_it(forced: str, tokens: int, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.compile and its caches are told how before a backend is chosen."""
+    """torch.compile and its caches are told how before a kernel is chosen."""
     monkeypatch.setenv("FASTLORA_BACKEND", forced)
     x, w, a, b, bias = make(tokens, 64, 48, rank, dtype=torch.bfloat16)
     for operands in ((x, w, a, b, 1.5, bias, 0.0, None, False), (x, None, a, b, 1.5, None, 0.0, None, False)):
@@ -387,12 +381,11 @@ MASK = (DROPOUT.threshold, pytest.approx(DROPOUT.rescale), DROPOUT.seed.data_ptr
 NO_MASK = (0, 0, 1.0, None)
 
 
-@pytest.mark.parametrize("design", cuda.DESIGNS)
-def test_the_forward_arrives_field_by_field(spy: ctypes.CDLL, design: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTLORA_CUDA_DESIGN", design)
+@pytest.mark.parametrize(("name", "design"), [("cuda-z_jobs", 0), ("cuda-serial", 1)])
+def test_the_forward_arrives_field_by_field(spy: ctypes.CDLL, name: str, design: int) -> None:
     x, w, a, b, bias = make(32, 64, 48, 12, dtype=torch.bfloat16, adapter_dtype=torch.float32)
     x = torch.empty(32, 80, dtype=x.dtype)[:, :64].copy_(x)
-    y, z = cuda.lora_matmul(x, w, a, b, scale=1.5, bias=bias)
+    y, z = kernel_named(name).run(Product(x, w, a, b, 1.5, bias))
     assert (y.shape, y.stride(), y.dtype) == ((32, 48), (48, 1), torch.bfloat16)
     assert (z.shape, z.stride(), z.dtype) == ((32, 12), (16, 1), torch.bfloat16)
     assert given(spy, cuda._LoraMatmul) == {
@@ -402,7 +395,7 @@ def test_the_forward_arrives_field_by_field(spy: ctypes.CDLL, design: str, monke
         "x_stride": 80, "w_stride": 64, "y_stride": 48, "z_stride": 16,
         "a_stride_r": 64, "a_stride_k": 1, "b_stride_n": 12, "b_stride_r": 1,
         "w_transposed": 0, "dtype": 0, "adapter_dtype": 2, "scale": 1.5, "mask": NO_MASK,
-        "design": {"one_launch": 0, "serial": 1}[design], "tile_columns": 0,
+        "design": design, "tile_columns": 0,
     }  # fmt: skip
     assert ctypes.c_int32.in_dll(spy, "spy_sms").value == 4
     assert ctypes.c_void_p.in_dll(spy, "spy_workspace").value % 256 == 0
@@ -411,7 +404,7 @@ def test_the_forward_arrives_field_by_field(spy: ctypes.CDLL, design: str, monke
 def test_the_backward_arrives_with_its_operands_turned(spy: ctypes.CDLL) -> None:
     dy = torch.empty(32, 48, dtype=torch.float16)
     w, a, b = (torch.empty(*shape, dtype=torch.float16) for shape in ((48, 64), (8, 64), (48, 8)))
-    dx, t = cuda.lora_matmul(dy, w.T, b.T, a.T, scale=0.5, dropout=DROPOUT, on_product=True)
+    dx, t = cuda.lora_matmul(Product(dy, w.T, b.T, a.T, 0.5, None, DROPOUT.p, DROPOUT.seed, True))
     assert given(spy, cuda._LoraMatmul) == {
         "x": dy.data_ptr(), "w": w.data_ptr(), "a": b.data_ptr(), "b": a.data_ptr(), "bias": None,
         "y": dx.data_ptr(), "z": t.data_ptr(),
@@ -428,7 +421,7 @@ def test_z_alone_has_neither_w_nor_b_nor_a_product_to_mask(
     spy: ctypes.CDLL, on_product: bool, mask: tuple[Any, ...]
 ) -> None:
     x, _, a, b, _ = make(32, 64, 48, 8, dtype=torch.bfloat16)
-    y, z = cuda.lora_matmul(x, None, a, b, scale=1.5, dropout=DROPOUT, on_product=on_product)
+    y, z = cuda.lora_matmul(Product(x, None, a, b, 1.5, None, DROPOUT.p, DROPOUT.seed, on_product))
     assert y is None
     assert z.shape == (32, 8)
     arrived = given(spy, cuda._LoraMatmul)
@@ -438,7 +431,7 @@ def test_z_alone_has_neither_w_nor_b_nor_a_product_to_mask(
 
 def test_a_bias_with_gaps_is_copied(spy: ctypes.CDLL) -> None:
     x, w, a, b, bias = make(32, 64, 48, 8, dtype=torch.bfloat16)
-    cuda.lora_matmul(x, w, a, b, scale=1.5, bias=bias.repeat_interleave(2)[::2])
+    cuda.lora_matmul(Product(x, w, a, b, 1.5, bias.repeat_interleave(2)[::2]))
     assert given(spy, cuda._LoraMatmul)["bias"] not in (None, bias.data_ptr())
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +13,22 @@ from torch import Tensor
 
 import fastlora
 from fastlora.accuracy import assert_close_to_oracle
-from fastlora.backends import dispatch, reference
+from fastlora.backends import dispatch, measured, reference
 from fastlora.backends.dropout import Dropout
-from fastlora.backends.request import Request
-from tests.cases import DTYPES, LAYOUTS, SCALE, Operands, OpLog, gradient_of, make
+from fastlora.backends.measured import Proof
+from fastlora.backends.request import Kernel, Product, Request
+from tests.cases import (
+    DTYPES,
+    LAYOUTS,
+    SCALE,
+    Operands,
+    OpLog,
+    check_against_reference,
+    count_runs,
+    gradient_of,
+    make,
+    replace_kernel,
+)
 
 CPU = torch.device("cpu")
 
@@ -23,13 +36,6 @@ CPU = torch.device("cpu")
 EVERYWHERE = ("reference", "library")
 
 DROPOUTS = {"no_dropout": (None, False), "on_input": (0.25, False), "on_product": (0.25, True)}
-
-
-@pytest.fixture(autouse=True)
-def fresh_choices() -> Iterator[None]:
-    dispatch._choose.cache_clear()
-    yield
-    dispatch._choose.cache_clear()
 
 
 @pytest.fixture(params=EVERYWHERE)
@@ -44,12 +50,9 @@ def some_dropout(p: float | None = 0.25) -> Dropout | None:
 def check_lora_matmul(
     backend: ModuleType, operands: Operands, p: float | None = None, on_product: bool = False
 ) -> None:
-    def verb(module: ModuleType, o: Operands) -> tuple[Tensor, Tensor]:
-        options = {"scale": SCALE, "bias": o.bias, "dropout": some_dropout(p), "on_product": on_product}
-        return module.lora_matmul(*o[:4], **options)
-
-    oracle, baseline = verb(reference, operands.double()), verb(reference, operands)
-    for name, actual, exact, plain in zip("yz", verb(backend, operands), oracle, baseline, strict=True):
+    product = operands.product(some_dropout(p), on_product=on_product)
+    oracle, baseline = reference.lora_matmul(product.map(Tensor.double)), reference.lora_matmul(product)
+    for name, actual, exact, plain in zip("yz", backend.lora_matmul(product), oracle, baseline, strict=True):
         assert_close_to_oracle(actual, oracle=exact, baseline=plain, name=name)
 
 
@@ -104,11 +107,10 @@ def test_lora_matmul_in_any_layout(
 
 @pytest.mark.parametrize("dropout", DROPOUTS.values(), ids=DROPOUTS)
 def test_without_weight_z_alone_is_made(backend: ModuleType, dropout: tuple[float | None, bool]) -> None:
-    x, weight, a, b, _ = make()
-    options = {"scale": SCALE, "dropout": some_dropout(dropout[0]), "on_product": dropout[1]}
-    nothing, z = backend.lora_matmul(x, None, a, b, **options)
+    product = make().product(some_dropout(dropout[0]), on_product=dropout[1])
+    nothing, z = backend.lora_matmul(product._replace(w=None))
     assert nothing is None
-    assert torch.equal(z, backend.lora_matmul(x, weight, a, b, **options)[1])
+    assert torch.equal(z, backend.lora_matmul(product)[1])
 
 
 @pytest.mark.parametrize("p", [None, 0.25], ids=["no_dropout", "dropout"])
@@ -140,26 +142,25 @@ def test_dropped_inputs_are_not_seen(backend: ModuleType) -> None:
     """Zero times infinity is NaN: the mask must select, not multiply."""
     dropout = some_dropout()
     x = torch.where(dropout.keep(40, 24), 1.0, torch.inf)
-    _, z = backend.lora_matmul(x, None, torch.ones(3, 24), torch.ones(29, 3), scale=SCALE, dropout=dropout)
+    operands = Operands(x, torch.zeros(29, 24), torch.ones(3, 24), torch.ones(29, 3))
+    _, z = backend.lora_matmul(operands.product(dropout)._replace(w=None))
     assert z.isfinite().all()
 
 
 def test_dropped_products_are_not_seen(backend: ModuleType) -> None:
     dropout = some_dropout()
-    a, b = torch.ones(1, 24), torch.full((29, 1), 3e38)
-    y, _ = backend.lora_matmul(
-        torch.ones(40, 24), torch.zeros(29, 24), a, b, scale=SCALE, dropout=dropout, on_product=True
-    )
+    operands = Operands(torch.ones(40, 24), torch.zeros(29, 24), torch.ones(1, 24), torch.full((29, 1), 3e38))
+    y, _ = backend.lora_matmul(operands.product(dropout, on_product=True))
     assert torch.equal(y, torch.where(dropout.keep(40, 29), torch.inf, 0.0))
 
 
 @pytest.mark.parametrize("dropout", DROPOUTS.values(), ids=DROPOUTS)
 def test_same_bits_run_after_run(backend: ModuleType, dropout: tuple[float | None, bool]) -> None:
     def once() -> tuple[Tensor, ...]:
-        x, weight, a, b, bias = make(129, 200, 77, 16)
         mask = some_dropout(dropout[0])
-        y, z = backend.lora_matmul(x, weight, a, b, scale=SCALE, bias=bias, dropout=mask, on_product=dropout[1])
-        return y, z, backend.rank_grad(z, x, dtype=torch.float32, dropout=mask)
+        product = make(129, 200, 77, 16).product(mask, on_product=dropout[1])
+        y, z = backend.lora_matmul(product)
+        return y, z, backend.rank_grad(z, product.x, dtype=torch.float32, dropout=mask)
 
     assert all(torch.equal(first, second) for first, second in zip(once(), once(), strict=True))
 
@@ -171,13 +172,11 @@ def test_library_allocates_no_second_output(
     """y is the one tensor of its size; with dropout the masked operand exists a few rows at a time."""
     monkeypatch.setattr("fastlora.backends.dropout._CHUNK", {"cpu": 300})
     library = importlib.import_module("fastlora.backends.library")
-    x, weight, a, b, bias = make(64, 100, 90, 4)
+    operands = make(64, 100, 90, 4)
     p, on_product = dropout
     with OpLog() as log:
-        y, _ = library.lora_matmul(
-            x, weight, a, b, scale=SCALE, bias=bias, dropout=some_dropout(p), on_product=on_product
-        )
-    callers = {t.data_ptr() for t in (x, weight, a, b, bias)}
+        y, _ = library.lora_matmul(operands.product(some_dropout(p), on_product=on_product))
+    callers = {t.data_ptr() for t in operands}
     made = {
         result.untyped_storage().data_ptr(): result.untyped_storage().nbytes()
         for _, _, result in log.calls
@@ -189,42 +188,30 @@ def test_library_allocates_no_second_output(
 
 @pytest.mark.parametrize("verb", ["lora_matmul", "rank_grad"])
 def test_fp32_adapters_never_widen_the_input(backend: ModuleType, verb: str) -> None:
-    x, weight, a, b, bias = make(64, 100, 90, 4, dtype=torch.bfloat16, adapter_dtype=torch.float32)
+    operands = make(64, 100, 90, 4, dtype=torch.bfloat16, adapter_dtype=torch.float32)
+    x = operands.x
     with OpLog() as log:
         if verb == "lora_matmul":
-            backend.lora_matmul(x, weight, a, b, scale=SCALE, bias=bias)
+            backend.lora_matmul(operands.product())
         else:
             backend.rank_grad(x[:, :4], x, dtype=torch.float32)
     wide = [name for name, _, result in log.calls if result.dtype is torch.float32 and result.numel() >= x.numel()]
     assert wide == []
 
 
-class Spy:
-    """Stands in for a backend and counts its calls."""
-
-    def __init__(self, module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.calls = 0
-        verb = module.lora_matmul
-
-        def counted(*args: object, **kwargs: object) -> object:
-            self.calls += 1
-            return verb(*args, **kwargs)
-
-        monkeypatch.setattr(module, "lora_matmul", counted)
-
-
-def test_the_forced_backend_runs_and_may_change_between_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    spies = {name: Spy(importlib.import_module(f"fastlora.backends.{name}"), monkeypatch) for name in EVERYWHERE}
+def test_the_forced_kernel_runs_and_may_change_between_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = {name: count_runs(monkeypatch, name) for name in EVERYWHERE}
     for forced in ("reference", "library", "reference", "auto"):
         monkeypatch.setenv("FASTLORA_BACKEND", forced)
         make()()
-    assert {name: spy.calls for name, spy in spies.items()} == {"reference": 2, "library": 2}
+    assert {name: len(shapes) for name, shapes in ran.items()} == {"reference": 2, "library": 2}
 
 
 def test_auto_takes_the_library_on_a_cpu() -> None:
     explanation = fastlora.explain(*make()[:4], scale=SCALE)
     assert explanation.chosen == "library"
-    assert {verdict.backend for verdict in explanation.verdicts} == set(dispatch.BACKENDS)
+    assert explanation.tile is None
+    assert [verdict.kernel for verdict in explanation.verdicts] == [k.name for k in dispatch.KERNELS["lora_matmul"]]
     reasons = dict(explanation.verdicts)
     assert all(reasons[name] is None for name in EVERYWHERE)
 
@@ -253,7 +240,7 @@ def test_explain_knows_that_eval_has_no_dropout() -> None:
 
 
 def test_explanation_prints_request_choice_and_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastlora.backends.reference.refuses", lambda request: "is on holiday")
+    replace_kernel(monkeypatch, "reference", refuses=lambda request: "is on holiday")
     lines = str(fastlora.explain(*make()[:4], scale=SCALE)).splitlines()
     assert lines[0] == ("lora_matmul on cpu: M=37 K=48 N=29 R=6 float32, adapters float32, no dropout -> library")
     assert any(line.split() == ["reference", "is", "on", "holiday"] for line in lines)
@@ -261,16 +248,66 @@ def test_explanation_prints_request_choice_and_reasons(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("call", [lambda: make()(), lambda: fastlora.explain(*make()[:4])], ids=["call", "explain"])
-def test_unknown_backend_lists_the_known(call: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTLORA_BACKEND", "cublas")
-    with pytest.raises(RuntimeError, match="FASTLORA_BACKEND='cublas' is unknown: expected auto, ") as caught:
+def test_an_unknown_kernel_lists_the_known(call: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTLORA_BACKEND", "triton-serail")
+    with pytest.raises(RuntimeError, match="FASTLORA_BACKEND='triton-serail' is unknown: expected auto, ") as caught:
         call()
-    assert all(name in str(caught.value) for name in dispatch.BACKENDS)
+    assert all(kernel.name in str(caught.value) for kernel in dispatch.KERNELS["lora_matmul"])
 
 
-def test_forced_backend_that_refuses_raises_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+FAMILY = ("fused-first", "fused-second")
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Product]]:
+    """Two more kernels of lora_matmul and the one of rank_grad that serves both; the products that each ran."""
+    ran: dict[str, list[Any]] = {name: [] for name in (*FAMILY, "fused")}
+
+    def kernel(name: str, run: Callable[..., object]) -> Kernel:
+        def noted(*args: Any, **options: Any) -> object:
+            ran[name].append(args)
+            return run(*args, **options)
+
+        refuses = (lambda request: f"takes no rank {request.r}") if name == "fused-first" else (lambda request: None)
+        return Kernel(name, refuses, noted)
+
+    first = tuple(kernel(name, reference.lora_matmul) for name in FAMILY)
+    monkeypatch.setitem(dispatch.KERNELS, "lora_matmul", (*first, *dispatch.KERNELS["lora_matmul"]))
+    grads = (kernel("fused", reference.rank_grad), *dispatch.KERNELS["rank_grad"])
+    monkeypatch.setitem(dispatch.KERNELS, "rank_grad", grads)
+    return ran
+
+
+@pytest.mark.parametrize("forced", ["fused", "fused-second"])
+def test_a_name_or_its_beginning_forces_a_kernel_and_its_family(
+    forced: str, fused: dict[str, list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTLORA_BACKEND", forced)
+    check_against_reference(make())
+    assert {name: len(products) for name, products in fused.items()} == {
+        "fused-first": 0,
+        "fused-second": 2,
+        "fused": 2,
+    }
+
+
+def test_a_name_forces_this_kernel_alone(fused: dict[str, list[Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTLORA_BACKEND", "fused-first")
+    with pytest.raises(RuntimeError, match="FASTLORA_BACKEND=fused-first cannot run this call") as caught:
+        make()()
+    assert "takes no rank 6" in str(caught.value)
+
+
+@pytest.mark.usefixtures("fused")
+def test_a_beginning_is_a_whole_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTLORA_BACKEND", "fus")
+    with pytest.raises(RuntimeError, match="FASTLORA_BACKEND='fus' is unknown"):
+        make()()
+
+
+def test_a_forced_kernel_that_refuses_raises_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTLORA_BACKEND", "reference")
-    monkeypatch.setattr("fastlora.backends.reference.refuses", lambda request: f"takes no rank {request.r}")
+    replace_kernel(monkeypatch, "reference", refuses=lambda request: f"takes no rank {request.r}")
     with pytest.raises(RuntimeError, match="FASTLORA_BACKEND=reference cannot run this call") as caught:
         make()()
     assert "takes no rank 6" in str(caught.value)
@@ -279,26 +316,53 @@ def test_forced_backend_that_refuses_raises_every_reason(monkeypatch: pytest.Mon
 
 def test_explain_of_a_forced_refusal_chooses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTLORA_BACKEND", "reference")
-    monkeypatch.setattr("fastlora.backends.reference.refuses", lambda request: "is on holiday")
+    replace_kernel(monkeypatch, "reference", refuses=lambda request: "is on holiday")
     explanation = fastlora.explain(*make()[:4], scale=SCALE)
     assert explanation.chosen is None
     assert "-> nothing" in str(explanation)
 
 
-def test_unproven_names_the_gpu_the_ledger_and_the_way_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    monkeypatch.setitem(dispatch.PROVEN, "triton", frozenset({(9, 0)}))
-    reason = dispatch.unproven("triton", torch.device("cuda", 0))
-    assert "sm_86" in reason
-    assert "benchmarks/HARDWARE.md" in reason
-    assert "FASTLORA_BACKEND=triton" in reason
+GPU = Request("lora_matmul", torch.device("cuda", 0), torch.bfloat16, torch.bfloat16, 64, 64, 64, 8, False)
+PROOF = Proof("lora_matmul", "triton-serial", 90, "bfloat16")
 
 
-def test_proven_backends_and_the_library_need_no_further_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def sm_90(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setitem(dispatch.PROVEN, "triton", frozenset({(9, 0)}))
-    assert dispatch.unproven("triton", torch.device("cuda", 0)) is None
-    assert dispatch.unproven("library", torch.device("cuda", 0)) is None
+
+
+@pytest.mark.usefixtures("sm_90")
+def test_unproven_names_the_gpu_the_ledger_and_the_way_round() -> None:
+    reason = dispatch.unproven("triton-serial", GPU)
+    assert "sm_90 in bfloat16" in reason
+    assert "benchmarks/HARDWARE.md" in reason
+    assert "FASTLORA_BACKEND=triton-serial" in reason
+
+
+@pytest.mark.usefixtures("sm_90")
+def test_a_kernel_is_proven_by_its_own_line_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = {
+        PROOF._replace(kernel="triton-portable"),
+        PROOF._replace(verb="rank_grad", kernel="triton"),
+        PROOF._replace(verb="rank_grad"),
+        PROOF._replace(capability=100),
+        PROOF._replace(dtype="float16"),
+    }
+    monkeypatch.setattr(measured, "PROVEN", frozenset(others))
+    assert dispatch.unproven("triton-serial", GPU) is not None
+    monkeypatch.setattr(measured, "PROVEN", frozenset({PROOF}))
+    assert dispatch.unproven("triton-serial", GPU) is None
+    assert dispatch.unproven("library", GPU) is None
+
+
+@pytest.mark.usefixtures("sm_90")
+def test_auto_takes_a_proven_kernel_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = {name: lambda request: None for name in ("cuda-z_jobs", "triton-serial", "triton-portable")}
+    for name, refuses in lines.items():
+        replace_kernel(monkeypatch, name, refuses=refuses)
+    assert dispatch._explain(GPU, "auto").chosen == "library"
+    monkeypatch.setattr(measured, "PROVEN", frozenset({PROOF}))
+    assert dispatch._explain(GPU, "auto").chosen == "triton-serial"
 
 
 def test_request_of_rank_grad() -> None:
@@ -339,14 +403,11 @@ ALIGNMENTS: dict[str, tuple[dict[str, Tensor | None], str | None]] = {
 def test_a_request_knows_what_tensor_copies_cannot_read(case: str) -> None:
     changes, expected = ALIGNMENTS[case]
     operands = {"x": half(7, 48), "w": half(24, 48), "a": half(4, 48), "b": half(24, 4)} | changes
-    assert Request.of_lora_matmul(**operands, dropout=False).unaligned == expected
+    assert Request.of_lora_matmul(Product(**operands, scale=1.0)).unaligned == expected
 
 
 def test_alignment_is_a_fact_of_16_bit_operands() -> None:
-    x = torch.empty(7, 49)
-    assert (
-        Request.of_lora_matmul(x, torch.empty(29, 49), torch.empty(3, 49), torch.empty(29, 3), False).unaligned is None
-    )
+    assert Request.of_lora_matmul(make(7, 49, 29, 3).product()).unaligned is None
 
 
 @pytest.mark.parametrize(("name", "p", "q"), [("p", half(7, 6), half(7, 48)), ("q", half(7, 8), half(7, 49))])

@@ -20,7 +20,7 @@ from torch import Tensor
 from fastlora.accuracy import assert_close_to_oracle
 from fastlora.backends import cuda, reference
 from fastlora.backends.dropout import Dropout, draw_seed
-from tests.cases import DTYPES, LAYOUTS, SCALE, check_against_reference, make
+from tests.cases import DTYPES, LAYOUTS, Operands, check_against_reference, make
 from tests.csrc import host_library
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,6 +70,7 @@ def interleave(library: Path, seed: int, resident_clusters: int = 2, calls_betwe
 
 
 def check(
+    design: int = 0,
     *,
     m: int = 150,
     k: int = 96,
@@ -88,11 +89,9 @@ def check(
     if layout is not None:
         a, b = LAYOUTS[layout](a), LAYOUTS[layout](b)
     dropout = None if mask == "none" else Dropout(0.3, draw_seed(DEVICE))
-    options = {"scale": SCALE, "dropout": dropout, "on_product": mask == "product"}
-    y, z = cuda.lora_matmul(x, w, a, b, bias=bias, **options)
-    baseline = reference.lora_matmul(x, w, a, b, bias=bias, **options)
-    wide = None if bias is None else bias.double()
-    oracle = reference.lora_matmul(x.double(), w.double(), a.double(), b.double(), bias=wide, **options)
+    product = Operands(x, w, a, b, bias).product(dropout, on_product=mask == "product")
+    y, z = cuda.lora_matmul(product, design)
+    baseline, oracle = reference.lora_matmul(product), reference.lora_matmul(product.map(Tensor.double))
     assert_close_to_oracle(y, oracle=oracle[0], baseline=baseline[0], name="y")
     assert_close_to_oracle(z, oracle=oracle[1], baseline=baseline[1], name="z")
     return y, z
@@ -115,11 +114,10 @@ def check_rank_grad(
     return grad
 
 
-@pytest.fixture(params=cuda.DESIGNS)
-def design(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+@pytest.fixture(params=range(len(cuda.DESIGNS)), ids=cuda.DESIGNS)
+def design(request: pytest.FixtureRequest) -> int:
     """Who makes z."""
-    monkeypatch.setenv("FASTLORA_CUDA_DESIGN", request.param)
-    return str(request.param)
+    return int(request.param)
 
 
 @pytest.fixture(params=[(128, 150), (256, 100), (256, 300)], ids=["128", "256", "256_in_pairs"])
@@ -134,25 +132,25 @@ def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("dtypes", HALVES)
-def test_every_tile_design_and_mask(tile: int, design: str, dtypes: str, mask: str, backward: bool) -> None:
-    check(m=tile, n=280, dtypes=dtypes, mask=mask, backward=backward)
+def test_every_tile_design_and_mask(tile: int, design: int, dtypes: str, mask: str, backward: bool) -> None:
+    check(design, m=tile, n=280, dtypes=dtypes, mask=mask, backward=backward)
 
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("r", [1, 8, 12, 16, 24, 64, 72, 128, 200, 256])
-def test_any_rank(design: str, r: int, mask: str) -> None:
-    check(m=140, k=72, n=264, r=r, mask=mask, backward=mask == "product")
+def test_any_rank(design: int, r: int, mask: str) -> None:
+    check(design, m=140, k=72, n=264, r=r, mask=mask, backward=mask == "product")
 
 
 @pytest.mark.parametrize(("m", "k", "n"), [(1, 8, 8), (127, 64, 256), (129, 72, 264), (257, 200, 520), (64, 520, 136)])
-def test_sizes_off_the_tile(design: str, m: int, k: int, n: int) -> None:
-    check(m=m, k=k, n=n)
-    check(m=m, k=k, n=n, backward=True, mask="product")
+def test_sizes_off_the_tile(design: int, m: int, k: int, n: int) -> None:
+    check(design, m=m, k=k, n=n)
+    check(design, m=m, k=k, n=n, backward=True, mask="product")
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_float32_adapters_are_read_as_they_are(design: str, mask: str) -> None:
-    check(dtypes="bf16_fp32_adapters", mask=mask, backward=mask == "product", r=20)
+def test_float32_adapters_are_read_as_they_are(design: int, mask: str) -> None:
+    check(design, dtypes="bf16_fp32_adapters", mask=mask, backward=mask == "product", r=20)
 
 
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
@@ -165,12 +163,12 @@ def test_adapters_of_any_strides(layout: str, backward: bool) -> None:
 @pytest.mark.parametrize("on_product", [False, True], ids=["forward", "backward"])
 def test_z_alone(dtypes: str, on_product: bool) -> None:
     dtype = DTYPES[dtypes][0]
-    x, _, a, b, _ = make(300, 136, 64, 40, dtype=dtype).map(lambda t: t.to(DEVICE))
+    x, w, a, b, _ = make(300, 136, 64, 40, dtype=dtype).map(lambda t: t.to(DEVICE))
     a = a.T.contiguous().T if on_product else a
-    y, z = cuda.lora_matmul(x, None, a, b, scale=SCALE, on_product=on_product)
+    product = Operands(x, w, a, b).product(on_product=on_product)._replace(w=None)
+    y, z = cuda.lora_matmul(product)
     assert y is None
-    baseline = reference.lora_matmul(x, None, a, b, scale=SCALE)[1]
-    oracle = reference.lora_matmul(x.double(), None, a.double(), b.double(), scale=SCALE)[1]
+    baseline, oracle = (reference.lora_matmul(p)[1] for p in (product, product.map(Tensor.double)))
     assert_close_to_oracle(z, oracle=oracle, baseline=baseline, name="z")
 
 
@@ -195,25 +193,27 @@ def test_rank_grad_goes_round_its_ring() -> None:
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("dtypes", sorted(set(DTYPES) - {"fp32"}))
 def test_a_training_step_through_autograd(
-    design: str, dtypes: str, dropout_p: float, monkeypatch: pytest.MonkeyPatch
+    design: int, dtypes: str, dropout_p: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if ON_GPU:
         pytest.skip("tests/test_gpu.py does this on the GPU")
-    monkeypatch.setenv("FASTLORA_BACKEND", "cuda")
+    monkeypatch.setenv("FASTLORA_BACKEND", f"cuda-{cuda.DESIGNS[design]}")
     dtype, adapter_dtype = DTYPES[dtypes]
     operands = make(k=72, n=136, r=12, lead=(2, 3, 25), dtype=dtype, adapter_dtype=adapter_dtype)
     check_against_reference(operands, dropout_p=dropout_p)
 
 
 @pytest.mark.skipif(ON_GPU, reason="needs the host model's seeds; tests/test_gpu.py repeats on the GPU")
-def test_the_same_bits_however_the_hardware_interleaves(host_model: Path, design: str) -> None:
+def test_the_same_bits_however_the_hardware_interleaves(host_model: Path, design: int) -> None:
     torch.manual_seed(5)
     state = torch.get_rng_state()
     results = []
     for seed in range(12):
         interleave(host_model, seed, resident_clusters=1 + seed % 4, calls_between_yields=(0, 1, 5, 40)[seed % 4])
         torch.set_rng_state(state)
-        results.append((*check(m=400, n=520, mask="product", backward=True), check_rank_grad(m=600, masked=True)))
+        results.append(
+            (*check(design, m=400, n=520, mask="product", backward=True), check_rank_grad(m=600, masked=True))
+        )
     for other in results[1:]:
         assert all(torch.equal(first, again) for first, again in zip(results[0], other, strict=True))
 

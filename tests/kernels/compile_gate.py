@@ -30,10 +30,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from fastlora.backends import triton as backend
 from fastlora.backends.dropout import Dropout
-from fastlora.kernels import lora_matmul, lora_matmul_tma, rank_grad, tiles
+from fastlora.backends.request import Product
+from fastlora.kernels import rank_grad, tiles
 from fastlora.kernels.launch import Launch
-from fastlora.kernels.philox import Mask
 
 ARCHITECTURES = (80, 90, 100, 120)
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -42,8 +43,7 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 class Case(NamedTuple):
     """One launcher call: what is asked of it, not how it answers."""
 
-    verb: str
-    design: str
+    kernel: str
     capability: int
     m: int
     k: int
@@ -57,34 +57,26 @@ class Case(NamedTuple):
 
     def launches(self) -> list[Launch]:
         """The launches this call would run."""
-        dropout = None
-        if self.mask != "none":
-            options = Dropout(0.1, torch.zeros(2, dtype=torch.int64))
-            dropout = Mask(options.seed, options.threshold, options.rescale)
-        if self.verb == "rank_grad":
+        dropout = None if self.mask == "none" else Dropout(0.1, torch.zeros(2, dtype=torch.int64))
+        if self.kernel == "rank_grad":
             p = torch.empty(self.m, self.r, dtype=self.dtype)
             q = torch.empty(self.m, self.n, dtype=self.dtype)
             if self.backward:
                 p, q = q, p
             return rank_grad.launches(p, q, dtype=self.adapter_dtype, precision=self.precision, dropout=dropout)[1]
-        x = torch.empty(self.m, self.k, dtype=self.dtype)
-        w = _matrix(self.n, self.k, self.dtype, self.backward)
-        a = _matrix(self.r, self.k, self.adapter_dtype, self.backward)
-        b = _matrix(self.n, self.r, self.adapter_dtype, self.backward)
-        bias = None if self.backward else torch.empty(self.n, dtype=self.dtype)
-        return lora_matmul.launches(
-            x,
-            w,
-            a,
-            b,
+        product = Product(
+            x=torch.empty(self.m, self.k, dtype=self.dtype),
+            w=_matrix(self.n, self.k, self.dtype, self.backward),
+            a=_matrix(self.r, self.k, self.adapter_dtype, self.backward),
+            b=_matrix(self.n, self.r, self.adapter_dtype, self.backward),
             scale=2.0,
-            bias=bias,
-            dropout=dropout,
+            bias=None if self.backward else torch.empty(self.n, dtype=self.dtype),
+            dropout_p=0.0 if dropout is None else dropout.p,
+            seed=None if dropout is None else dropout.seed,
             on_product=self.mask == "product",
-            capability=self.capability,
-            precision=self.precision,
-            design=self.design,
-        )[2]
+        )
+        launches = backend.launches_serial if self.kernel == "triton-serial" else backend.launches_portable
+        return launches(product, self.capability, self.precision)[2]
 
 
 class Finding(NamedTuple):
@@ -133,37 +125,29 @@ def cases(architectures: tuple[int, ...]) -> Iterator[Case]:
         ):
             for tile in tiles.portable_rows(capability, kind, masked=mask == "product"):
                 shape = _shape_for(tile, kind == "ragged")
-                yield Case("lora_matmul", "portable", capability, *shape, r, dtype, adapter_dtype, mask, backward)
+                yield Case("triton-portable", capability, *shape, r, dtype, adapter_dtype, mask, backward)
         for precision, mask in itertools.product(("tf32", "ieee"), ("none", "product")):
             for tile in tiles.portable_rows(capability, precision, masked=mask == "product"):
                 shape = _shape_for(tile)
-                yield Case(
-                    "lora_matmul", "portable", capability, *shape, 64, full, full, mask, mask == "product", precision
-                )
+                yield Case("triton-portable", capability, *shape, 64, full, full, mask, mask == "product", precision)
         # What the middle kernel and rank_grad compile to depends on the rank and the features, not on M, K and N.
-        for r, (dtype, precision), k, mask in itertools.product(
-            (8, 64), ((half, "ieee"), (full, "ieee"), (full, "tf32")), (512, 511), ("none", "input")
-        ):
-            yield Case("lora_matmul", "portable", capability, 64, k, 64, r, dtype, full, mask, False, precision)
+        precisions = ((half, "ieee"), (other, "ieee"), (full, "ieee"), (full, "tf32"))
+        for r, (dtype, precision), k, mask in itertools.product((8, 64), precisions, (512, 511), ("none", "input")):
+            yield Case("triton-portable", capability, 64, k, 64, r, dtype, full, mask, False, precision)
         for r, (dtype, precision), mask, backward in itertools.product(
-            (8, 64), ((half, "ieee"), (full, "ieee"), (full, "tf32")), ("none", "input"), (False, True)
+            (8, 64), precisions, ("none", "input"), (False, True)
         ):
             if not (mask == "input" and backward):
-                yield Case("rank_grad", "-", capability, 8192, 0, 1024, r, dtype, full, mask, backward, precision)
+                yield Case("rank_grad", capability, 8192, 0, 1024, r, dtype, full, mask, backward, precision)
         if capability not in tiles.TMA_CAPABILITIES:
             continue
-        features = (("none", False), ("none", True), ("input", False), ("product", True))
-        for r, adapter_dtype, (mask, backward) in itertools.product((8, 16, 64, 128), (half, full), features):
-            for design in ("serial", "one_launch"):
-                adapter = torch.empty(r, 8, dtype=adapter_dtype)
-                masked = mask == "input"
-                if design == "one_launch" and lora_matmul_tma.refuses_one_launch(adapter, capability, masked):
-                    continue
-                if design == "serial" and masked:
-                    continue  # its base kernel is the unmasked one
-                for tile in tiles.tma_rows():
-                    shape = _shape_for(tile)
-                    yield Case("lora_matmul", design, capability, *shape, r, half, adapter_dtype, mask, backward)
+        # The mask on the input is the middle kernel's alone.
+        features = (("none", False), ("none", True), ("product", True))
+        dtypes = ((half, half), (half, full), (other, other))
+        for r, (dtype, adapter_dtype), (mask, backward) in itertools.product((8, 16, 64, 128), dtypes, features):
+            for tile in tiles.tma_rows():
+                shape = _shape_for(tile)
+                yield Case("triton-serial", capability, *shape, r, dtype, adapter_dtype, mask, backward)
 
 
 def _shape_for(tile: tiles.Tile, ragged: bool = False) -> tuple[int, int, int]:

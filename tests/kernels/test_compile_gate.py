@@ -49,6 +49,6 @@ def test_a_refill_under_a_running_wgmma_is_seen(ring: int, pendings: int, expect
 
 def test_the_gate_compiles_and_passes_the_ordered_sum() -> None:
     """One small kernel, end to end: compiled for sm_90 without a GPU, and read back."""
-    case = "gate.Case('rank_grad', '-', 90, 8192, 0, 1024, 16, gate.torch.bfloat16, gate.torch.float32, 'none', False)"
+    case = "gate.Case('rank_grad', 90, 8192, 0, 1024, 16, gate.torch.bfloat16, gate.torch.float32, 'none', False)"
     findings = in_gate(f"[(f.kernel, f.spills, f.registers > 0, f.faults) for f in gate.examine({case})]")
     assert re.fullmatch(r"\[\('rank_grad_kernel', 0, True, \(\)\), \('sum_splits_kernel', 0, True, \(\)\)\]", findings)

@@ -1,7 +1,6 @@
 """The Triton kernels against the fp64 oracle: on the GPU where there is one, in Triton's interpreter elsewhere.
 
-The interpreter runs the programs of a launch one after another, which is why one_launch takes its tiles from a counter;
-and it multiplies bfloat16 wrongly, so bfloat16 is for the GPU alone.
+The interpreter multiplies bfloat16 wrongly, so bfloat16 is for the GPU alone.
 """
 
 from __future__ import annotations
@@ -24,20 +23,17 @@ from fastlora.accuracy import assert_close_to_oracle, oracle_step, reference_ste
 from fastlora.backends import dispatch, reference
 from fastlora.backends import triton as backend
 from fastlora.backends.dropout import Dropout, draw_seed
-from fastlora.kernels import lora_matmul, lora_matmul_tma, tiles
+from fastlora.backends.request import Kernel, Request, new_middle
+from fastlora.kernels import lora_matmul_portable, lora_matmul_serial, tiles
 from fastlora.kernels.indexing import tile_position
 from fastlora.kernels.philox import keep_mask
-from tests.cases import DTYPES, LAYOUTS, SCALE, Operands, check_against_reference, gradient_of, make
+from tests.cases import DTYPES, LAYOUTS, Operands, check_against_reference, gradient_of, kernel_named, make
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
-CAPABILITY = backend._capability(DEVICE)
+CAPABILITY = backend.capability_of(DEVICE)
 TMA_HERE = CAPABILITY in tiles.TMA_CAPABILITIES
-DESIGNS = tuple(
-    design
-    for design in lora_matmul.DESIGNS
-    if design == "portable" or (TMA_HERE and (design == "serial" or CAPABILITY == 90))
-)
+KERNELS = tuple(kernel for kernel in backend.LORA_MATMUL if TMA_HERE or kernel.name != "triton-serial")
 HALF = "bf16" if ON_GPU else "fp16"
 MASKS = ("none", "input", "product")
 
@@ -54,9 +50,12 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poisoned)
 
 
+def on_device(operands: Operands) -> Operands:
+    return operands.map(lambda t: t.to(DEVICE))
+
+
 def check(
-    design: str,
-    monkeypatch: pytest.MonkeyPatch,
+    kernel: Kernel,
     *,
     m: int = 150,
     k: int = 96,
@@ -68,19 +67,16 @@ def check(
     layout: Callable[[Tensor], Tensor] = lambda t: t,
     change: Callable[[Operands], Operands] = lambda operands: operands,
 ) -> None:
-    """One call of lora_matmul in one design against the oracle; ``backward`` turns the operands as backward does."""
-    monkeypatch.setenv("FASTLORA_TRITON_DESIGN", design)
+    """One call of lora_matmul by one kernel against the oracle; ``backward`` turns the operands as backward does."""
     dtype, adapter_dtype = DTYPES[dtypes]
-    x, w, a, b, bias = change(make(m, k, n, r, dtype=dtype, adapter_dtype=adapter_dtype)).map(lambda t: t.to(DEVICE))
-    x = layout(x)
+    x, w, a, b, bias = on_device(change(make(m, k, n, r, dtype=dtype, adapter_dtype=adapter_dtype)))
     if backward:
         w, a, b, bias = w.T.contiguous().T, a.T.contiguous().T, b.T.contiguous().T, None
     dropout = None if mask == "none" else Dropout(0.3, draw_seed(DEVICE))
-    options = {"scale": SCALE, "dropout": dropout, "on_product": mask == "product"}
-    actual = backend.lora_matmul(x, w, a, b, bias=bias, **options)
-    baseline = reference.lora_matmul(x, w, a, b, bias=bias, **options)
-    wide = None if bias is None else bias.double()
-    oracle = reference.lora_matmul(x.double(), w.double(), a.double(), b.double(), bias=wide, **options)
+    product = Operands(x, w, a, b, bias).product(dropout, on_product=mask == "product")._replace(x=layout(x))
+    assert kernel.refuses(Request.of_lora_matmul(product)) is None
+    actual, baseline = kernel.run(product), reference.lora_matmul(product)
+    oracle = reference.lora_matmul(product.map(Tensor.double))
     for name, i in (("y", 0), ("z", 1)):
         assert_close_to_oracle(actual[i], oracle=oracle[i], baseline=baseline[i], name=name)
 
@@ -117,88 +113,96 @@ def test_tile_order_visits_every_tile_once(blocks_m: int, blocks_n: int) -> None
     assert visits.eq(1).all()
 
 
+every_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+PORTABLE, SERIAL = kernel_named("triton-portable"), kernel_named("triton-serial")
+needs_tma = pytest.mark.skipif(not TMA_HERE, reason="this GPU has no TMA")
+
+
+@every_kernel
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("design", DESIGNS)
-def test_every_design_with_every_mask(design: str, mask: str, backward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    check(design, monkeypatch, mask=mask, backward=backward)
+def test_every_kernel_with_every_mask(kernel: Kernel, mask: str, backward: bool) -> None:
+    check(kernel, mask=mask, backward=backward)
 
 
+@every_kernel
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("design", DESIGNS)
-def test_fp32_adapters_are_read_as_they_are(design: str, mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if design == "one_launch" and mask == "input":
-        design = "serial"  # one_launch refuses it
-    check(design, monkeypatch, mask=mask, dtypes=f"{HALF}_fp32_adapters", backward=mask == "product")
+def test_fp32_adapters_are_read_as_they_are(kernel: Kernel, mask: str) -> None:
+    check(kernel, mask=mask, dtypes=f"{HALF}_fp32_adapters", backward=mask == "product")
 
 
+@every_kernel
 @pytest.mark.parametrize("r", [1, 8, 12, 24, 64, 128])
-@pytest.mark.parametrize("design", DESIGNS)
-def test_any_rank(design: str, r: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    check(design, monkeypatch, m=70, k=64, n=144, r=r)
+def test_any_rank(kernel: Kernel, r: int) -> None:
+    check(kernel, m=70, k=64, n=144, r=r)
 
 
-@pytest.mark.skipif(not TMA_HERE, reason="this GPU has no TMA")
+@needs_tma
 @pytest.mark.parametrize("tile", tiles.TMA, ids=lambda tile: f"{tile.rows}x{tile.columns}")
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("design", [design for design in DESIGNS if design != "portable"])
-def test_every_tile_row(design: str, mask: str, tile: tiles.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_tile_row(mask: str, tile: tiles.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small sizes would take the smallest row only."""
-    monkeypatch.setattr(lora_matmul_tma, "matmul_tile", lambda rows, m, n: tile)
-    check(design, monkeypatch, m=tile.rows + 1, k=72, n=tile.columns + 8, r=12, mask=mask, backward=mask == "product")
+    monkeypatch.setattr(lora_matmul_serial, "matmul_tile", lambda rows, m, n: tile)
+    check(SERIAL, m=tile.rows + 1, k=72, n=tile.columns + 8, r=12, mask=mask, backward=mask == "product")
 
 
 @pytest.mark.parametrize("tile", tiles.PORTABLE["large"] + tiles.PORTABLE["small"], ids=lambda tile: str(tile[:3]))
 def test_every_tile_row_of_the_portable_kernel(tile: tiles.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lora_matmul, "matmul_tile", lambda rows, m, n: tile)
-    check("portable", monkeypatch, m=tile.rows + 1, k=72, n=tile.columns + 8, r=12)
+    monkeypatch.setattr(lora_matmul_portable, "matmul_tile", lambda rows, m, n: tile)
+    check(PORTABLE, m=tile.rows + 1, k=72, n=tile.columns + 8, r=12)
 
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(
     ("m", "k", "n"), [(1, 40, 70), (70, 1, 40), (70, 40, 1), (63, 31, 65), (65, 33, 63), (129, 17, 257)]
 )
-def test_portable_at_any_size(m: int, k: int, n: int, mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    check("portable", monkeypatch, m=m, k=k, n=n, r=5, mask=mask)
+def test_portable_at_any_size(m: int, k: int, n: int, mask: str) -> None:
+    check(PORTABLE, m=m, k=k, n=n, r=5, mask=mask)
 
 
+@needs_tma
 @pytest.mark.parametrize(("m", "k", "n"), [(1, 8, 8), (127, 72, 264), (129, 56, 248), (64, 64, 128)])
-@pytest.mark.parametrize("design", [design for design in DESIGNS if design != "portable"])
-def test_tma_designs_off_the_tile(design: str, m: int, k: int, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    check(design, monkeypatch, m=m, k=k, n=n, r=12)
+def test_serial_off_the_tile(m: int, k: int, n: int) -> None:
+    check(SERIAL, m=m, k=k, n=n, r=12)
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_fp32_operands(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    check("portable", monkeypatch, m=70, k=80, n=130, dtypes="fp32", mask=mask, backward=mask == "product")
+def test_fp32_operands(mask: str) -> None:
+    check(PORTABLE, m=70, k=80, n=130, dtypes="fp32", mask=mask, backward=mask == "product")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_portable_reads_any_strides(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    check("portable", monkeypatch, m=70, k=48, n=80, layout=LAYOUTS[layout], mask="input")
+def test_portable_reads_any_strides(layout: str) -> None:
+    check(PORTABLE, m=70, k=48, n=80, layout=LAYOUTS[layout], mask="input")
 
 
-@pytest.mark.parametrize("design", DESIGNS)
-def test_the_base_alone_and_the_update_alone(design: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    check(design, monkeypatch, change=lambda o: o._replace(weight=torch.zeros_like(o.weight)))
-    check(design, monkeypatch, change=lambda o: o._replace(lora_b=torch.zeros_like(o.lora_b)))
+@every_kernel
+def test_the_base_alone_and_the_update_alone(kernel: Kernel) -> None:
+    check(kernel, change=lambda o: o._replace(weight=torch.zeros_like(o.weight)))
+    check(kernel, change=lambda o: o._replace(lora_b=torch.zeros_like(o.lora_b)))
 
 
-@pytest.mark.parametrize("design", DESIGNS)
-def test_two_runs_give_the_same_bits(design: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTLORA_TRITON_DESIGN", design)
-    x, w, a, b, bias = make(150, 96, 272, 16, dtype=DTYPES[HALF][0]).map(lambda t: t.to(DEVICE))
-    dropout = Dropout(0.2, draw_seed(DEVICE))
-    first, second = (backend.lora_matmul(x, w, a, b, scale=SCALE, bias=bias, dropout=dropout) for _ in range(2))
+@every_kernel
+def test_a_bias_that_is_not_contiguous(kernel: Kernel) -> None:
+    check(kernel, change=lambda o: o._replace(bias=o.bias.repeat_interleave(2)[::2]))
+
+
+@every_kernel
+def test_two_runs_give_the_same_bits(kernel: Kernel) -> None:
+    product = on_device(make(150, 96, 272, 16, dtype=DTYPES[HALF][0])).product(Dropout(0.2, draw_seed(DEVICE)))
+    first, second = (kernel.run(product) for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
 
 
-def test_without_w_only_z_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, w, a, b, _ = make(40, 48, 64, 8, dtype=DTYPES[HALF][0]).map(lambda t: t.to(DEVICE))
-    y, z = backend.lora_matmul(x, None, a, b, scale=SCALE)
+@every_kernel
+@pytest.mark.parametrize("r", [8, 12])
+def test_without_w_only_z_is_made(kernel: Kernel, r: int) -> None:
+    product = on_device(make(40, 48, 64, r, dtype=DTYPES[HALF][0])).product()
+    y, z = kernel.run(product._replace(w=None))
     assert y is None
-    assert torch.equal(z, backend.lora_matmul(x, w, a, b, scale=SCALE)[1])
+    assert torch.equal(z, kernel.run(product)[1])
+    assert z.stride() == new_middle(product.x, r).stride()
 
 
 @pytest.mark.parametrize("p_dropout", [0.0, 0.3], ids=["no_mask", "mask"])
@@ -230,63 +234,50 @@ def test_a_whole_step_through_lora_linear(dtypes: str, dropout_p: float, monkeyp
     check_against_reference(make(lead=(3, 25), dtype=dtype, adapter_dtype=adapter_dtype), dropout_p)
 
 
-@pytest.mark.skipif(not TMA_HERE, reason="this GPU has no TMA")
+@needs_tma
 @pytest.mark.parametrize(
-    ("change", "design", "reason"),
+    ("change", "reason"),
     [
-        (lambda o: o._replace(x=LAYOUTS["transposed"](o.x)), "serial", "x has strides"),
-        (
-            lambda o: o._replace(x=o.x[:, :-1], weight=o.weight[:, :-1], lora_a=o.lora_a[:, :-1]),
-            "serial",
-            "w has|x has",
-        ),
-        (lambda o: o.map(Tensor.float), "serial", "16-bit operands"),
-        (lambda o: make(8, 16, 12, dtype=DTYPES[HALF][0]), "serial", "N = 12"),
-        (lambda o: make(64, 64, 64, 256, dtype=DTYPES[HALF][0]), "one_launch", "rank 256: z would crowd y out"),
-        (
-            lambda o: make(64, 64, 64, 32, dtype=DTYPES[HALF][0], adapter_dtype=torch.float32),
-            "one_launch",
-            "fp32 adapters of rank 32",
-        ),
+        (lambda o: o._replace(x=LAYOUTS["transposed"](o.x)), "x has strides"),
+        (lambda o: o._replace(x=o.x[:, :-1], weight=o.weight[:, :-1], lora_a=o.lora_a[:, :-1]), "x has strides"),
+        (lambda o: o.map(Tensor.float), "float32: TMA tiles are for 16-bit operands"),
+        (lambda o: make(8, 16, 12, dtype=DTYPES[HALF][0]), "N = 12"),
     ],
-    ids=["transposed_x", "odd_rows", "fp32", "odd_n", "large_rank", "fp32_adapters"],
+    ids=["transposed_x", "odd_rows", "fp32", "odd_n"],
 )
-def test_a_forced_design_that_cannot_run_says_why(
-    change: Callable[[Operands], Operands], design: str, reason: str, monkeypatch: pytest.MonkeyPatch
+def test_a_forced_kernel_that_cannot_run_says_why(
+    change: Callable[[Operands], Operands], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    x, w, a, b, _ = change(make(64, 65, 64, dtype=DTYPES[HALF][0])).map(lambda t: t.to(DEVICE))
-    monkeypatch.setenv("FASTLORA_TRITON_DESIGN", design)
-    with pytest.raises(RuntimeError, match=f"FASTLORA_TRITON_DESIGN={design} cannot run this call: .*{reason}"):
-        backend.lora_matmul(x, w, a, b, scale=SCALE)
+    operands = on_device(change(make(64, 65, 64, dtype=DTYPES[HALF][0])))
+    monkeypatch.setenv("FASTLORA_BACKEND", "triton-serial")
+    with pytest.raises(RuntimeError, match="FASTLORA_BACKEND=triton-serial cannot run this call") as caught:
+        operands()
+    assert reason in str(caught.value)
 
 
-def test_an_unknown_design_lists_the_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, w, a, b, _ = make(8, 16, 16, dtype=DTYPES[HALF][0]).map(lambda t: t.to(DEVICE))
-    monkeypatch.setenv("FASTLORA_TRITON_DESIGN", "fused")
-    with pytest.raises(RuntimeError, match="'fused' is unknown: expected portable, serial, one_launch"):
-        backend.lora_matmul(x, w, a, b, scale=SCALE)
-
-
-@pytest.mark.skipif(not TMA_HERE, reason="this GPU has no TMA")
+@needs_tma
 @pytest.mark.parametrize("expanded", [False, True])
-def test_unforced_the_design_follows_the_strides(expanded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("FASTLORA_TRITON_DESIGN", raising=False)
-    x, w, a, b, _ = make(64, 64, 64, dtype=DTYPES[HALF][0]).map(lambda t: t.to(DEVICE))
-    x = x[:1].expand_as(x) if expanded else x
-    assert backend._design(x, w, a, CAPABILITY, masked=False) == ("portable" if expanded else "serial")
-    y, _ = backend.lora_matmul(x, w, a, b, scale=SCALE)
-    oracle, _ = reference.lora_matmul(x.double(), w.double(), a.double(), b.double(), scale=SCALE)
-    baseline, _ = reference.lora_matmul(x, w, a, b, scale=SCALE)
+def test_forced_by_family_the_kernel_follows_the_strides(expanded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTLORA_BACKEND", "triton")
+    operands = on_device(make(64, 64, 64, dtype=DTYPES[HALF][0]))
+    product = operands.product()._replace(x=operands.x[:1].expand_as(operands.x) if expanded else operands.x)
+    chosen = dispatch.explain(product)
+    assert chosen.chosen == ("triton-portable" if expanded else "triton-serial")
+    assert re.fullmatch(r"\d+x\d+x\d+, \d+ warps, \d+ stages", chosen.tile)
+    assert f"-> {chosen.chosen} ({chosen.tile})" in str(chosen)
+    y, _ = dispatch.lora_matmul(product)
+    oracle, _ = reference.lora_matmul(product.map(Tensor.double))
+    baseline, _ = reference.lora_matmul(product)
     assert_close_to_oracle(y, oracle=oracle, baseline=baseline, name="y")
 
 
-@pytest.mark.parametrize("design", ["portable", "serial", "one_launch"])
-def test_a_plan_names_design_and_tile(design: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if design != "portable" and not TMA_HERE:
-        pytest.skip("this GPU has no TMA")
-    x, w, a, b, _ = make(64, 64, 64, dtype=DTYPES[HALF][0]).map(lambda t: t.to(DEVICE))
-    monkeypatch.setenv("FASTLORA_TRITON_DESIGN", design)
-    assert re.fullmatch(rf"{design} \d+x\d+x\d+, \d+ warps, \d+ stages", backend.plan(x, w, a, b))
+@every_kernel
+def test_a_tile_is_that_of_the_launch(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    tile = tiles.Tile(64, 64, 32, 4, 2)
+    for module in (lora_matmul_portable, lora_matmul_serial):
+        monkeypatch.setattr(module, "matmul_tile", lambda rows, m, n: tile)
+    product = on_device(make(64, 64, 64, dtype=DTYPES[HALF][0])).product()
+    assert kernel.tile(product) == "64x64x32, 4 warps, 2 stages"
 
 
 def test_a_gradient_expanded_from_one_number(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,9 +286,8 @@ def test_a_gradient_expanded_from_one_number(monkeypatch: pytest.MonkeyPatch) ->
     y = operands()
     dy = gradient_of(y.cpu()).to(DEVICE)[:1, :1].expand_as(y)
     y.backward(dy)
-    x, w, a, b = (tensor.detach() for tensor in operands[:4])
-    oracle = oracle_step(x, w, a, b, dy, scale=SCALE)
-    baseline = reference_step(x, w, a, b, dy, scale=SCALE)
+    product = operands.product().map(Tensor.detach)
+    oracle, baseline = oracle_step(product, dy), reference_step(product, dy)
     for name, tensor in (("dx", operands.x), ("da", operands.lora_a), ("db", operands.lora_b)):
         assert_close_to_oracle(tensor.grad, oracle=getattr(oracle, name), baseline=getattr(baseline, name), name=name)
 
@@ -313,24 +303,31 @@ def test_every_architecture_has_a_row_for_every_request(capability: int) -> None
             assert tiles.portable_rows(capability, kind, masked)
 
 
-def test_each_refusal_of_the_backend_has_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    request = dispatch.Request("lora_matmul", torch.device("cpu"), torch.float32, torch.float32, 8, 8, 8, 2, False)
-    assert "float64" in backend.refuses(request._replace(dtype=torch.float64))
-    assert "nothing to compute: M=0 K=8 N=8" in backend.refuses(request._replace(m=0))
+REQUEST = Request("lora_matmul", torch.device("cpu"), torch.float32, torch.float32, 8, 8, 8, 2, False)
+
+
+def test_each_refusal_has_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "float64" in backend.refuses(REQUEST._replace(dtype=torch.float64))
+    assert "nothing to compute: M=0 K=8 N=8" in backend.refuses(REQUEST._replace(m=0))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert backend.refuses(request) is None
-    assert "interpreter multiplies bfloat16 wrongly" in backend.refuses(request._replace(dtype=torch.bfloat16))
+    assert backend.refuses(REQUEST) is None
+    assert "interpreter multiplies bfloat16 wrongly" in backend.refuses(REQUEST._replace(dtype=torch.bfloat16))
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert "x is on cpu: the kernels need a CUDA GPU" in backend.refuses(request)
+    assert "x is on cpu: the kernels need a CUDA GPU" in backend.refuses(REQUEST)
     monkeypatch.setattr(backend, "_installed", lambda: False)
-    assert "pip install triton" in backend.refuses(request)
+    assert "pip install triton" in backend.refuses(REQUEST)
 
 
-def test_a_tma_row_is_refused_off_its_architectures() -> None:
-    x = torch.zeros(8, 8, dtype=torch.float16)
-    assert "this is sm_120" in lora_matmul_tma.refuses(x, x, 120)
-    assert "one_launch is for sm_90" in lora_matmul_tma.refuses_one_launch(x, 100, masked=False)
-    assert "fp32 adapters" in lora_matmul_tma.refuses_one_launch(x.float(), 90, masked=True)
+def test_serial_refuses_where_tma_cannot_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "refuses", lambda request: None)
+    monkeypatch.setattr(backend, "capability_of", lambda device: 120)
+    half = REQUEST._replace(dtype=torch.float16)
+    assert backend.refuses_serial(half) == "TMA tiles are for sm_90, sm_100, sm_103, this is sm_120"
+    monkeypatch.setattr(backend, "capability_of", lambda device: 90)
+    assert backend.refuses_serial(half) is None
+    assert backend.refuses_serial(half._replace(unaligned="x is odd")) == "x is odd"
+    assert backend.refuses_serial(half._replace(unaligned="x is odd", z_only=True)) is None
+    assert "16-bit" in backend.refuses_serial(REQUEST)
 
 
 def test_an_empty_batch_runs_even_where_triton_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:

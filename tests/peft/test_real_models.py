@@ -41,8 +41,8 @@ from transformers import (
 import fastlora
 from examples.corpus import python_reference
 from fastlora.accuracy import assert_close_to_oracle
-from fastlora.backends import library
 from fastlora.peft import count_calls
+from tests.cases import count_runs
 from tests.peft.peft_models import wake
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set", "ignore::FutureWarning")
@@ -150,22 +150,14 @@ def assert_agree(
     oracle = run(copy.deepcopy(model).double())
     patched = copy.deepcopy(model)
     layers = len(fastlora.patch_peft(patched).patched)
-    products = 0
-    plain = library.lora_matmul
-
-    def counted(*args: Any, **options: Any) -> Any:
-        nonlocal products
-        products += 1
-        return plain(*args, **options)
-
     with monkeypatch.context() as patch, count_calls() as calls:
-        patch.setattr(library, "lora_matmul", counted)
+        products = count_runs(patch, "library")
         actual = run(patched)
     assert calls.fallback.total() == 0
-    assert products >= 2 * layers
+    assert len(products) >= 2 * layers
     for name, tensor in actual.items():
         assert_close_to_oracle(tensor, oracle=oracle[name].double(), baseline=baseline[name], name=name)
-    return products
+    return len(products)
 
 
 @pytest.fixture(autouse=True)
