@@ -113,8 +113,7 @@ def _targets(
         if linear != turned:
             seen_linear, seen_turned = (layer, seen_turned) if entry.shape == linear else (seen_linear, layer)
         is_turned = entry.shape == turned and (linear != turned or fan_in_fan_out)
-        update = Update(a.T, b.T, scales[layer]) if is_turned else Update(b, a, scales[layer])
-        targets.append(_Target(names[layer], entry, layer, update))
+        targets.append(_Target(names[layer], entry, layer, Update.of(a, b, scales[layer], is_turned)))
     against = seen_linear if fan_in_fan_out else seen_turned
     square = next((target.layer for target in targets if target.entry.shape[0] == target.entry.shape[1]), None)
     if against is not None and square is not None:

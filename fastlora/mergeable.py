@@ -1,24 +1,31 @@
-"""What every layer with a low-rank update shares: scale, start, folding it into the weight and out again."""
+"""``Mergeable``, the base of every layer with a low-rank update: it adds the update to the weight and takes it out."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from .ops.dtensor import why_not_mergeable
+from .ops.dtensor import is_sharded
 
-_Layer = TypeVar("_Layer", bound="MergeableLinear")
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Update(NamedTuple):
-    """``scale · left @ right``, in the orientation of the weight it belongs to: B A, or Aᵀ Bᵀ on a turned weight."""
+    """``scale · left @ right``, which is added to a weight: B A, or Aᵀ Bᵀ where the weight is stored [K, N]."""
 
     left: Tensor
     right: Tensor
     scale: float
+
+    @staticmethod
+    def of(lora_a: Tensor, lora_b: Tensor, scale: float, turned: bool = False) -> Update:
+        """The update of A [R, K] and B [N, R] to a weight [N, K], or [K, N] where ``turned``."""
+        return Update(lora_a.T, lora_b.T, scale) if turned else Update(lora_b, lora_a, scale)
 
 
 def check_rank_and_dropout(r: int, lora_dropout: float) -> None:
@@ -34,8 +41,17 @@ def scale_of(lora_alpha: float, r: int, use_rslora: bool) -> float:
     return lora_alpha / (math.sqrt(r) if use_rslora else r)
 
 
+def start_linear(weight: Tensor, bias: Tensor | None) -> None:
+    """Fills a weight [N, K] and a bias [N] as ``nn.Linear`` does."""
+    nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+    if bias is not None:
+        k = weight.shape[1]
+        bound = 1 / math.sqrt(k) if k > 0 else 0
+        nn.init.uniform_(bias, -bound, bound)
+
+
 def start_adapter(lora_a: Tensor, lora_b: Tensor, init: bool | str = True) -> None:
-    """Fills a fresh adapter as PEFT does.
+    """Fills an adapter as PEFT does.
 
     Args:
         lora_a: down projection [R, K], overwritten.
@@ -55,33 +71,85 @@ def start_adapter(lora_a: Tensor, lora_b: Tensor, init: bool | str = True) -> No
 
 @torch.no_grad()
 def folded(weight: Tensor, update: Update) -> Tensor:
-    """weight + scale · left @ right, computed in float32 (float64 on a float64 weight) and rounded once, contiguous."""
+    """weight + scale · left @ right, computed in float32 (float64 on a float64 weight) and rounded once.
+
+    Args:
+        weight: the base, of any shape with as many elements as ``left @ right``, which is reshaped to it.
+        update: what is added.
+
+    Returns:
+        A new tensor with the shape, dtype and strides of ``weight``.
+    """
     wide = torch.promote_types(weight.dtype, torch.float32)
     left, right = update.left.to(wide), update.right.to(wide)
+    matrix = weight.to(wide).reshape(left.shape[0], right.shape[1])
     with torch.autocast(weight.device.type, enabled=False):
-        return torch.addmm(weight.to(wide), left, right, alpha=update.scale).to(weight.dtype).contiguous()
+        total = torch.addmm(matrix, left, right, alpha=update.scale).to(weight.dtype).view(weight.shape)
+    return total if total.stride() == weight.stride() else torch.empty_like(weight).copy_(total)
 
 
-class MergeableLinear(nn.Module):
-    """A linear layer with a frozen ``weight`` and a low-rank update; a subclass says which, in ``_update``.
+def why_not_mergeable(layer: nn.Module) -> str | None:
+    """Gives the reason why no sum can be stored in the weight of ``layer``, with the remedy; None where it can.
 
-    Merged, ``weight`` holds both in one and ``_base_weight`` the base; a state dict holds the base either way.
+    Such a layer would change an object that its owner does not read, and go on without the update, silently.
+    """
+    weight: Any = layer.weight
+    if is_parametrized(layer, "weight"):
+        return "weight is parametrised: call torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') first"
+    owner = None
+    if getattr(layer, "_is_fsdp_managed_module", False):  # FSDP's own mark, 1 and 2, gathered or not
+        owner = "FSDP, which keeps the weights itself"
+    elif is_sharded(weight):
+        owner = "a device mesh: it is a DTensor"
+    elif hasattr(weight, "ds_id"):
+        owner = "DeepSpeed ZeRO-3"
+    if owner is None:
+        return None
+    return f"weight belongs to {owner}: gather the state dict, load it into an unsharded model and merge there"
+
+
+class Mergeable(nn.Module):
+    """A layer with a frozen weight and a low-rank update, which a subclass gives in ``_update``.
+
+    While ``merged``, the weight holds the sum of both, and the base weight is set aside in ``_base_weight``. A state
+    dict holds the base weight either way, and loading one leaves the layer merged or not, as it was.
     """
 
     weight: Tensor
+    # False in the class too: constructors of torch's layers look before the layer is mergeable.
+    merged = False
+
+    # Whether the weight of a linear layer is stored [K, N].
+    fan_in_fan_out = False
+    # The child that has the weight, or "" for the layer itself.
+    _holder_name = ""
     _base_weight: Tensor | None
 
     def _update(self) -> Update:
+        """The update in the layout of the weight."""
         raise NotImplementedError
 
+    def _become_mergeable(self) -> None:
+        """Adds the buffer and the hooks that merging needs; ``_become_plain`` removes them."""
+        self.merged = False
+        self.register_buffer("_base_weight", None, persistent=False)
+        # Functions of the module, not closures: the layer stays picklable.
+        self.register_state_dict_post_hook(_save_base_weight)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_merge_loaded)  # type: ignore[no-untyped-call]
+
+    def _become_plain(self) -> None:
+        """Takes buffer and hooks away again; the weight stays as it is."""
+        del self.merged, self._base_weight
+        _remove_hook(self._state_dict_hooks, _save_base_weight)
+        _remove_hook(self._load_state_dict_post_hooks, _merge_loaded)
+
     @property
-    def merged(self) -> bool:
-        """Whether ``weight`` holds base and update in one."""
-        return self._base_weight is not None
+    def _holder(self) -> Any:
+        return self.get_submodule(self._holder_name)
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def merge(self: _Layer) -> _Layer:
+    def merge(self) -> Self:
         """Adds the update to ``weight``: W + scale · B A, computed in float32 and rounded once. Merged already: no-op.
 
         The base weight is set aside, not overwritten: its storage may belong to somebody else.
@@ -90,29 +158,45 @@ class MergeableLinear(nn.Module):
             RuntimeError: ``weight`` is parametrised or sharded over ranks, so that no sum can be stored in it.
         """
         if not self.merged:
-            if (reason := why_not_mergeable(self)) is not None:
+            holder = self._holder
+            if (reason := why_not_mergeable(holder)) is not None:
                 raise RuntimeError(f"no sum can be stored in the weight: {reason}")
-            merged = folded(self.weight, self._update())
-            self._base_weight = self.weight.data
-            self.weight.data = merged
+            merged = folded(holder.weight, self._update())
+            self._base_weight = holder.weight.data
+            holder.weight.data = merged
+            self.merged = True
         return self
 
-    def unmerge(self: _Layer) -> _Layer:
+    def unmerge(self) -> Self:
         """Puts the base weight back, bit for bit. Not merged: no-op."""
-        if self._base_weight is not None:
-            self.weight.data = self._base_weight
-            self._base_weight = None
+        if self.merged:
+            if self._base_weight is not None:
+                self._holder.weight.data = self._base_weight
+                self._base_weight = None
+            self.merged = False
         return self
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        # A state dict always holds the base weight, so that loading it never applies the update twice.
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._base_weight is not None:
-            destination[prefix + "weight"] = self._base_weight
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        merged = self.merged
-        self.unmerge()
+        # What is loaded is a base weight. The children are loaded after this, so merging again waits for the hook.
+        if self.merged:
+            self._merge_after_load = True
+            self.unmerge()
         super()._load_from_state_dict(*args, **kwargs)
-        if merged:
-            self.merge()
+
+
+def _save_base_weight(layer: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    assert isinstance(layer, Mergeable)
+    if layer._base_weight is not None:
+        state_dict[prefix + f"{layer._holder_name}.weight".lstrip(".")] = layer._base_weight
+
+
+def _merge_loaded(layer: nn.Module, incompatible_keys: Any) -> None:
+    assert isinstance(layer, Mergeable)
+    if layer.__dict__.pop("_merge_after_load", False):
+        layer.merge()
+
+
+def _remove_hook(hooks: dict[int, Any], hook: Any) -> None:
+    # By value: the handle that registering returned would have to follow every copy of the layer.
+    for key in [key for key, each in hooks.items() if each is hook]:
+        del hooks[key]

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .mergeable import MergeableLinear, Update, check_rank_and_dropout, scale_of, start_adapter
+from .mergeable import Mergeable, Update, check_rank_and_dropout, scale_of, start_adapter, start_linear
 from .ops import dtensor
 from .ops.linear import lora_linear
 
 
-class LoRALinear(MergeableLinear):
+class LoRALinear(Mergeable):
     """A drop-in for ``nn.Linear`` whose weight is frozen and whose update has rank r.
 
     ``y = x Wᵀ + scale · D(x) Aᵀ Bᵀ + bias``, scale = lora_alpha / r, or lora_alpha / sqrt(r) with ``use_rslora``. The
@@ -70,7 +68,7 @@ class LoRALinear(MergeableLinear):
             self.register_parameter("bias", None)
         self.lora_A = nn.Parameter(weight.new_empty(r, in_features, dtype=adapter_dtype))
         self.lora_B = nn.Parameter(weight.new_empty(out_features, r, dtype=adapter_dtype))
-        self.register_buffer("_base_weight", None, persistent=False)
+        self._become_mergeable()
         self.reset_parameters()
 
     @classmethod
@@ -125,10 +123,7 @@ class LoRALinear(MergeableLinear):
     def reset_parameters(self) -> None:
         """Initialises the base as ``nn.Linear`` does, and the adapter; a merged layer is unmerged first."""
         self.unmerge()
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-        if self.bias is not None:
-            bound = 1 / math.sqrt(self.in_features) if self.in_features > 0 else 0
-            nn.init.uniform_(self.bias, -bound, bound)
+        start_linear(self.weight, self.bias)
         self.reset_adapter()
 
     def reset_adapter(self) -> None:
@@ -157,7 +152,7 @@ class LoRALinear(MergeableLinear):
         )
 
     def _update(self) -> Update:
-        return Update(self.lora_B, self.lora_A, self.scale)
+        return Update.of(self.lora_A, self.lora_B, self.scale)
 
     def extra_repr(self) -> str:
         """The line inside ``LoRALinear(...)`` when printed."""

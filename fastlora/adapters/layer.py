@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..mergeable import MergeableLinear, Update
+from ..mergeable import Mergeable, Update
 from ..ops.linear import lora_linear
 from .matching import is_conv1d
 
 _BASE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-class AdaptedLinear(MergeableLinear, nn.Linear):
+class AdaptedLinear(Mergeable, nn.Linear):
     """An ``nn.Linear`` with adapters: ``y = x Wᵀ + scale · D(x) Aᵀ Bᵀ + bias`` with the A and B of the active one.
 
     Made by :func:`fastlora.inject`, never constructed.
@@ -48,7 +48,7 @@ class AdaptedLinear(MergeableLinear, nn.Linear):
         name: Any = self.active_adapter
         return lora_linear(
             x,
-            self._as_linear(self.weight),
+            self.weight.T if self.fan_in_fan_out else self.weight,
             self.lora_A[name],
             self.lora_B[name],
             scale=self.scale[name],
@@ -60,20 +60,9 @@ class AdaptedLinear(MergeableLinear, nn.Linear):
     def _base(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight, self.bias)
 
-    def _as_linear(self, tensor: Tensor) -> Tensor:
-        """[out, in] of what is stored as the weight is; its own inverse."""
-        return tensor
-
     def _update(self) -> Update:
         name: Any = self.active_adapter
-        return Update(self.lora_B[name], self.lora_A[name], self.scale[name])
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        if self.merged:
-            # torch loads children after this call, and merging again needs the adapters that are being loaded.
-            for name, child in (("lora_A", self.lora_A), ("lora_B", self.lora_B)):
-                child._load_from_state_dict(state_dict, f"{prefix}{name}.", args[0], False, [], [], [])
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        return Update.of(self.lora_A[name], self.lora_B[name], self.scale[name], self.fan_in_fan_out)
 
     def extra_repr(self) -> str:
         """The line inside ``AdaptedLinear(...)`` when printed."""
@@ -85,17 +74,12 @@ class AdaptedLinear(MergeableLinear, nn.Linear):
 class AdaptedConv1D(AdaptedLinear):
     """A ``Conv1D`` of transformers with adapters: its weight is stored as [in, out] and read through its strides."""
 
+    fan_in_fan_out = True
+
     def _base(self, x: Tensor, weight: Tensor) -> Tensor:
         # As Conv1D has it, to the bit.
         y: Tensor = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), weight)
         return y.view(*x.shape[:-1], weight.shape[1])
-
-    def _as_linear(self, tensor: Tensor) -> Tensor:
-        return tensor.T
-
-    def _update(self) -> Update:
-        left, right, scale = super()._update()
-        return Update(right.T, left.T, scale)
 
     def extra_repr(self) -> str:
         """The line inside ``AdaptedConv1D(...)`` when printed."""
@@ -154,7 +138,7 @@ def add_adapter(layer: nn.Module, name: str, lora_a: Tensor, lora_b: Tensor, sca
         layer.lora_A, layer.lora_B = nn.ParameterDict(), nn.ParameterDict()
         layer.scale, layer.lora_dropout = {}, {}
         layer.active_adapter, layer.adapters_disabled = None, False
-        layer.register_buffer("_base_weight", None, persistent=False)
+        layer._become_mergeable()
     layer.lora_A[name] = nn.Parameter(lora_a, requires_grad=False)
     layer.lora_B[name] = nn.Parameter(lora_b, requires_grad=False)
     layer.scale[name], layer.lora_dropout[name] = scale, lora_dropout
@@ -173,7 +157,8 @@ def remove_adapter(layer: AdaptedLinear, name: str) -> None:
 
 def restore(layer: Any) -> None:
     """Takes all adapters away: the class and the attributes that the layer had before, with its weight as it is now."""
-    for name in ("lora_A", "lora_B", "_base_weight", "scale", "lora_dropout", "active_adapter", "adapters_disabled"):
+    layer._become_plain()
+    for name in ("lora_A", "lora_B", "scale", "lora_dropout", "active_adapter", "adapters_disabled"):
         delattr(layer, name)
     if isinstance(layer, AdaptedConv1D):
         layer.__class__ = importlib.import_module("transformers.pytorch_utils").Conv1D

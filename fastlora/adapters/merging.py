@@ -141,7 +141,6 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         # The base goes layer by layer, so that at most one weight is there twice.
         if not layer.merged:
             layer.weight.data = folded(layer.weight, layer._update())
-        layer._base_weight = None
         restore(layer)
     return unload(model)
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
-from ..ops.dtensor import why_not_mergeable
+from ..mergeable import Mergeable, why_not_mergeable
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -45,35 +44,21 @@ class LoRALayer:
         self.merge_weights = merge_weights
 
 
-class MergingLayer(LoRALayer, nn.Module):
+class MergingLayer(LoRALayer, Mergeable):
     """A layer whose ``eval()`` merges and whose ``train()`` unmerges, bit for bit.
 
-    While merged, ``weight`` holds base and update in one and the base weight is set aside. A state dict holds the base
-    weight in either mode, and loading one in either mode gives the right outputs. Where a weight cannot hold the sum
-    (parametrised, sharded over ranks), the layer stays unmerged and adds the update as it runs: the outputs are the
-    same.
+    Where a weight cannot hold the sum (parametrised, sharded over ranks), the layer stays unmerged and adds the update
+    as it runs: the outputs are the same.
     """
 
     lora_A: nn.Parameter  # noqa: N815 - loralib's names
     lora_B: nn.Parameter  # noqa: N815
     scaling: float
-    _base_weight: Tensor | None
-
-    # Where the frozen weight is, seen from the layer: "" in itself, "conv" in its child.
-    _owner_name = ""
 
     def __init__(self, r: int, lora_alpha: float, lora_dropout: float, merge_weights: bool) -> None:
         # The nn.Module part has been initialised by the layer's own torch class.
         LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
-        self.register_buffer("_base_weight", None, persistent=False)
-        # Functions of the module, not closures: the layer stays picklable.
-        self.register_state_dict_post_hook(_save_base_weight)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_post_hook(_merge_loaded)  # type: ignore[no-untyped-call]
-        self._merge_after_load = False
-
-    @property
-    def _owner(self) -> nn.Module:
-        return self.get_submodule(self._owner_name)
+        self._become_mergeable()
 
     @property
     def _adapted(self) -> bool:
@@ -94,62 +79,23 @@ class MergingLayer(LoRALayer, nn.Module):
         )
 
     def _add_adapter(self, a_shape: tuple[int, int], b_shape: tuple[int, int]) -> None:
-        weight: Any = self._owner.weight
+        weight = self._holder.weight
         self.lora_A = nn.Parameter(weight.new_empty(a_shape))
         self.lora_B = nn.Parameter(weight.new_empty(b_shape))
         self.scaling = self.lora_alpha / self.r
         weight.requires_grad = False
 
-    def _update(self, dtype: torch.dtype) -> Tensor:
-        """B A in ``dtype`` and in the layout of the frozen weight, not scaled."""
-        raise NotImplementedError
-
     def train(self, mode: bool = True) -> Self:
         """Switches the mode; with ``merge_weights`` unmerges for training and merges for evaluation. Returns self."""
         super().train(mode)
-        if self.merge_weights and self.merged == mode:
-            if mode:
-                self._unmerge()
-            else:
-                self._merge()
+        if self.merge_weights:
+            return self.unmerge() if mode else self.merge()
         return self
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def _merge(self) -> None:
-        owner: Any = self._owner
-        if self._adapted:
-            if why_not_mergeable(owner) is not None:
-                return
-            wide = torch.promote_types(owner.weight.dtype, torch.float32)
-            with torch.autocast(owner.weight.device.type, enabled=False):
-                merged = torch.add(owner.weight.to(wide), self._update(wide), alpha=self.scaling)
-            self._base_weight = owner.weight.data
-            owner.weight.data = merged.to(owner.weight.dtype)
-        self.merged = True
-
-    def _unmerge(self) -> None:
-        if self._base_weight is not None:
-            owner: Any = self._owner
-            owner.weight.data = self._base_weight
-            self._base_weight = None
-        self.merged = False
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        # What is loaded is a base weight. The children are loaded after this, so merging again waits for the hook.
-        self._merge_after_load = self.merged
-        self._unmerge()
-        super()._load_from_state_dict(*args, **kwargs)
-
-
-def _save_base_weight(layer: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    assert isinstance(layer, MergingLayer)
-    if layer._base_weight is not None:
-        state_dict[prefix + f"{layer._owner_name}.weight".lstrip(".")] = layer._base_weight
-
-
-def _merge_loaded(layer: nn.Module, incompatible_keys: Any) -> None:
-    assert isinstance(layer, MergingLayer)
-    if layer._merge_after_load:
-        layer._merge_after_load = False
-        layer._merge()
+    def merge(self) -> Self:
+        """Adds the update to the weight, where that can hold the sum; elsewhere the layer stays unmerged."""
+        if not self._adapted:
+            self.merged = True  # nothing to add, and loralib says so
+        elif why_not_mergeable(self._holder) is None:
+            super().merge()
+        return self

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..mergeable import Update, start_adapter
 from .base import MergingLayer
 
 
@@ -35,7 +35,7 @@ class ConvLoRA(MergingLayer):
     """
 
     conv: nn.Module
-    _owner_name = "conv"
+    _holder_name = "conv"
 
     def __init__(
         self,
@@ -68,16 +68,14 @@ class ConvLoRA(MergingLayer):
 
     def reset_parameters(self) -> None:
         """Starts anew: the base as torch does, A Kaiming-uniform, B zero; a merged layer is unmerged first."""
-        self._unmerge()
+        self.unmerge()
         conv: Any = self.conv
         conv.reset_parameters()
         if self._adapted:
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-            nn.init.zeros_(self.lora_B)
+            start_adapter(self.lora_A, self.lora_B)
 
-    def _update(self, dtype: torch.dtype) -> Tensor:
-        conv: Any = self.conv
-        return (self.lora_B.to(dtype) @ self.lora_A.to(dtype)).view(conv.weight.shape)
+    def _update(self) -> Update:
+        return Update.of(self.lora_A, self.lora_B, self.scaling)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [batch, in_channels, ...] -> y [batch, out_channels, ...]; one convolution unless dropout is on."""
@@ -86,7 +84,7 @@ class ConvLoRA(MergingLayer):
         if self.merged or not self._adapted:
             y = conv(x)
             return y
-        update = self._update(self.lora_A.dtype)
+        update = (self.lora_B @ self.lora_A).view(conv.weight.shape)
         if self._dropout_p > 0:
             y = conv(x) + conv._conv_forward(self.lora_dropout(x), self.scaling * update, None)
         else:

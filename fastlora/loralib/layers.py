@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..mergeable import Update, start_adapter, start_linear
 from ..ops.linear import lora_linear
 from .base import MergingLayer
 
@@ -17,26 +17,11 @@ from .base import MergingLayer
 class _LinearLayer(MergingLayer, nn.Linear):
     """What ``Linear`` and ``MergedLinear`` share: a base that may be stored turned, and the product."""
 
-    fan_in_fan_out = False
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        r: int,
-        lora_alpha: float,
-        lora_dropout: float,
-        fan_in_fan_out: bool,
-        merge_weights: bool,
-        a_shape: tuple[int, int],
-        b_shape: tuple[int, int],
-        **kwargs: Any,
-    ) -> None:
-        # loralib draws the base twice, here and below, and a seed must give its numbers.
-        nn.Linear.__init__(self, in_features, out_features, **kwargs)
-        MergingLayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
-        if r > 0 and 0 not in a_shape:
+    def _start(self, a_shape: tuple[int, int], b_shape: tuple[int, int], fan_in_fan_out: bool) -> None:
+        """The end of every constructor: the adapter, the first values, and the layout of the weight."""
+        if self.r > 0 and 0 not in a_shape:
             self._add_adapter(a_shape, b_shape)
+        # loralib draws the base twice, in nn.Linear's constructor and here, and a seed must give its numbers.
         self.reset_parameters()
         self.fan_in_fan_out = fan_in_fan_out
         if fan_in_fan_out:
@@ -52,19 +37,13 @@ class _LinearLayer(MergingLayer, nn.Linear):
 
     def reset_parameters(self) -> None:
         """Starts anew: the base as ``nn.Linear`` does, A Kaiming-uniform, B zero; a merged layer is unmerged first."""
+        self.unmerge()
+        start_linear(self._weight_nk, self.bias)
         if self._adapted:
-            self._unmerge()
-        nn.init.kaiming_uniform_(self._weight_nk, a=math.sqrt(5))
-        if self.bias is not None:
-            bound = 1 / math.sqrt(self.in_features) if self.in_features > 0 else 0
-            nn.init.uniform_(self.bias, -bound, bound)
-        if self._adapted:
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-            nn.init.zeros_(self.lora_B)
+            start_adapter(self.lora_A, self.lora_B)
 
-    def _update(self, dtype: torch.dtype) -> Tensor:
-        update = self._b().to(dtype) @ self.lora_A.to(dtype)
-        return update.T if self.fan_in_fan_out else update
+    def _update(self) -> Update:
+        return Update.of(self.lora_A, self._b(), self.scaling, self.fan_in_fan_out)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> y [..., out_features]; merged or without an adapter, exactly one GEMM."""
@@ -120,18 +99,9 @@ class Linear(_LinearLayer):
         merge_weights: bool = True,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            in_features,
-            out_features,
-            r,
-            lora_alpha,
-            lora_dropout,
-            fan_in_fan_out,
-            merge_weights,
-            (r, in_features),
-            (out_features, r),
-            **kwargs,
-        )
+        nn.Linear.__init__(self, in_features, out_features, **kwargs)
+        MergingLayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
+        self._start((r, in_features), (out_features, r), fan_in_fan_out)
 
 
 class MergedLinear(_LinearLayer):
@@ -174,20 +144,11 @@ class MergedLinear(_LinearLayer):
                 f"enable_lora has {len(enable_lora)} entries: expected one for each equal block of the {out_features} "
                 "out_features, a number that divides them"
             )
-        groups = sum(map(bool, enable_lora))
-        super().__init__(
-            in_features,
-            out_features,
-            r,
-            lora_alpha,
-            lora_dropout,
-            fan_in_fan_out,
-            merge_weights,
-            (r * groups, in_features),
-            (out_features // len(enable_lora) * groups, r),
-            **kwargs,
-        )
+        nn.Linear.__init__(self, in_features, out_features, **kwargs)
+        MergingLayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
         self.enable_lora = list(enable_lora)
+        groups = sum(map(bool, enable_lora))
+        self._start((r * groups, in_features), (out_features // len(enable_lora) * groups, r), fan_in_fan_out)
 
     def _b(self) -> Tensor:
         # One product over a B with zeros off its blocks, [N, k r], rather than one a block or the dense update: x is
@@ -208,7 +169,8 @@ class MergedLinear(_LinearLayer):
 
     def merge_AB(self) -> Tensor:  # noqa: N802 - loralib's name
         """The dense update, not scaled, in the shape and layout of ``weight``; zero in the blocks without one."""
-        return self._update(self.lora_A.dtype)
+        update = self._b() @ self.lora_A
+        return update.T if self.fan_in_fan_out else update
 
     def extra_repr(self) -> str:
         """The line inside ``MergedLinear(...)`` when printed."""
@@ -252,8 +214,7 @@ class Embedding(MergingLayer, nn.Embedding):
 
     def reset_parameters(self) -> None:
         """Starts anew: the base as ``nn.Embedding`` does, A zero, B normal; a merged layer is unmerged first."""
-        if self._adapted:
-            self._unmerge()
+        self.unmerge()
         nn.Embedding.reset_parameters(self)
         self._reset_adapter()
 
@@ -262,8 +223,8 @@ class Embedding(MergingLayer, nn.Embedding):
             nn.init.zeros_(self.lora_A)
             nn.init.normal_(self.lora_B)
 
-    def _update(self, dtype: torch.dtype) -> Tensor:
-        return (self.lora_B.to(dtype) @ self.lora_A.to(dtype)).T
+    def _update(self) -> Update:
+        return Update.of(self.lora_A, self.lora_B, self.scaling, turned=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """x, integers of any shape -> [..., embedding_dim]."""

@@ -1,4 +1,4 @@
-"""``lora_linear`` on weights that are sharded over ranks (DTensor), and what a sharded weight cannot do.
+"""``lora_linear`` on weights that are sharded over ranks (DTensor).
 
 Two plans keep the fused product, each rank running it on its own shard; [M, K], [N, K], [R, K], [N, R], [N] -> [M, N]:
 
@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from ..backends.request import Product
 from . import autograd
@@ -60,26 +59,6 @@ def check_together(tensors: dict[str, Tensor]) -> None:
                 f"{name} is on the device mesh {tensor.device_mesh} and {first} on {mesh}: expected one. Under FSDP2 "
                 "with tensor parallelism call the module that fully_shard wrapped, whose forward gathers its weights"
             )
-
-
-def why_not_mergeable(layer: nn.Module, name: str = "weight") -> str | None:
-    """Why a sum cannot be stored in a parameter of ``layer``, with the remedy; None where it can.
-
-    Such a layer would change an object that its owner does not read, and go on without the update, silently.
-    """
-    weight: Any = getattr(layer, name)
-    if is_parametrized(layer, name):
-        return f"{name} is parametrised: call torch.nn.utils.parametrize.remove_parametrizations(layer, {name!r}) first"
-    owner = None
-    if getattr(layer, "_is_fsdp_managed_module", False):  # FSDP's own mark, 1 and 2, gathered or not
-        owner = "FSDP, which keeps the weights itself"
-    elif is_sharded(weight):
-        owner = "a device mesh: it is a DTensor"
-    elif hasattr(weight, "ds_id"):
-        owner = "DeepSpeed ZeRO-3"
-    if owner is None:
-        return None
-    return f"{name} belongs to {owner}: gather the state dict, load it into an unsharded model and merge there"
 
 
 def multiply(p: Any) -> Tensor:

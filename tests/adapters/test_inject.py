@@ -159,6 +159,44 @@ def test_unload_leaves_no_trace() -> None:
     assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in untouched.parameters()]
 
 
+def attributes(module: nn.Module) -> dict[str, Any]:
+    """All that a module keeps of its own, hooks in their order; of parameters and children the names."""
+    kept = dict(module.__dict__)
+    for name in ("_parameters", "_buffers", "_modules"):
+        kept[name] = list(kept[name])
+    return {name: list(value.items()) if isinstance(value, dict) else value for name, value in kept.items()}
+
+
+def see_state_dict(*_: Any) -> None:
+    """A hook of somebody else's."""
+
+
+@pytest.mark.parametrize("merge_first", [False, True], ids=["unmerged", "merged"])
+@pytest.mark.parametrize(
+    "leave",
+    [fastlora.unload, fastlora.merge_and_unload, lambda model: fastlora.delete_adapter(model, "default")],
+    ids=["unload", "merge_and_unload", "delete"],
+)
+def test_nothing_is_left_in_a_layer_and_others_hooks_stay(leave: Callable[[nn.Module], Any], merge_first: bool) -> None:
+    for make in (lambda: nn.Sequential(nn.Linear(4, 3)), gpt2):
+        model = make()
+        layers = {name: layer for name, layer in model.named_modules() if type(layer).__name__ in ("Linear", "Conv1D")}
+        for layer in layers.values():
+            layer.register_state_dict_post_hook(see_state_dict)
+            layer.register_load_state_dict_post_hook(see_state_dict)
+        before = {name: attributes(module) for name, module in model.named_modules()}
+        adapted(model)
+        for layer in layers.values():
+            layer.register_state_dict_pre_hook(see_state_dict)
+        if merge_first:
+            fastlora.merge_adapter(model)
+            model.load_state_dict(model.state_dict())
+        leave(model)
+        for layer in layers.values():
+            assert layer._state_dict_pre_hooks.popitem()[1] is see_state_dict
+        assert {name: attributes(module) for name, module in model.named_modules()} == before
+
+
 def test_what_was_frozen_stays_frozen_after_unload() -> None:
     model = toy()
     model.embed.weight.requires_grad_(False)

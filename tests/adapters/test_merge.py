@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -155,9 +156,15 @@ def test_merge_and_unload_of_a_merged_model_is_the_same() -> None:
     assert all(p.requires_grad for p in one.parameters())
 
 
-def test_a_merged_model_needs_no_fastlora(tmp_path: Path) -> None:
+@pytest.mark.parametrize("leave", [fastlora.merge_and_unload, fastlora.unload])
+def test_a_model_without_its_adapters_needs_no_fastlora(
+    leave: Callable[[nn.Module], nn.Module], tmp_path: Path
+) -> None:
     for make in (llama, gpt2):
-        model = fastlora.merge_and_unload(adapted(make()))
+        model = adapted(make())
+        fastlora.merge_adapter(model)
+        model = leave(model)
+        assert torch.equal(run(copy.deepcopy(model)), run(model))
         torch.save(model, tmp_path / f"{make.__name__}.pt")
         torch.save(run(model), tmp_path / f"{make.__name__}.y")
     code = textwrap.dedent(
