@@ -317,6 +317,29 @@ def fsdp2_with_tp(mesh: DeviceMesh) -> None:
 
 
 @check
+def adapters_are_switched_through_every_wrapper(mesh: DeviceMesh) -> None:
+    tokens, alone = next(batches()), decoder("injected").double()
+    with_adapter = alone(tokens)
+    fastlora.set_adapter(alone, None)
+    base = alone(tokens)
+    assert (with_adapter - base).abs().max() > 0.1
+    for wrap in (lambda model, _: DistributedDataParallel(model), fully_sharded, tensor_parallel):
+        model = wrap(decoder("injected").double(), mesh)
+
+        def expect(expected: Tensor, model: nn.Module = model) -> None:
+            torch.testing.assert_close(model(tokens), expected, rtol=1e-9, atol=1e-9)
+
+        expect(with_adapter)
+        with fastlora.disable(model):
+            expect(base)
+        expect(with_adapter)
+        fastlora.set_adapter(model, None)
+        expect(base)
+        fastlora.set_adapter(model, "default")
+        expect(with_adapter)
+
+
+@check
 def sharded_models_keep_out_of_merging(mesh: DeviceMesh) -> None:
     for wrap in (fully_sharded, tensor_parallel):
         for kind in ("layers", "injected"):

@@ -15,8 +15,9 @@ from ..mergeable import start_adapter
 from .config import AdapterConfig
 from .layer import add_adapter, features
 from .matching import first_match
-from .model import State, adapted_layers, set_adapter, state_of
+from .model import adapted_layers, check_merged, set_adapter, share_states, state_of
 from .plan import Plan, plan
+from .state import State
 
 _log = logging.getLogger("fastlora")
 
@@ -148,24 +149,25 @@ def attach(plan: Plan, tensors: dict[str, dict[str, Tensor]] | None = None) -> I
             else:
                 a.copy_(tensors[layer.name]["lora_A"])
                 b.copy_(tensors[layer.name]["lora_B"])
-        adapters.append((layer.module, plan.adapter_name, a, b, layer.scale, plan.config.lora_dropout))
+        adapters.append((layer, a, b))
 
     model, name = plan.model, plan.adapter_name
     state = state_of(model)
     first = state is None
     if state is None:
-        was_trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-        state = State(was_trainable=was_trainable)
+        check_merged(model, name)
+        state = State(
+            disabled=any(layer.adapters_disabled for _, layer in adapted_layers(model)),
+            was_trainable=[name for name, p in model.named_parameters() if p.requires_grad],
+        )
         model._fastlora = state  # type: ignore[assignment]
         model.requires_grad_(False)
-    disabled = any(layer.adapters_disabled for _, layer in adapted_layers(model))
-    for adapter in adapters:
-        add_adapter(*adapter)
+    for layer, a, b in adapters:
+        add_adapter(layer.module, state, name, a, b, layer.scale, plan.config.lora_dropout)
+    share_states(model)
     state.configs[name] = plan.config
     if first:
         set_adapter(model, name)
-    for _, adapted in adapted_layers(model):
-        adapted.active_adapter, adapted.adapters_disabled = state.active, disabled
     for option, patterns in (("rank_pattern", plan.config.rank_pattern), ("alpha_pattern", plan.config.alpha_pattern)):
         idle = [key for key in patterns if not any(first_match({key: True}, each.name, False) for each in plan.layers)]
         if idle:

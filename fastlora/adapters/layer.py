@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..mergeable import Mergeable, Update
 from ..ops.linear import lora_linear
 from .matching import is_conv1d
+from .state import State
 
 _BASE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -31,21 +32,27 @@ class AdaptedLinear(Mergeable, nn.Linear):
     lora_B: nn.ParameterDict  # noqa: N815
     scale: dict[str, float]
     lora_dropout: dict[str, float]
-    active_adapter: str | None
-    adapters_disabled: bool
+    _state: State
 
     @property
-    def adapted(self) -> bool:
-        """Whether the active adapter has a part in this layer."""
-        return self.active_adapter is not None and self.active_adapter in self.lora_A
+    def active_adapter(self) -> str | None:
+        """The model's active adapter, which need not have a part in this layer."""
+        return self._state.active
+
+    @property
+    def adapters_disabled(self) -> bool:
+        """Whether the model's adapters are switched off."""
+        return self._state.disabled
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> y [..., out_features]; merged, disabled or not adapted, exactly one GEMM."""
-        if self.adapters_disabled or not self.adapted:
-            return self._base(x, self.weight if self._base_weight is None else self._base_weight)
+        state = self._state
+        name: Any = state.active
+        if state.disabled or name not in self.scale:
+            base: Any = self._base_weight if self.merged else self.weight
+            return self._base(x, base)
         if self.merged:
             return self._base(x, self.weight)
-        name: Any = self.active_adapter
         return lora_linear(
             x,
             self.weight.T if self.fan_in_fan_out else self.weight,
@@ -130,14 +137,16 @@ def obstacle(module: nn.Module, parent: nn.Module | None = None) -> str | None:
     return None
 
 
-def add_adapter(layer: nn.Module, name: str, lora_a: Tensor, lora_b: Tensor, scale: float, lora_dropout: float) -> None:
-    """Gives a layer that has no :func:`obstacle` one more adapter, not yet active and not trainable."""
+def add_adapter(
+    layer: nn.Module, state: State, name: str, lora_a: Tensor, lora_b: Tensor, scale: float, lora_dropout: float
+) -> None:
+    """Gives a layer that has no :func:`obstacle` one more adapter of the model with this state, not trainable yet."""
     if not isinstance(layer, AdaptedLinear):
         layer.__class__ = AdaptedConv1D if is_conv1d(layer) else AdaptedLinear
         assert isinstance(layer, AdaptedLinear)
         layer.lora_A, layer.lora_B = nn.ParameterDict(), nn.ParameterDict()
         layer.scale, layer.lora_dropout = {}, {}
-        layer.active_adapter, layer.adapters_disabled = None, False
+        layer._state = state
         layer._become_mergeable()
     layer.lora_A[name] = nn.Parameter(lora_a, requires_grad=False)
     layer.lora_B[name] = nn.Parameter(lora_b, requires_grad=False)
@@ -148,7 +157,6 @@ def remove_adapter(layer: AdaptedLinear, name: str) -> None:
     """Takes one adapter away; with the last one, the layer becomes what it was."""
     if layer.active_adapter == name:
         layer.unmerge()
-        layer.active_adapter = None
     for values in (layer.lora_A, layer.lora_B, layer.scale, layer.lora_dropout):
         del values[name]
     if not layer.lora_A:
@@ -158,7 +166,7 @@ def remove_adapter(layer: AdaptedLinear, name: str) -> None:
 def restore(layer: Any) -> None:
     """Takes all adapters away: the class and the attributes that the layer had before, with its weight as it is now."""
     layer._become_plain()
-    for name in ("lora_A", "lora_B", "scale", "lora_dropout", "active_adapter", "adapters_disabled"):
+    for name in ("lora_A", "lora_B", "scale", "lora_dropout", "_state"):
         delattr(layer, name)
     if isinstance(layer, AdaptedConv1D):
         layer.__class__ = importlib.import_module("transformers.pytorch_utils").Conv1D

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..mergeable import Update, folded
 from .layer import AdaptedLinear, restore
-from .model import State, adapted_layers, adapted_model, unload
+from .model import adapted_layers, adapted_model, injected_models, unload
 
 # Elements measured at a time: float64 copies of a whole weight would take several times its memory.
 _BLOCK = 1 << 18
@@ -104,7 +104,7 @@ def merge_adapter(model: nn.Module) -> MergeReport:
             module's, where the merge would show too.
         RuntimeError: no adapter is active, or all are switched off.
     """
-    model, _, layers = _to_merge(model)
+    model, layers = _to_merge(model)
     report = _measured(layers)
     for _, layer in layers:
         layer.merge()
@@ -135,7 +135,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     Raises:
         ValueError, RuntimeError: as :func:`merge_adapter` does; nothing is changed then.
     """
-    model, _, layers = _to_merge(model)
+    model, layers = _to_merge(model)
     _measured(layers)
     for _, layer in layers:
         # The base goes layer by layer, so that at most one weight is there twice.
@@ -154,13 +154,14 @@ def _measured(layers: list[tuple[str, AdaptedLinear]]) -> MergeReport:
     return MergeReport(tuple(reports))
 
 
-def _to_merge(model: nn.Module) -> tuple[nn.Module, State, list[tuple[str, AdaptedLinear]]]:
+def _to_merge(model: nn.Module) -> tuple[nn.Module, list[tuple[str, AdaptedLinear]]]:
     model, state = adapted_model(model)
-    if state.active is None:
+    active = state.active
+    if active is None:
         raise RuntimeError("no adapter is active: call fastlora.set_adapter(model, name) first, or unload(model)")
-    if any(layer.adapters_disabled for _, layer in adapted_layers(model)):
+    if any(state.disabled for _, state in injected_models(model)):
         raise RuntimeError("the adapters are switched off: call fastlora.enable(model) first, or unload(model)")
-    layers = list(adapted_layers(model, state.active))
+    layers = list(adapted_layers(model, active))
     holders: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for last, parameter in module._parameters.items():
@@ -172,4 +173,4 @@ def _to_merge(model: nn.Module) -> tuple[nn.Module, State, list[tuple[str, Adapt
                 f"{name}.weight is tied to {others[0]}, where a merge would show too: untie it first (give {name} its "
                 "own Parameter, and set tie_word_embeddings=False in a transformers config)"
             )
-    return model, state, layers
+    return model, layers

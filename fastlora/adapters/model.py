@@ -1,27 +1,20 @@
-"""The adapters that a model has: which one is active, switched off and on, and taken out again.
+"""The adapters of a whole model: makes one active, switches them off and on, takes them out again.
 
-A model with adapters carries one attribute of fastlora's, ``_fastlora``: a :class:`State`.
+An injected model keeps its :class:`State` as ``_fastlora``. A layer reads the state of the innermost injected model
+around it, so that a part that was injected on its own keeps its own switches.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, ExitStack
 
 from torch import nn
 
 from .config import AdapterConfig
 from .layer import AdaptedLinear, remove_adapter, restore
-
-
-@dataclass
-class State:
-    """What a model with adapters carries: the options of each, the active one, and the names of what trained before."""
-
-    configs: dict[str, AdapterConfig] = field(default_factory=dict)
-    active: str | None = None
-    was_trainable: list[str] = field(default_factory=list)
+from .state import State
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -36,12 +29,26 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def state_of(model: nn.Module) -> State | None:
-    """What ``inject`` keeps on the model; None where it was never called."""
+    """The state that ``inject`` keeps on the model; None where it was never called."""
     return model.__dict__.get("_fastlora")
 
 
+def injected_models(model: nn.Module) -> Iterator[tuple[nn.Module, State]]:
+    """The model and its parts that were injected on their own, with their states; outer ones first."""
+    for module in model.modules():
+        if (state := state_of(module)) is not None:
+            yield module, state
+
+
+def share_states(model: nn.Module) -> None:
+    """Gives every adapted layer the state of the innermost injected model around it."""
+    for part, state in injected_models(model):
+        for _, layer in adapted_layers(part):
+            layer._state = state
+
+
 def adapted_model(model: nn.Module) -> tuple[nn.Module, State]:
-    """The unwrapped model and its state.
+    """The unwrapped model and its state, which its layers read from then on: some may have been put in since.
 
     Raises:
         ValueError: the model has no adapters of fastlora's.
@@ -55,6 +62,7 @@ def adapted_model(model: nn.Module) -> tuple[nn.Module, State]:
             "model has no adapters: call fastlora.inject or fastlora.load_adapter on this very module first (a part of "
             "it, or a model around it, has its own)"
         )
+    share_states(model)
     return model, state
 
 
@@ -88,17 +96,25 @@ def set_adapter(model: nn.Module, adapter_name: str | None) -> None:
     model, state = adapted_model(model)
     if adapter_name is not None:
         checked_name(state, adapter_name)
-    if adapter_name != state.active and any(layer.merged for _, layer in adapted_layers(model)):
-        raise RuntimeError(f"adapter {state.active!r} is merged into the base: call fastlora.unmerge_adapter first")
+    check_merged(model, adapter_name)
     for _, layer in adapted_layers(model):
-        layer.active_adapter = adapter_name
         for adapters in (layer.lora_A, layer.lora_B):
             for name, parameter in adapters.items():
                 parameter.requires_grad_(name == adapter_name)
-    state.active = adapter_name
+    for _, state in injected_models(model):
+        state.active = adapter_name
 
 
-class disable:  # noqa: N801
+def check_merged(model: nn.Module, adapter_name: str | None) -> None:
+    """Raises RuntimeError where an adapter of another name is merged into the base."""
+    for _, layer in adapted_layers(model):
+        if layer.merged and layer.active_adapter != adapter_name:
+            raise RuntimeError(
+                f"adapter {layer.active_adapter!r} is merged into the base: call fastlora.unmerge_adapter first"
+            )
+
+
+def disable(model: nn.Module) -> AbstractContextManager[object]:
     """Switches all adapters of a model off: the base alone computes. Merged or not, to the bit.
 
     Works at once, and as a context manager until its end: ``with fastlora.disable(model): ...``. ``fastlora.enable``
@@ -107,30 +123,22 @@ class disable:  # noqa: N801
     Raises:
         ValueError: the model has no adapters.
     """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._layers = [layer for _, layer in adapted_layers(adapted_model(model)[0])]
-        self._before = [layer.adapters_disabled for layer in self._layers]
-        for layer in self._layers:
-            layer.adapters_disabled = True
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        for layer, before in zip(self._layers, self._before, strict=True):
-            if isinstance(layer, AdaptedLinear):  # it may have been unloaded meanwhile
-                layer.adapters_disabled = before
+    model, _ = adapted_model(model)
+    before = ExitStack()
+    for _, state in injected_models(model):
+        before.callback(setattr, state, "disabled", state.disabled)
+        state.disabled = True
+    return before
 
 
 def enable(model: nn.Module) -> None:
-    """Switches the adapters on again after :class:`disable`.
+    """Switches the adapters on again after :func:`disable`.
 
     Raises:
         ValueError: the model has no adapters.
     """
-    for _, layer in adapted_layers(adapted_model(model)[0]):
-        layer.adapters_disabled = False
+    for _, state in injected_models(adapted_model(model)[0]):
+        state.disabled = False
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -160,15 +168,16 @@ def unload(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model has no adapters.
     """
-    model, state = adapted_model(model)
+    model, _ = adapted_model(model)
     for _, layer in list(adapted_layers(model)):
         layer.unmerge()
         restore(layer)
-    parameters = dict(model.named_parameters())
-    for name in state.was_trainable:
-        if name in parameters:
-            parameters[name].requires_grad_(True)
-    del model._fastlora
+    for part, state in injected_models(model):
+        parameters = dict(part.named_parameters())
+        for name in state.was_trainable:
+            if name in parameters:
+                parameters[name].requires_grad_(True)
+        del part._fastlora
     return model
 
 

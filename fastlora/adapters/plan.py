@@ -13,7 +13,8 @@ from torch.nn.parameter import is_lazy
 from .config import AdapterConfig
 from .layer import AdaptedConv1D, AdaptedLinear, features, obstacle
 from .matching import ALL_LINEAR, all_linear, is_conv1d
-from .model import State, shown_names, state_of, unwrapped
+from .model import shown_names, state_of, unwrapped
+from .state import State
 
 # These read the weights of the named layers without calling them.
 _MAMBA_TYPES = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")

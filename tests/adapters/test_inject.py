@@ -445,6 +445,150 @@ def test_disable_ends_with_an_exception() -> None:
     assert torch.equal(run(model), y)
 
 
+def test_disable_survives_what_happens_inside() -> None:
+    model, base = two(), run(toy())
+    y = run(model)
+    with fastlora.disable(model):
+        fastlora.enable(model)
+        assert torch.equal(run(model), y)
+    assert torch.equal(run(model), y)
+    fastlora.disable(model)
+    with fastlora.disable(model):
+        fastlora.enable(model)
+    assert torch.equal(run(model), base)  # as before the block
+    fastlora.enable(model)
+    with fastlora.disable(model):
+        fastlora.set_adapter(model, "other")
+        fastlora.delete_adapter(model, "default")
+        assert torch.equal(run(model), base)
+    assert not torch.equal(run(model), base)
+    with fastlora.disable(model):
+        fastlora.unload(model)
+        fastlora.inject(model, ["up"], init_lora_weights=False)
+        assert not torch.equal(run(model), base)
+    assert not torch.equal(run(model), base)
+    switched_off = fastlora.disable(model)
+    assert torch.equal(run(model), base)
+    with switched_off:
+        assert torch.equal(run(model), base)
+    assert not torch.equal(run(model), base)
+
+
+def states(model: nn.Module) -> set[int]:
+    """The identities of the states that the layers read."""
+    return {id(layer._state) for layer in model.modules() if isinstance(layer, AdaptedLinear)}
+
+
+def test_the_layers_read_the_state_of_their_model() -> None:
+    model = two()
+    for act in (
+        lambda: fastlora.set_adapter(model, "other"),
+        lambda: fastlora.inject(model, ["head", "down"], adapter_name="late"),
+        lambda: fastlora.disable(model),
+        lambda: fastlora.delete_adapter(model, "other"),
+    ):
+        act()
+        assert states(model) == {id(model._fastlora)}
+    layer = model.head
+    assert (layer.active_adapter, layer.adapters_disabled) == (None, True)
+    fastlora.set_adapter(model, "late")
+    fastlora.enable(model)
+    assert (layer.active_adapter, layer.adapters_disabled) == ("late", False)
+
+
+def test_a_copied_block_follows_the_model_it_is_put_into() -> None:
+    model = two()
+    model.blocks[1] = copy.deepcopy(model.blocks[0])
+    assert len(states(model)) == 2
+    with fastlora.disable(model):
+        assert len(states(model)) == 1
+        disabled = run(model)
+    fastlora.unload(model)
+    assert torch.equal(run(model), disabled)
+
+
+def test_a_copied_layer_keeps_the_switches_it_had() -> None:
+    model, x = two(), torch.randn(5, 24)
+    layer = model.blocks[0]["up"]
+    y = layer(x)
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(layer)))
+    fastlora.set_adapter(model, None)
+    assert not torch.equal(layer(x), y)
+    assert torch.equal(twin(x), y)
+    assert torch.equal(twin.merge().unmerge()(x), y)
+
+
+class Pair(nn.Module):
+    """A part that may have adapters of its own, and one that has those of the whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Sequential(nn.Linear(6, 8), nn.Tanh())
+        self.rest = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rest(self.part(x))
+
+
+@pytest.mark.parametrize("part_first", [True, False], ids=["part_first", "whole_first"])
+@pytest.mark.parametrize("name", ["default", "own"], ids=["same_name", "own_name"])
+def test_a_part_with_adapters_of_its_own(part_first: bool, name: str) -> None:
+    def on() -> tuple[bool, bool]:
+        """Whether the part and the rest compute with an adapter."""
+        h = model.part[0](x)
+        return not torch.equal(h, nn.functional.linear(x, model.part[0].weight, model.part[0].bias)), not torch.equal(
+            model.rest(h), nn.functional.linear(h, model.rest.weight, model.rest.bias)
+        )
+
+    torch.manual_seed(2)
+    model, x = Pair(), torch.randn(3, 6)
+    acts = [
+        lambda: fastlora.inject(model.part, ["0"], adapter_name=name, init_lora_weights=False),
+        lambda: fastlora.inject(model, ["rest"], init_lora_weights=False),
+    ]
+    for act in acts if part_first else reversed(acts):
+        act()
+    # The whole, injected later, speaks for its parts: an adapter of another name is no longer active there.
+    assert on() == (not part_first or name == "default", True)
+    fastlora.set_adapter(model.part, name)
+    assert on() == (True, True)
+    with fastlora.disable(model):
+        assert on() == (False, False)
+        with fastlora.disable(model.part):
+            pass
+        fastlora.enable(model.part)
+        assert on() == (True, False)
+    assert on() == (True, True)
+    with fastlora.disable(model.part):
+        assert on() == (False, True)
+    fastlora.set_adapter(model.part, None)
+    assert on() == (False, True)
+    fastlora.set_adapter(model, None)
+    fastlora.set_adapter(model.part, name)
+    assert on() == (True, False)
+    other = copy.deepcopy(model)
+    assert len(states(other)) == 2
+    assert not states(other) & states(model)
+    fastlora.set_adapter(model, "default")
+    fastlora.unload(model.part)
+    assert on() == (False, True)
+    assert type(model.part[0]) is nn.Linear
+    fastlora.unload(other)
+    assert not states(other)
+    assert not [module for module in other.modules() if "_fastlora" in module.__dict__]
+    assert all(parameter.requires_grad for parameter in other.parameters())
+
+
+def test_a_whole_leaves_what_is_merged_in_a_part() -> None:
+    model = Pair()
+    fastlora.inject(model.part, ["0"], adapter_name="own")
+    fastlora.merge_adapter(model.part)
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match=r"adapter 'own' is merged into the base: call fastlora\.unmerge_adapter"):
+        fastlora.inject(model, ["rest"])
+    assert untouched(model, before)
+
+
 def test_delete() -> None:
     model, y = two(), run(two())
     fastlora.delete_adapter(model, "other")
@@ -469,8 +613,11 @@ def test_copies_are_independent(copied: Callable[[nn.Module], nn.Module]) -> Non
         other = copied(model)
         assert torch.equal(run(other), run(model))
         y = run(model)
+        assert states(other) == {id(other._fastlora)} != states(model)
+        fastlora.disable(other)
         fill(other, seed=9)
         assert torch.equal(run(model), y)
+        assert torch.equal(run(other), run(make()))
         fastlora.unload(other)
         assert torch.equal(run(other), run(make()))
 
@@ -483,6 +630,31 @@ def test_compiles_without_a_graph_break() -> None:
         torch._dynamo.reset()
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(x), layer(x))
+
+
+def test_a_compiled_model_follows_every_switch_and_compiles_once_for_each() -> None:
+    model, base, graphs = two(), run(toy()), []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for _ in range(3):
+        fastlora.set_adapter(model, "default")
+        y = run(model)
+        assert torch.equal(run(compiled), y)
+        with fastlora.disable(compiled):
+            assert torch.equal(run(compiled), base)
+        assert torch.equal(run(compiled), y)
+        fastlora.merge_adapter(compiled)
+        assert torch.equal(run(compiled), run(model))
+        fastlora.unmerge_adapter(compiled)
+        fastlora.set_adapter(compiled, "other")
+        assert torch.equal(run(compiled), run(model))
+        assert not torch.equal(run(compiled), y)
+    assert len(graphs) == 4
 
 
 def test_state_dict_loads_into_a_merged_model() -> None:
