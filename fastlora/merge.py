@@ -98,7 +98,9 @@ def _targets(
 ) -> list[_Target]:
     """Which tensor each layer of the adapter changes, all checked before a byte is written."""
     names = _names(checkpoint, list(adapters), base)
-    targets, seen_linear, seen_turned = [], None, None
+    targets: list[_Target] = []
+    # Of the weights whose shape tells, a layer that is stored turned (True) and one that is not (False).
+    witnesses: dict[bool, str] = {}
     for layer, parts in adapters.items():
         entry, a, b = checkpoint.tensors[names[layer]], parts["lora_A"], parts["lora_B"]
         if not is_floating(entry):
@@ -110,11 +112,12 @@ def _targets(
                 f"the adapter is for another model: {key_of(layer, part)} has shape {list(parts[part].shape)}, made "
                 f"for a weight {list(linear)}; {names[layer]} is {list(entry.shape)}"
             )
+        is_turned = fan_in_fan_out
         if linear != turned:
-            seen_linear, seen_turned = (layer, seen_turned) if entry.shape == linear else (seen_linear, layer)
-        is_turned = entry.shape == turned and (linear != turned or fan_in_fan_out)
+            is_turned = entry.shape == turned
+            witnesses[is_turned] = layer
         targets.append(_Target(names[layer], entry, layer, Update.of(a, b, scales[layer], is_turned)))
-    against = seen_linear if fan_in_fan_out else seen_turned
+    against = witnesses.get(not fan_in_fan_out)
     square = next((target.layer for target in targets if target.entry.shape[0] == target.entry.shape[1]), None)
     if against is not None and square is not None:
         raise ValueError(

@@ -1,11 +1,12 @@
 """Tensor-parallel styles that shard a layer together with its adapters; torch's own for every other module.
 
-The layers are ``LoRALinear``, what :func:`fastlora.inject` makes, and ``fastlora.loralib.Linear``.
+The layers are ``LoRALinear``, those of :func:`fastlora.inject`, and ``Linear`` and ``MergedLinear`` of
+``fastlora.loralib``.
 
     ColwiseParallel   weight, bias, lora_B sharded on N; lora_A whole       x whole -> y sharded on N
     RowwiseParallel   weight, lora_A sharded on K; lora_B, bias whole       x sharded on K -> y whole
 
-Both are what :mod:`fastlora.ops.dtensor` runs fused, a shard a rank.
+:mod:`fastlora.ops.dtensor` runs both fused, one shard per rank; by columns, a ``MergedLinear`` is not fused.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor import Placement, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor import parallel as torch_parallel
 
-from .adapters.layer import AdaptedConv1D, AdaptedLinear
-from .loralib import Linear
+from .mergeable import Mergeable
 from .module import LoRALinear
 
 __all__ = ["ColwiseParallel", "RowwiseParallel"]
 
-_LAYERS = (LoRALinear, AdaptedLinear, Linear)
+# The tensors that have a dimension of the weight [N, K]: N is the first of each, K the second.
+_WITH = {0: ("weight", "lora_B", "bias"), 1: ("weight", "lora_A")}
 
 
 class ColwiseParallel(torch_parallel.ColwiseParallel):
@@ -40,10 +41,9 @@ class ColwiseParallel(torch_parallel.ColwiseParallel):
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        if not isinstance(module, _LAYERS) or not hasattr(module, "lora_A"):
+        if not _is_linear_with_adapters(module):
             return super()._apply(module, device_mesh)
-        plan = {"weight": Shard(0), "bias": Shard(0), "lora_A": Replicate(), "lora_B": Shard(0)}
-        return _sharded(self, module, device_mesh, plan)
+        return _sharded(self, module, device_mesh, dim=0)
 
 
 class RowwiseParallel(torch_parallel.RowwiseParallel):
@@ -59,25 +59,30 @@ class RowwiseParallel(torch_parallel.RowwiseParallel):
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        if not isinstance(module, _LAYERS) or not hasattr(module, "lora_A"):
+        if not _is_linear_with_adapters(module):
             return super()._apply(module, device_mesh)
         self.desired_input_layouts = (Shard(-1),)
-        plan = {"weight": Shard(1), "bias": Replicate(), "lora_A": Shard(1), "lora_B": Replicate()}
-        return _sharded(self, module, device_mesh, plan)
+        return _sharded(self, module, device_mesh, dim=1)
 
 
-def _sharded(
-    style: Any, layer: LoRALinear | AdaptedLinear | Linear, mesh: DeviceMesh, plan: dict[str, Any]
-) -> nn.Module:
+def _is_linear_with_adapters(module: nn.Module) -> bool:
+    return isinstance(module, Mergeable) and isinstance(module, (LoRALinear, nn.Linear)) and hasattr(module, "lora_A")
+
+
+def _sharded(style: Any, layer: Any, mesh: DeviceMesh, dim: int) -> nn.Module:
+    """Shards the weight [N, K] on ``dim``, and with it what else has that dimension; the rest is whole."""
     if layer.merged:
         raise RuntimeError(f"the {type(layer).__name__} is merged: unmerge it before it is sharded")
-    if isinstance(layer, AdaptedConv1D) or getattr(layer, "fan_in_fan_out", False):  # stored [K, N]
-        plan["weight"] = Shard(1 - plan["weight"].dim)
+
+    def placement(name: str) -> Placement:
+        if name not in _WITH[dim]:
+            return Replicate()
+        return Shard(1 - dim) if name == "weight" and layer.fan_in_fan_out else Shard(dim)
 
     def partition(inside: str, module: nn.Module, mesh: DeviceMesh) -> None:
         for name, parameter in list(module.named_parameters(recurse=False)):
-            placement = plan[inside or name]  # injected adapters are inside, in lora_A and lora_B by their names
-            placed = distribute_tensor(parameter, mesh, [placement], src_data_rank=style.src_data_rank)
+            placements = [placement(inside or name)]  # injected adapters are inside, in lora_A and lora_B
+            placed = distribute_tensor(parameter, mesh, placements, src_data_rank=style.src_data_rank)
             module.register_parameter(name, nn.Parameter(placed, requires_grad=parameter.requires_grad))
 
     return distribute_module(

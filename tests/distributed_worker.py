@@ -615,6 +615,46 @@ def styles_are_torchs_on_every_other_module(mesh: DeviceMesh) -> None:
 
 
 @check
+def both_styles_shard_every_linear_layer(mesh: DeviceMesh) -> None:
+    sizes: dict[str, Any] = {"in_features": 12, "out_features": 10, "r": 3}
+
+    def injected_layer() -> nn.Module:
+        model = nn.Sequential(nn.Linear(12, 10))
+        fastlora.inject(model, ["0"], r=3)
+        return model[0]
+
+    kinds: dict[str, Callable[[], Any]] = {
+        "LoRALinear": lambda: LoRALinear(**sizes),
+        "injected": injected_layer,
+        "loralib.Linear": lambda: fastlora.loralib.Linear(**sizes),
+        "turned": lambda: fastlora.loralib.Linear(**sizes, fan_in_fan_out=True),
+        "MergedLinear": lambda: fastlora.loralib.MergedLinear(**sizes, enable_lora=[True, False]),
+        "MergedLinear, turned": lambda: fastlora.loralib.MergedLinear(
+            **sizes, enable_lora=[True, False], fan_in_fan_out=True
+        ),
+    }
+    x = torch.randn(7, 12)
+    for name, make in kinds.items():
+        for style, dim in ((ColwiseParallel, 0), (RowwiseParallel, 1)):
+            torch.manual_seed(8)
+            alone = make()
+            for key, parameter in alone.named_parameters():
+                if "lora_" in key:
+                    nn.init.normal_(parameter)
+            layer = copy.deepcopy(alone)
+            torch_parallel.parallelize_module(layer, mesh, style(input_layouts=Replicate(), output_layouts=Replicate()))
+            found = {key.partition(".")[0]: p.placements for key, p in layer.named_parameters()}
+            n, k = (Shard(0), Replicate()) if dim == 0 else (Replicate(), Shard(1))
+            weight = Shard(1 - dim if layer.fan_in_fan_out else dim)
+            assert found == {"weight": (weight,), "bias": (n,), "lora_A": (k,), "lora_B": (n,)}, name
+            torch.testing.assert_close(layer(x), alone(x), msg=name)
+    convolution = fastlora.loralib.Conv2d(4, 6, 3, r=2)
+    for style in (ColwiseParallel(), RowwiseParallel()):
+        with pytest.raises(NotImplementedError, match=r"only support nn\.Linear"):
+            torch_parallel.parallelize_module(convolution, mesh, style)
+
+
+@check
 def the_pages_code_runs(mesh: DeviceMesh) -> None:
     page = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
     sharding, parallel, gathering = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)

@@ -27,7 +27,7 @@ FLOORS: tuple[set[str], ...] = (
     {"mergeable", "accuracy"},
     {"ops"},
     {"backends"},
-    {"kernels", "atomic"},
+    {"kernels", "atomic", "text"},
 )
 
 # Files that import an optional dependency as they load, and so are imported inside functions only.

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..mergeable import scale_of
+from ..text import shown
 from .matching import ALL_LINEAR, first_match, is_target
 
 # What PEFT 0.21.2 writes for the options that fastlora has no counterpart of, each at its default.
@@ -98,9 +99,9 @@ class AdapterConfig:
         self._check_layers()
         # numpy's numbers are welcome, but JSON has none of them.
         for name in ("r", "lora_alpha", "lora_dropout"):
-            object.__setattr__(self, name, _plain(getattr(self, name)))
+            object.__setattr__(self, name, _number(getattr(self, name)))
         for name in ("rank_pattern", "alpha_pattern"):
-            object.__setattr__(self, name, {key: _plain(value) for key, value in getattr(self, name).items()})
+            object.__setattr__(self, name, {key: _number(value) for key, value in getattr(self, name).items()})
         if not any(self.init_lora_weights is start or self.init_lora_weights == start for start in _STARTS):
             raise ValueError(f"init_lora_weights must be one of {_STARTS}, got {self.init_lora_weights!r}")
 
@@ -184,10 +185,10 @@ class AdapterConfig:
         for key, value in values.items():
             off = value is None or value is False or value in ("", [], {}) or value == _UNSUPPORTED.get(key)
             if key in _UNSUPPORTED and not off:
-                raise ValueError(f"{source} asks for {key}={_shown(value)}, which fastlora does not support: use PEFT")
+                raise ValueError(f"{source} asks for {key}={shown(value)}, which fastlora does not support: use PEFT")
             if key not in known and not off:
                 raise ValueError(
-                    f"{source} has {key}={_shown(value)}, which fastlora does not know, and it may change the result: "
+                    f"{source} has {key}={shown(value)}, which fastlora does not know, and it may change the result: "
                     "use the PEFT that wrote it, or delete the key if this is its default"
                 )
         start = values.get("init_lora_weights", True)
@@ -195,7 +196,7 @@ class AdapterConfig:
             values["init_lora_weights"] = True
         elif start not in _STARTS:
             raise ValueError(
-                f"{source} has init_lora_weights={_shown(start)}, which fastlora does not support: such a start may "
+                f"{source} has init_lora_weights={shown(start)}, which fastlora does not support: such a start may "
                 f"have changed the base weight too{_CONVERT}"
             )
         if values.get("target_modules") is None:
@@ -209,12 +210,7 @@ class AdapterConfig:
             raise ValueError(f"{source}: {error}") from None
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _plain(value: Any) -> int | float:
+def _number(value: Any) -> int | float:
     return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..text import dtype_name
 from .config import AdapterConfig
 
 CONFIG = "adapter_config.json"
@@ -76,8 +77,8 @@ def _sorted_into_layers(tensors: Mapping[str, Tensor], config: AdapterConfig, so
                 "base_model.model.<layer>.lora_A.weight and .lora_B.weight alone"
             )
         if tensor.dtype not in _DTYPES or tensor.dim() != 2:
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            raise ValueError(f"{source}: {key} is {dtype} {list(tensor.shape)}: expected a floating-point matrix")
+            kind = f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
+            raise ValueError(f"{source}: {key} is {kind}: expected a floating-point matrix")
         if not tensor.isfinite().all():
             raise ValueError(f"{source}: {key} holds values that are not finite: the training that wrote it diverged")
         adapters.setdefault(match["layer"], {})[match["part"]] = tensor

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..mergeable import start_adapter
+from ..text import starred
 from .config import AdapterConfig
 from .layer import add_adapter, features
 from .matching import first_match
@@ -49,7 +49,7 @@ class InjectionReport:
         ]
         kinds: dict[tuple[Any, ...], int] = {}
         for name, *rest in self.layers:
-            kind = (re.sub(r"\d+", "*", name), *rest)
+            kind = (starred(name), *rest)
             kinds[kind] = kinds.get(kind, 0) + 1
         for (name, k, n, r, scale), count in kinds.items():
             lines.append(f"  {count} x {name}: {k} -> {n}, r={r}, scale={scale:g}")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..mergeable import Mergeable, Update
 from ..ops.linear import lora_linear
+from ..text import dtype_name
 from .matching import is_conv1d
 from .state import State
 
@@ -67,6 +68,9 @@ class AdaptedLinear(Mergeable, nn.Linear):
     def _base(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight, self.bias)
 
+    def _base_repr(self) -> str:
+        return super().extra_repr()
+
     def _update(self) -> Update:
         name: Any = self.active_adapter
         return Update.of(self.lora_A[name], self.lora_B[name], self.scale[name], self.fan_in_fan_out)
@@ -74,7 +78,7 @@ class AdaptedLinear(Mergeable, nn.Linear):
     def extra_repr(self) -> str:
         """The line inside ``AdaptedLinear(...)`` when printed."""
         ranks = ", ".join(f"{name!r} r={a.shape[0]}" for name, a in self.lora_A.items())
-        text = f"{super().extra_repr()}, adapters: {ranks}, active: {self.active_adapter!r}".removeprefix(", ")
+        text = f"{self._base_repr()}, adapters: {ranks}, active: {self.active_adapter!r}"
         return text + (", disabled" if self.adapters_disabled else "") + (", merged" if self.merged else "")
 
 
@@ -88,13 +92,9 @@ class AdaptedConv1D(AdaptedLinear):
         y: Tensor = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), weight)
         return y.view(*x.shape[:-1], weight.shape[1])
 
-    def extra_repr(self) -> str:
-        """The line inside ``AdaptedConv1D(...)`` when printed."""
-        self.in_features, self.out_features = self.weight.shape
-        try:
-            return super().extra_repr()
-        finally:
-            del self.in_features, self.out_features
+    def _base_repr(self) -> str:
+        k, n = self.weight.shape
+        return f"in_features={k}, out_features={n}, bias={self.bias is not None}"
 
 
 def features(layer: Any) -> tuple[int, int]:
@@ -133,7 +133,7 @@ def obstacle(module: nn.Module, parent: nn.Module | None = None) -> str | None:
         held = "partitioned by ZeRO-3" if hasattr(weight, "ds_id") else type(weight.data).__name__
         return f"its weight is {held}, not a plain tensor: dequantise it, or inject before it is sharded"
     if weight.dtype not in _BASE_DTYPES:
-        return f"its weight is {str(weight.dtype).removeprefix('torch.')}: fastlora adapts floating-point weights"
+        return f"its weight is {dtype_name(weight.dtype)}: fastlora adapts floating-point weights"
     return None
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..mergeable import Update, folded
+from ..text import dtype_name
 from .layer import AdaptedLinear, restore
 from .model import adapted_layers, adapted_model, injected_models, unload
 
@@ -48,7 +49,7 @@ class MergeReport:
         return max((layer.max_error for layer in self.layers), default=0.0)
 
     def __str__(self) -> str:
-        dtypes = ", ".join(sorted({str(layer.dtype).removeprefix("torch.") for layer in self.layers}))
+        dtypes = ", ".join(sorted({dtype_name(layer.dtype) for layer in self.layers}))
         lines = [
             f"{len(self.layers)} layers merged in {dtypes}: rounding lost at most {self.max_error:.3g} of a weight"
         ]
@@ -70,8 +71,8 @@ def fold_and_measure(name: str, weight: Tensor, update: Update) -> tuple[Tensor,
     merged = folded(weight, update)
     if not merged.isfinite().all():
         raise ValueError(
-            f"{name} merged is not finite in {str(weight.dtype).removeprefix('torch.')}: the adapter or the base is "
-            "damaged, or their sum overflows; nothing was merged"
+            f"{name} merged is not finite in {dtype_name(weight.dtype)}: the adapter or the base is damaged, or their "
+            "sum overflows; nothing was merged"
         )
     exact = torch.float32 if weight.device.type == "mps" else torch.float64
     right = update.right.to(exact)

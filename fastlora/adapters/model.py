@@ -6,12 +6,12 @@ around it, so that a part that was injected on its own keeps its own switches.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
 
 from torch import nn
 
+from ..text import shown_names
 from .config import AdapterConfig
 from .layer import AdaptedLinear, remove_adapter, restore
 from .state import State
@@ -80,7 +80,7 @@ def checked_name(state: State, adapter_name: str) -> AdapterConfig:
         ValueError: it does not.
     """
     if adapter_name not in state.configs:
-        raise ValueError(f"adapter_name {adapter_name!r} is unknown: the model has {shown_names(list(state.configs))}")
+        raise ValueError(f"adapter_name {adapter_name!r} is unknown: the model has {shown_names(state.configs)}")
     return state.configs[adapter_name]
 
 
@@ -179,9 +179,3 @@ def unload(model: nn.Module) -> nn.Module:
                 parameters[name].requires_grad_(True)
         del part._fastlora
     return model
-
-
-def shown_names(names: list[str]) -> str:
-    """Names with their numbers as stars, each once."""
-    kinds = list(dict.fromkeys(re.sub(r"\d+", "*", name) for name in names))
-    return ", ".join(kinds[:12]) + (f" and {len(kinds) - 12} more" if len(kinds) > 12 else "")

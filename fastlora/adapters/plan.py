@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from ..text import shown, shown_names
 from .config import AdapterConfig
 from .layer import AdaptedConv1D, AdaptedLinear, features, obstacle
 from .matching import ALL_LINEAR, all_linear, is_conv1d
-from .model import shown_names, state_of, unwrapped
+from .model import state_of, unwrapped
 from .state import State
 
 # These read the weights of the named layers without calling them.
@@ -68,17 +69,18 @@ def plan(model: nn.Module, config: AdapterConfig, adapter_name: str, adapter_dty
         config = replace(config, target_modules=names)
     modules = {name: module for name, module in model.named_modules() if name and not _inside_adapter(name, model)}
     matched = [name for name in modules if config.targets(name)]
+    targets = shown(config.target_modules, most=200)
     if not matched:
         raise ValueError(
-            f"target_modules={_shown(config.target_modules)} matches none of the model's modules; its linear layers "
-            f"are {shown_names(all_linear(model)) or 'none'}"
+            f"target_modules={targets} matches none of the model's modules; its linear layers are "
+            f"{shown_names(all_linear(model)) or 'none'}"
         )
     places = Counter(id(child) for parent in model.modules() for child in parent._modules.values())
     refused = {name: reason for name in matched if (reason := _obstacle(model, name, modules, places)) is not None}
     layers = tuple(_planned(name, modules[name], config, adapter_dtype) for name in matched if name not in refused)
     if not layers:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(refused.items())[:5])
-        raise ValueError(f"target_modules={_shown(config.target_modules)} matches nothing that can have one: {reasons}")
+        raise ValueError(f"target_modules={targets} matches nothing that can have one: {reasons}")
     turned = any(isinstance(layer.module, AdaptedConv1D) or is_conv1d(layer.module) for layer in layers)
     return Plan(model, adapter_name, replace(config, fan_in_fan_out=turned), layers, refused)
 
@@ -118,8 +120,3 @@ def _state_to_write(model: nn.Module) -> State:
     if unwrapped(model) is not model:
         raise ValueError(f"model is wrapped in {type(model).__name__}: call this on the model inside, before wrapping")
     return state_of(model) or State()
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else text[:197] + "..."

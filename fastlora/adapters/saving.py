@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from ..atomic import new_file, new_folder
+from ..text import shown_names
 from .config import AdapterConfig
 from .folder import CONFIG, WEIGHTS, Adapters, key_of, read_adapter, safetensors
 from .inject import InjectionReport, attach, report
 from .layer import features
-from .model import adapted_layers, adapted_model, checked_name, shown_names, state_of
+from .model import adapted_layers, adapted_model, checked_name, state_of
 from .plan import Plan, PlannedLayer, plan
 
 
@@ -200,7 +201,7 @@ def _check_fit(
             raise ValueError(
                 f"{source}: {key} is for another model: "
                 + (f"{layer} is not among the layers of the adapter" if known else f"the model has no {layer}")
-                + f"; expected {shown_names(list(shapes))}"
+                + f"; expected {shown_names(shapes)}"
             )
         for part, tensor in parts.items():
             if tuple(tensor.shape) != tuple(shapes[layer][part]):

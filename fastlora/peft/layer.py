@@ -18,6 +18,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D as Conv1D
 
 from ..ops.linear import lora_linear
+from ..text import dtype_name
 from . import calls
 
 DISABLED = "the adapters are disabled"
@@ -255,21 +256,17 @@ def _dtypes(strict: bool, x: Tensor, weight: Any, bias: Any, a: Tensor, b: Tenso
     """Dtypes that ``lora_linear`` takes and for which its result has the dtype of PEFT's."""
     dtype, adapter = x.dtype, a.dtype
     if adapter is not b.dtype:
-        return f"lora_A is {_plain(adapter)} and lora_B {_plain(b.dtype)}"
+        return f"lora_A is {dtype_name(adapter)} and lora_B {dtype_name(b.dtype)}"
     if torch.is_autocast_enabled(x.device.type):
         operands = (x, weight, a) if bias is None else (x, weight, a, bias)
         if all(t.dtype is torch.float32 or t.dtype in _HALF for t in operands):
             return None
         return "autocast leaves some of the operands in their dtype"
     if weight.dtype is not dtype or (bias is not None and bias.dtype is not dtype):
-        return f"x is {_plain(dtype)} and base_layer {_plain(weight.dtype)}, without autocast"
+        return f"x is {dtype_name(dtype)} and base_layer {dtype_name(weight.dtype)}, without autocast"
     if dtype in _HALF:
         if adapter is torch.float32:
             return STRICT if strict else None
     elif dtype not in _WIDE:
-        return f"x is {_plain(dtype)}"
-    return None if adapter is dtype else f"lora_A is {_plain(adapter)} on a {_plain(dtype)} base"
-
-
-def _plain(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+        return f"x is {dtype_name(dtype)}"
+    return None if adapter is dtype else f"lora_A is {dtype_name(adapter)} on a {dtype_name(dtype)} base"

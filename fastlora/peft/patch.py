@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..text import listed
 from . import calls
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ READ = (
     "merged",
     "cast_input_dtype_enabled",
 )
+
+# A warning is about the line that called the package, through contextlib where that line is a with statement.
+_NOT_CALLERS = (__name__.split(".")[0], "contextlib")
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,9 @@ class PatchReport:
         if self.already_patched:
             lines[0] += f", {len(self.already_patched)} patched already"
         for reason, count in self.reasons.most_common():
-            lines.append(f"  {count} skipped: {reason} ({_some(n for n, r in self.skipped.items() if r == reason)})")
+            lines.append(f"  {count} skipped: {reason} ({listed(n for n, r in self.skipped.items() if r == reason)})")
         if self.trainable_base:
-            lines.append(f"  {len(self.trainable_base)} with a trainable base weight ({_some(self.trainable_base)})")
+            lines.append(f"  {len(self.trainable_base)} with a trainable base weight ({listed(self.trainable_base)})")
         return "\n".join(lines)
 
 
@@ -95,7 +99,7 @@ def patch_peft(model: nn.Module, *, strict_dtype: bool = False) -> PatchReport:
     Warns:
         UserWarning: no layer was patched, with the reasons counted; or a patched layer's base weight is trainable.
     """
-    return _patch(model, strict_dtype, stacklevel=4)[0]
+    return _patch(model, strict_dtype)[0]
 
 
 def unpatch_peft(model: nn.Module) -> int:
@@ -123,16 +127,14 @@ def unpatch_peft(model: nn.Module) -> int:
             elif isinstance(layer, ours.FusedLoraLinear):
                 wrapped.append(name)
     if wrapped:
-        warnings.warn(
-            f"{len(wrapped)} layers stay patched ({_some(wrapped)}): a wrapper such as fully_shard gave them a class "
-            "of its own. Unpatch before wrapping",
-            stacklevel=2,
+        _warn(
+            f"{len(wrapped)} layers stay patched ({listed(wrapped)}): a wrapper such as fully_shard gave them a class "
+            "of its own. Unpatch before wrapping"
         )
     elif count == 0:
-        warnings.warn(
+        _warn(
             "no layer of model is patched, so there is nothing to undo: call fastlora.patch_peft(model) first, or pass "
-            "the model that was patched",
-            stacklevel=2,
+            "the model that was patched"
         )
     return count
 
@@ -143,7 +145,7 @@ def patched_peft(model: nn.Module, *, strict_dtype: bool = False) -> Iterator[Pa
 
     Every layer leaves the block with the class it had before; what was patched before stays patched.
     """
-    report, before = _patch(model, strict_dtype, stacklevel=5)
+    report, before = _patch(model, strict_dtype)
     after = {layer: type(layer) for layer in before}
     try:
         yield report
@@ -154,7 +156,7 @@ def patched_peft(model: nn.Module, *, strict_dtype: bool = False) -> Iterator[Pa
                 layer.__class__ = kind
 
 
-def _patch(model: nn.Module, strict_dtype: bool, stacklevel: int) -> tuple[PatchReport, dict[nn.Module, type]]:
+def _patch(model: nn.Module, strict_dtype: bool) -> tuple[PatchReport, dict[nn.Module, type]]:
     """The report, and the class that each layer had whose class was changed."""
     _check_module(model)
     if importlib.util.find_spec("peft") is None:
@@ -189,7 +191,7 @@ def _patch(model: nn.Module, strict_dtype: bool, stacklevel: int) -> tuple[Patch
         trainable = tuple(name for name, layer in patched.items() if _base_weight(layer).requires_grad)
         report = PatchReport(tuple(patched), tuple(already), skipped, trainable)
         # In here because a user may have made warnings errors.
-        _warn(report, stacklevel)
+        _warn_of(report)
     except BaseException:
         for layer, was in before.items():
             layer.__class__ = was
@@ -228,19 +230,18 @@ def _base_weight(layer: Any) -> Any:
     return layer.base_layer.weight
 
 
-def _warn(report: PatchReport, stacklevel: int) -> None:
+def _warn_of(report: PatchReport) -> None:
     if not report.patched and not report.already_patched:
         if report.skipped:
             why = "; ".join(f"{count} × {reason}" for reason, count in report.reasons.most_common())
         else:
             why = "it holds no adapter layers of peft: pass what get_peft_model returned, unmerged"
-        warnings.warn(f"patch_peft patched no layer of model: {why}", stacklevel=stacklevel)
+        _warn(f"patch_peft patched no layer of model: {why}")
     if report.trainable_base:
-        warnings.warn(
+        _warn(
             f"{len(report.trainable_base)} patched layers have a trainable base weight "
-            f"({_some(report.trainable_base)}): its gradient is computed too, at the cost of full fine-tuning. Freeze "
-            "it (requires_grad_(False)) unless you mean to train it",
-            stacklevel=stacklevel,
+            f"({listed(report.trainable_base)}): its gradient is computed too, at the cost of full fine-tuning. Freeze "
+            "it (requires_grad_(False)) unless you mean to train it"
         )
 
 
@@ -249,7 +250,9 @@ def _check_module(model: object) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: pass get_peft_model's result")
 
 
-def _some(names: Any, most: int = 3) -> str:
-    names = list(names)
-    more = f", and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def _warn(message: str) -> None:
+    """Warns at the line of the first caller outside of this package: a block's ``with`` is one frame further up."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _NOT_CALLERS:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

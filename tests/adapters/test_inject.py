@@ -311,6 +311,22 @@ def test_rank_scale_and_report() -> None:
     assert "2 x model.layers.*.self_attn.v_proj: 48 -> 24, r=4, scale=1.5" in text
 
 
+def test_layers_print_their_sizes_and_adapters() -> None:
+    model = two()
+    layer = model.blocks[0]["up"]
+    line = "in_features=24, out_features=40, bias=True, adapters: 'default' r=3, 'other' r=5, active: 'default'"
+    assert str(layer).split("\n")[1].strip() == line
+    fastlora.merge_adapter(model)
+    fastlora.disable(model)
+    layer.weight = nn.Parameter(torch.empty(0), requires_grad=False)  # what FSDP1 and ZeRO-3 leave on a rank
+    assert "in_features=24, out_features=40, bias=True, adapters: " in str(layer)
+    assert ", active: 'default', disabled, merged\n" in str(layer)
+    conv = next(module for module in adapted(gpt2()).modules() if isinstance(module, AdaptedConv1D))
+    before = set(conv.__dict__)
+    assert "in_features=48, out_features=144, bias=True, adapters: 'default' r=3, active: 'default'\n" in str(conv)
+    assert set(conv.__dict__) == before
+
+
 def test_patterns_that_match_nothing_are_said(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="fastlora"):
         fastlora.inject(toy(), ["up"], rank_pattern={"up": 2, "q_proj": 4}, alpha_pattern={"down": 3})
@@ -630,6 +646,22 @@ def test_compiles_without_a_graph_break() -> None:
         torch._dynamo.reset()
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(x), layer(x))
+
+
+def test_disable_compiles_inside_a_function() -> None:
+    model = two()
+
+    def kept_close(ids: Tensor) -> tuple[Tensor, Tensor]:
+        y = model(ids)
+        with fastlora.disable(model):
+            reference = model(ids)
+        return y - reference, model(ids)
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        found = torch.compile(kept_close, fullgraph=True, backend="eager")(IDS)
+        assert all(torch.equal(one, other) for one, other in zip(found, kept_close(IDS), strict=True))
+        assert found[0].abs().max() > 0
 
 
 def test_a_compiled_model_follows_every_switch_and_compiles_once_for_each() -> None:

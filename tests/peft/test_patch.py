@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import inspect
 import logging
 import pickle
 from pathlib import Path
@@ -121,6 +123,19 @@ def test_no_adapter_layers_is_a_warning_with_the_remedy() -> None:
     with pytest.warns(UserWarning, match="holds no adapter layers of peft: pass what get_peft_model returned"):
         report = fastlora.patch_peft(Net())
     assert (report.patched, report.skipped) == ((), {})
+
+
+def test_warnings_are_about_the_callers_line(recwarn: pytest.WarningsRecorder) -> None:
+    model = nn.Linear(2, 3)
+    line = inspect.currentframe().f_lineno
+    fastlora.patch_peft(model)
+    fastlora.unpatch_peft(model)
+    with fastlora.patched_peft(model):
+        pass
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(fastlora.patched_peft(model))
+    places = [(w.filename, w.lineno - line) for w in recwarn if "patch" in str(w.message)]
+    assert places == [(__file__, 1), (__file__, 2), (__file__, 3), (__file__, 6)]
 
 
 @pytest.mark.parametrize("function", [fastlora.patch_peft, fastlora.unpatch_peft])

@@ -1,0 +1,31 @@
+"""How messages write values, names and dtypes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastlora.text import dtype_name, listed, shown, shown_names, starred
+
+
+def test_dtypes_are_written_without_torch() -> None:
+    assert [dtype_name(dtype) for dtype in (torch.bfloat16, torch.float32)] == ["bfloat16", "float32"]
+
+
+@pytest.mark.parametrize("length", [8, 9, 10, 100])
+def test_long_values_are_cut(length: int) -> None:
+    text = shown("x" * length, most=11)
+    assert text == ("'" + "x" * length + "'" if length <= 9 else "'xxxxxxx...")
+    assert len(text) <= 11
+
+
+def test_names_are_listed_up_to_a_number() -> None:
+    assert listed(iter("abc")) == "a, b, c"
+    assert listed("abcde") == "a, b, c and 2 more"
+    assert listed([]) == ""
+
+
+def test_names_of_a_stack_are_one_kind() -> None:
+    assert starred("layers.11.mlp.experts.3.up") == "layers.*.mlp.experts.*.up"
+    assert shown_names(["layers.0.up", "layers.1.up", "head", "layers.0.down"]) == "layers.*.up, head, layers.*.down"
+    assert shown_names([f"layers.0.{letter}" for letter in "abcdefghijklmn"]).endswith("layers.*.l and 2 more")
