@@ -1,4 +1,4 @@
-"""Files and folders that are whole at every moment: written beside their place, flushed, and renamed into it.
+"""Writes files and folders that are whole at every moment: beside their place, flushed, then renamed into it.
 
 A process that is killed leaves the old content under its name, and at worst a leftover ``.<name>.….tmp`` beside it.
 """
@@ -19,13 +19,13 @@ _EXCHANGE = 2  # RENAME_EXCHANGE of Linux and RENAME_SWAP of macOS
 
 
 def temporary_name(path: Path) -> Path:
-    """A name beside ``path`` that nobody has."""
+    """Returns an unused name in the same folder."""
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill; when the block ends well it takes the place of ``path``, which is then gone if it was there."""
+    """Gives an empty folder to fill; it replaces ``path`` when the block ends without an error."""
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
@@ -50,7 +50,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A file to write; when the block ends well it takes the place of ``path``."""
+    """Gives a path to write a file to; it replaces ``path`` when the block ends without an error."""
     temporary = temporary_name(path)
     try:
         yield temporary

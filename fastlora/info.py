@@ -1,4 +1,4 @@
-"""``python -m fastlora.info``: the environment, and what would run here and why."""
+"""``python -m fastlora.info``: prints the environment, the backend that would run, and why."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _VARIABLES = (
 
 
 def report() -> str:
-    """The text that ``python -m fastlora.info`` prints."""
+    """Makes the text that ``python -m fastlora.info`` prints."""
     lines = [f"fastlora {__version__}, Python {platform.python_version()} on {platform.platform()}"]
     lines += [f"  {package:<14}{_version(package)}" for package in _PACKAGES]
     lines.append(f"  {'CUDA':<14}{torch.version.cuda or 'this torch has none'}")

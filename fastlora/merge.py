@@ -1,4 +1,4 @@
-"""``python -m fastlora.merge BASE ADAPTER OUT``: a LoRA adapter merged into a model's safetensors files.
+"""``python -m fastlora.merge BASE ADAPTER OUT``: merges a LoRA adapter into a model's safetensors files.
 
 Every merged weight is ``W + scale · B A``, computed in float32 and rounded once to the dtype of W; every other byte is
 that of the base. Files are copied one after the other and changed tensor by tensor, so that memory stays at one weight.
@@ -27,14 +27,14 @@ from .adapters.merging import LayerMerge, MergeReport, fold_and_measure
 from .atomic import new_folder
 from .mergeable import Update
 
-# Weights in other formats: they would still be unmerged.
+# Files that hold unmerged weights in other formats.
 _OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.npz")
 
 Progress = Callable[[int, int], None]
 
 
 class _Target(NamedTuple):
-    """One tensor that changes: its name and place, the layer's name in the adapter, and the update, turned to it."""
+    """One tensor that changes: its name and place, the layer's name in the adapter, and the update in its layout."""
 
     name: str
     entry: Entry
@@ -51,11 +51,11 @@ def merge_folders(
         base: folder with ``model.safetensors``, or shards and their index.
         adapter: folder that PEFT or ``fastlora.save_adapter`` wrote.
         out: folder to write. Configuration and tokenizer are copied too, weights in other formats are not.
-        force: whether a model in ``out`` may be replaced.
+        force: True to replace a model in ``out``.
         progress: called with bytes written and bytes in all.
 
     Returns:
-        What the rounding lost, layer by layer.
+        The rounding, layer by layer.
 
     Raises:
         ImportError: safetensors is not installed.
@@ -96,10 +96,10 @@ def merge_folders(
 def _targets(
     checkpoint: Checkpoint, adapters: Adapters, scales: Mapping[str, float], fan_in_fan_out: bool, base: Path
 ) -> list[_Target]:
-    """Which tensor each layer of the adapter changes, all checked before a byte is written."""
+    """Finds the tensor that each layer of the adapter changes, and checks all before a byte is written."""
     names = _names(checkpoint, list(adapters), base)
     targets: list[_Target] = []
-    # Of the weights whose shape tells, a layer that is stored turned (True) and one that is not (False).
+    # Of the weights that are not square, one that is stored as [K, N] (True) and one as [N, K] (False).
     witnesses: dict[bool, str] = {}
     for layer, parts in adapters.items():
         entry, a, b = checkpoint.tensors[names[layer]], parts["lora_A"], parts["lora_B"]
@@ -129,7 +129,7 @@ def _targets(
 
 
 def _names(checkpoint: Checkpoint, layers: list[str], base: Path) -> dict[str, str]:
-    """The tensor of each layer. A checkpoint may lack the prefix that the model has ("transformer."), or have more."""
+    """Finds the tensor of each layer: a checkpoint may lack the model's prefix ("transformer.") or have one more."""
     first = layers[0]
     candidates = [("", "")]
     parts = first.split(".")
@@ -163,7 +163,7 @@ def _check_out(base: Path, adapter: Path, out: Path, force: bool) -> None:
 
 
 def _copy_others(base: Path, target: Path) -> None:
-    """Everything but weights, hidden files, and an adapter, which transformers would load on top of the merge."""
+    """Copies all but weights, hidden files, and an adapter, which transformers would load on top of the merge."""
     ignored = shutil.ignore_patterns(*_OTHER_WEIGHTS, *(f"{name}.index.json" for name in _OTHER_WEIGHTS[1:]), ".*")
 
     def ignore(folder: str, names: list[str]) -> set[str]:
@@ -181,7 +181,7 @@ def _bar(done: int, total: int) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Runs the command and returns its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m fastlora.merge",
         description="Merges a LoRA adapter of PEFT's format into safetensors files: in float32, rounded once.",

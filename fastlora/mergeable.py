@@ -24,7 +24,7 @@ class Update(NamedTuple):
 
     @staticmethod
     def of(lora_a: Tensor, lora_b: Tensor, scale: float, turned: bool = False) -> Update:
-        """The update of A [R, K] and B [N, R] to a weight [N, K], or [K, N] where ``turned``."""
+        """Makes the update of A [R, K] and B [N, R] to a weight [N, K], or [K, N] where ``turned``."""
         return Update(lora_a.T, lora_b.T, scale) if turned else Update(lora_b, lora_a, scale)
 
 
@@ -37,7 +37,7 @@ def check_rank_and_dropout(r: int, lora_dropout: float) -> None:
 
 
 def scale_of(lora_alpha: float, r: int, use_rslora: bool) -> float:
-    """The factor on the update: lora_alpha / r, or lora_alpha / sqrt(r) with ``use_rslora``."""
+    """Computes the factor on the update: lora_alpha / r, or lora_alpha / sqrt(r) with ``use_rslora``."""
     return lora_alpha / (math.sqrt(r) if use_rslora else r)
 
 
@@ -71,11 +71,11 @@ def start_adapter(lora_a: Tensor, lora_b: Tensor, init: bool | str = True) -> No
 
 @torch.no_grad()
 def folded(weight: Tensor, update: Update) -> Tensor:
-    """weight + scale · left @ right, computed in float32 (float64 on a float64 weight) and rounded once.
+    """Computes weight + scale · left @ right in float32 (float64 on a float64 weight) and rounds once.
 
     Args:
         weight: the base, of any shape with as many elements as ``left @ right``, which is reshaped to it.
-        update: what is added.
+        update: the product that is added.
 
     Returns:
         A new tensor with the shape, dtype and strides of ``weight``.
@@ -91,7 +91,7 @@ def folded(weight: Tensor, update: Update) -> Tensor:
 def why_not_mergeable(layer: nn.Module) -> str | None:
     """Gives the reason why no sum can be stored in the weight of ``layer``, with the remedy; None where it can.
 
-    Such a layer would change an object that its owner does not read, and go on without the update, silently.
+    The sum would be stored in an object that is not read, and the layer would go on without the update, silently.
     """
     weight: Any = layer.weight
     if is_parametrized(layer, "weight"):
@@ -116,17 +116,17 @@ class Mergeable(nn.Module):
     """
 
     weight: Tensor
-    # False in the class too: constructors of torch's layers look before the layer is mergeable.
+    # In the class too, because the constructors of torch's layers call reset_parameters early.
     merged = False
 
-    # Whether the weight of a linear layer is stored [K, N].
+    # True where the weight of a linear layer is stored as [K, N].
     fan_in_fan_out = False
     # The child that has the weight, or "" for the layer itself.
     _holder_name = ""
     _base_weight: Tensor | None
 
     def _update(self) -> Update:
-        """The update in the layout of the weight."""
+        """Returns the update in the layout of the weight."""
         raise NotImplementedError
 
     def _become_mergeable(self) -> None:
@@ -177,7 +177,7 @@ class Mergeable(nn.Module):
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        # What is loaded is a base weight. The children are loaded after this, so merging again waits for the hook.
+        # The state dict holds a base weight. Children are loaded after this call, so the hook merges again.
         if self.merged:
             self._merge_after_load = True
             self.unmerge()
@@ -197,6 +197,6 @@ def _merge_loaded(layer: nn.Module, incompatible_keys: Any) -> None:
 
 
 def _remove_hook(hooks: dict[int, Any], hook: Any) -> None:
-    # By value: the handle that registering returned would have to follow every copy of the layer.
+    # By value, because the handle from registering does not follow copies of the layer.
     for key in [key for key, each in hooks.items() if each is hook]:
         del hooks[key]

@@ -23,7 +23,7 @@ class LoRALinear(Mergeable):
         r: rank, at least 1.
         lora_alpha: numerator of the scale.
         lora_dropout: probability of dropout on the adapter's input, 0 <= p < 1.
-        bias: whether the base has a bias; it is frozen.
+        bias: True for a base with a bias, which is frozen.
         use_rslora: rank-stabilised scale (Kalajdzievski, 2023, https://arxiv.org/abs/2312.03732).
         device: device of the parameters.
         dtype: dtype of the base.

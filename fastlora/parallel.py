@@ -1,4 +1,4 @@
-"""Tensor-parallel styles that shard a layer together with its adapters; torch's own for every other module.
+"""Tensor-parallel styles that shard a layer together with its adapters, and every other module as torch's do.
 
 The layers are ``LoRALinear``, those of :func:`fastlora.inject`, and ``Linear`` and ``MergedLinear`` of
 ``fastlora.loralib``.
@@ -24,17 +24,17 @@ from .module import LoRALinear
 
 __all__ = ["ColwiseParallel", "RowwiseParallel"]
 
-# The tensors that have a dimension of the weight [N, K]: N is the first of each, K the second.
+# The tensors that share a dimension of the weight [N, K]: N is dimension 0 of each, K dimension 1.
 _WITH = {0: ("weight", "lora_B", "bias"), 1: ("weight", "lora_A")}
 
 
 class ColwiseParallel(torch_parallel.ColwiseParallel):
-    """:class:`torch.distributed.tensor.parallel.ColwiseParallel`, its arguments and all, for layers with adapters too.
+    """``ColwiseParallel`` of :mod:`torch.distributed.tensor.parallel`, for layers with adapters too.
 
     Args:
         input_layouts: placement of the input, whole by default.
         output_layouts: placement of the output, sharded on the last dimension by default.
-        use_local_output: whether the output is a plain tensor, True by default.
+        use_local_output: True (default) for a plain tensor as output.
 
     Raises:
         RuntimeError: the layer is merged.
@@ -47,12 +47,12 @@ class ColwiseParallel(torch_parallel.ColwiseParallel):
 
 
 class RowwiseParallel(torch_parallel.RowwiseParallel):
-    """:class:`torch.distributed.tensor.parallel.RowwiseParallel`, its arguments and all, for layers with adapters too.
+    """``RowwiseParallel`` of :mod:`torch.distributed.tensor.parallel`, for layers with adapters too.
 
     Args:
         input_layouts: placement of the input, sharded on the last dimension by default.
         output_layouts: placement of the output, whole by default.
-        use_local_output: whether the output is a plain tensor, True by default.
+        use_local_output: True (default) for a plain tensor as output.
 
     Raises:
         RuntimeError: the layer is merged.
@@ -70,7 +70,7 @@ def _is_linear_with_adapters(module: nn.Module) -> bool:
 
 
 def _sharded(style: Any, layer: Any, mesh: DeviceMesh, dim: int) -> nn.Module:
-    """Shards the weight [N, K] on ``dim``, and with it what else has that dimension; the rest is whole."""
+    """Shards the weight [N, K] on ``dim``, and with it the tensors that have this dimension; the others stay whole."""
     if layer.merged:
         raise RuntimeError(f"the {type(layer).__name__} is merged: unmerge it before it is sharded")
 

@@ -1,4 +1,4 @@
-"""Mergeable: what holds alike for every layer that can fold its update into its weight."""
+"""Mergeable: every kind of layer folds its update into its weight and out again, alike."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model's safetensors files: which there are, what each holds, and one tensor read or written at a time.
+"""Finds a model's safetensors files, reads their headers, and reads or writes one tensor at a time.
 
 The format is eight bytes of length, a JSON header with dtype, shape and place of every tensor, and the tensors' bytes.
 A merged checkpoint has the header of its base, so that it is a copy in which some bytes change: memory stays at one
@@ -25,7 +25,7 @@ _CHUNK = 1 << 22
 
 
 class Entry(NamedTuple):
-    """One tensor of a file: where, and what its header says."""
+    """One tensor of a file: its place, and its dtype and shape by the header."""
 
     file: Path
     dtype: str
@@ -105,12 +105,16 @@ def _header(file: Path) -> dict[str, Entry]:
 
 
 def is_floating(entry: Entry) -> bool:
-    """Whether a low-rank update can be added to this tensor."""
+    """Returns True if a low-rank update can be added to this tensor."""
     return entry.dtype in _DTYPES
 
 
 def read_tensor(stream: BinaryIO, entry: Entry) -> Tensor:
-    """The tensor, from an open file."""
+    """Reads the tensor from an open file.
+
+    Raises:
+        ValueError: the file is shorter than its header said.
+    """
     tensor = torch.empty(entry.shape, dtype=_DTYPES[entry.dtype])
     stream.seek(entry.start)
     if stream.readinto(_bytes_of(tensor)) != entry.size:  # type: ignore[attr-defined]
@@ -119,7 +123,7 @@ def read_tensor(stream: BinaryIO, entry: Entry) -> Tensor:
 
 
 def write_tensor(stream: BinaryIO, entry: Entry, tensor: Tensor) -> None:
-    """Puts the tensor's bytes where the header says they are."""
+    """Writes the tensor's bytes to the place that the header gives."""
     assert tensor.is_contiguous()
     assert tensor.dtype == _DTYPES[entry.dtype]
     stream.seek(entry.start)
@@ -132,7 +136,7 @@ def _bytes_of(tensor: Tensor) -> Any:
 
 
 def copy_file(source: Path, target: Path, step: Callable[[int], None]) -> None:
-    """Copies in pieces, saying how many bytes each had."""
+    """Copies a file in pieces, and calls ``step`` with the bytes of each."""
     with source.open("rb") as reader, target.open("wb") as writer:
         while chunk := reader.read(_CHUNK):
             writer.write(chunk)

@@ -1,4 +1,4 @@
-"""What an adapter is made of, and the same as PEFT's ``adapter_config.json``.
+"""An adapter's options; reads and writes them as PEFT's ``adapter_config.json``.
 
 An option that changes the result and is not supported here is refused by its name; so is a key that a newer PEFT may
 have added, unless it is switched off. Nothing is ignored that could have a meaning.
@@ -16,7 +16,7 @@ from ..mergeable import scale_of
 from ..text import shown
 from .matching import ALL_LINEAR, first_match, is_target
 
-# What PEFT 0.21.2 writes for the options that fastlora has no counterpart of, each at its default.
+# Options of PEFT 0.21.2 that fastlora does not support, each with the default that PEFT writes.
 _UNSUPPORTED: dict[str, Any] = {
     "alora_invocation_tokens": None,
     "arrow_config": None,
@@ -39,14 +39,14 @@ _UNSUPPORTED: dict[str, Any] = {
     "velora_config": None,
 }
 
-# Without a meaning for the result, whatever they hold: parameters of options that are off, and notes.
+# Keys that never change the result: parameters of options that are off, and notes.
 _INERT = frozenset({"eva_config", "inference_mode", "megatron_core", "peft_version", "qalora_group_size"})
 _INERT |= {"runtime_config"}
 
-# Notes that are kept, so that an adapter that is loaded and saved still says where it comes from.
+# Notes that are kept, so that an adapter that is loaded and saved again still names its base.
 _NOTES = ("auto_mapping", "base_model_name_or_path", "revision", "task_type")
 
-# The others (pissa, olora, corda, loftq, lora_ga) take their start out of the base weight, which is then another one.
+# The others (pissa, olora, corda, loftq, lora_ga) subtract their start from the base weight, and so change it.
 _STARTS = (True, False, "gaussian")
 _HARMLESS_STARTS = ("eva", "orthogonal")
 
@@ -120,11 +120,11 @@ class AdapterConfig:
             _check_regex("layers_pattern", name)
 
     def targets(self, name: str) -> bool:
-        """Whether the module of this name gets the adapter."""
+        """Returns True if the module of this name gets the adapter."""
         return is_target(name, self.target_modules, self.exclude_modules, self.layers_to_transform, self.layers_pattern)
 
     def rank(self, name: str) -> int:
-        """r in the module of this name."""
+        """The rank in the module of this name."""
         return first_match(self.rank_pattern, name, self.r)
 
     def alpha(self, name: str) -> float:

@@ -30,12 +30,18 @@ Adapters = dict[str, dict[str, Tensor]]
 
 
 def key_of(layer: str, part: str) -> str:
-    """What a tensor is called in the file."""
+    """The name of a tensor in the file."""
     return f"base_model.model.{layer}.{part}.weight"
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> tuple[AdapterConfig, Adapters]:
-    """The options and tensors of an adapter on disk, checked as far as possible without its base."""
+    """Reads the options and tensors of an adapter, and checks them as far as possible without its base.
+
+    Raises:
+        ImportError: safetensors is not installed.
+        FileNotFoundError: the folder or one of its two files is missing.
+        ValueError: a file is damaged or no adapter's, an option is not supported, or a tensor is not finite.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(

@@ -1,4 +1,4 @@
-"""``fastlora.inject``: an adapter put beside the linear layers of a model, all of it or nothing."""
+"""``fastlora.inject``: puts an adapter beside the linear layers of a model, into all of them or into none."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class LayerReport(NamedTuple):
 
 @dataclass(frozen=True)
 class InjectionReport:
-    """What an adapter was put beside, what was refused and why, and how much trains now; ``print`` it."""
+    """The layers that got an adapter, the layers refused with the reasons, and parameter counts; ``print`` it."""
 
     adapter_name: str
     layers: tuple[LayerReport, ...]
@@ -92,14 +92,14 @@ def inject(
         use_rslora: scale = lora_alpha / sqrt(r) instead of lora_alpha / r.
         rank_pattern: other ranks by regular expression for the end of the name; the first that matches counts.
         alpha_pattern: the same for lora_alpha.
-        exclude_modules: names, endings or a regular expression for what gets no adapter.
+        exclude_modules: names, endings or a regular expression for layers that get no adapter.
         layers_to_transform: numbers of the layers that take part, with a list of ``target_modules``.
         layers_pattern: name of the list that these numbers count, such as ``"layers"``.
         init_lora_weights: True for A Kaiming-uniform, ``"gaussian"`` for A normal, both with B zero; False for an
             update that is not zero at the start.
         task_type: PEFT's, such as ``"CAUSAL_LM"``: a note in the saved adapter, and with ``"SEQ_CLS"`` the classifier's
             head is not among ``"all-linear"``.
-        adapter_name: what the adapter is called.
+        adapter_name: name of the adapter.
         adapter_dtype: dtype of A and B. By default that of the base, and float32 on a half-precision base, where small
             steps would otherwise be lost in rounding.
 
@@ -130,14 +130,14 @@ def inject(
 
 
 def _listed(value: Any) -> Any:
-    """A tuple or a set as a list, which JSON has; sets sorted, so that the same call saves the same file."""
+    """Makes lists of tuples and sets, for JSON; sets are sorted, so that the same call saves the same file."""
     if isinstance(value, (set, frozenset)):
         return sorted(value)
     return list(value) if isinstance(value, (tuple, range)) or hasattr(value, "keys") else value
 
 
 def attach(plan: Plan, tensors: dict[str, dict[str, Tensor]] | None = None) -> InjectionReport:
-    """Carries a plan out: with a fresh start, or with the given A and B by layer and ``"lora_A"``, ``"lora_B"``."""
+    """Carries a plan out, with initial values or with the given A and B by layer and ``"lora_A"``, ``"lora_B"``."""
     # Everything that can fail, memory above all, comes before the first change of the model.
     adapters = []
     for layer in plan.layers:
@@ -178,7 +178,7 @@ def attach(plan: Plan, tensors: dict[str, dict[str, Tensor]] | None = None) -> I
 
 
 def report(model: nn.Module, adapter_name: str, refused: dict[str, str]) -> InjectionReport:
-    """What there is to say about an adapter that the model has."""
+    """Makes the report on an adapter that the model has."""
     layers = adapted_layers(model, adapter_name)
     return InjectionReport(
         adapter_name=adapter_name,

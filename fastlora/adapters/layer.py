@@ -1,4 +1,4 @@
-"""A linear layer with any number of named adapters beside it, one of them active: what ``fastlora.inject`` makes.
+"""``AdaptedLinear``: a linear layer with any number of named adapters, one of them active; made by ``fastlora.inject``.
 
 The layer stays the object it was and changes its class, so that its Parameters, ties, hooks and place in the model stay
 too; ``restore`` gives the class back. Its state dict keeps ``weight`` and ``bias`` and gains ``lora_A.<name>`` and
@@ -42,7 +42,7 @@ class AdaptedLinear(Mergeable, nn.Linear):
 
     @property
     def adapters_disabled(self) -> bool:
-        """Whether the model's adapters are switched off."""
+        """True while the model's adapters are switched off."""
         return self._state.disabled
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class AdaptedConv1D(AdaptedLinear):
     fan_in_fan_out = True
 
     def _base(self, x: Tensor, weight: Tensor) -> Tensor:
-        # As Conv1D has it, to the bit.
+        # As Conv1D computes it, to the bit.
         y: Tensor = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), weight)
         return y.view(*x.shape[:-1], weight.shape[1])
 
@@ -104,10 +104,10 @@ def features(layer: Any) -> tuple[int, int]:
 
 
 def obstacle(module: nn.Module, parent: nn.Module | None = None) -> str | None:
-    """Why this module cannot have an adapter, with the remedy; None where it can.
+    """Gives the reason why this module cannot have an adapter, with the remedy; None where it can.
 
     Args:
-        module: the module that is asked about.
+        module: any module.
         parent: the module that holds it.
     """
     kind = type(module).__name__
@@ -140,7 +140,10 @@ def obstacle(module: nn.Module, parent: nn.Module | None = None) -> str | None:
 def add_adapter(
     layer: nn.Module, state: State, name: str, lora_a: Tensor, lora_b: Tensor, scale: float, lora_dropout: float
 ) -> None:
-    """Gives a layer that has no :func:`obstacle` one more adapter of the model with this state, not trainable yet."""
+    """Adds an adapter to a layer that has no :func:`obstacle`; it does not train yet.
+
+    The first adapter of a layer makes it read the model's ``state``.
+    """
     if not isinstance(layer, AdaptedLinear):
         layer.__class__ = AdaptedConv1D if is_conv1d(layer) else AdaptedLinear
         assert isinstance(layer, AdaptedLinear)
@@ -154,7 +157,7 @@ def add_adapter(
 
 
 def remove_adapter(layer: AdaptedLinear, name: str) -> None:
-    """Takes one adapter away; with the last one, the layer becomes what it was."""
+    """Removes one adapter; with the last one, the layer becomes what it was."""
     if layer.active_adapter == name:
         layer.unmerge()
     for values in (layer.lora_A, layer.lora_B, layer.scale, layer.lora_dropout):
@@ -164,7 +167,7 @@ def remove_adapter(layer: AdaptedLinear, name: str) -> None:
 
 
 def restore(layer: Any) -> None:
-    """Takes all adapters away: the class and the attributes that the layer had before, with its weight as it is now."""
+    """Removes all adapters: the layer gets its old class and attributes back and keeps its weight as it is now."""
     layer._become_plain()
     for name in ("lora_A", "lora_B", "scale", "lora_dropout", "_state"):
         delattr(layer, name)

@@ -1,4 +1,4 @@
-"""Which modules an adapter is for: PEFT's rules, on names alone.
+"""Finds the modules that an adapter is for, by PEFT's rules on their names.
 
 A name is matched by ``exclude_modules`` first, then by ``target_modules``: a string is a regular expression for the
 whole name, a list holds names and their endings (``"q_proj"`` is ``"q_proj"`` and ``"….q_proj"``), and
@@ -32,12 +32,12 @@ def is_target(
     layers_to_transform: int | Sequence[int] | None = None,
     layers_pattern: str | Sequence[str] | None = None,
 ) -> bool:
-    """Whether the module of this name gets an adapter.
+    """Returns True if the module of this name gets an adapter.
 
     Args:
         name: the module's full name.
         target_modules: regular expression for the whole name, or a collection of names and endings.
-        exclude_modules: the same, for what gets none whatever else matches.
+        exclude_modules: the same, for modules that get none whatever else matches.
         layers_to_transform: the layer number or numbers that take part; of a name, its first number counts.
         layers_pattern: name or names of the list of layers that the number belongs to, such as ``"layers"``.
     """
@@ -84,14 +84,14 @@ def first_match(patterns: Mapping[str, _Value], name: str, default: _Value) -> _
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is transformers' ``Conv1D``: a linear layer that stores its weight as [in, out]."""
+    """Returns True for transformers' ``Conv1D``: a linear layer that stores its weight as [in, out]."""
     # Without transformers imported there can be no such layer, and fastlora imports no optional dependency to ask.
     utils = sys.modules.get("transformers.pytorch_utils")
     return utils is not None and isinstance(module, utils.Conv1D)
 
 
 def all_linear(model: nn.Module, task_type: str | None = None) -> list[str]:
-    """What ``"all-linear"`` stands for in this model: its linear layers by full name, sorted.
+    """Lists the layers that ``"all-linear"`` stands for in this model, by full name, sorted.
 
     Args:
         model: the whole model; one of transformers says itself which is its output embedding.

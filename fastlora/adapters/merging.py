@@ -1,4 +1,4 @@
-"""The active adapter folded into the base of a whole model, and out again, with what the rounding lost.
+"""Merges the active adapter into the base of a whole model and takes it out again; reports the rounding.
 
 A merged weight is ``W + scale · B A``, computed in float32 and rounded once to the dtype of W. Taken out, the base is
 what it was, bit for bit: it is set aside, not computed back.
@@ -23,7 +23,7 @@ _BLOCK = 1 << 18
 
 
 class LayerMerge(NamedTuple):
-    """What folding did to one weight: the distance from the exact sum (float64), and the size of the update."""
+    """One merged weight: its distance from the exact sum (float64), and the size of the update."""
 
     name: str
     dtype: torch.dtype
@@ -33,13 +33,13 @@ class LayerMerge(NamedTuple):
 
     @property
     def lost(self) -> float:
-        """The rounding's RMS over the update's: 0 is exact, 1 is an update that drowned."""
+        """RMS of the rounding over RMS of the update: 0 is exact, 1 is an update lost in rounding."""
         return self.rms_error / self.rms_update if self.rms_update else 0.0
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What merging did, layer by layer; ``print`` it."""
+    """The rounding of a merge, layer by layer; ``print`` it."""
 
     layers: tuple[LayerMerge, ...]
 
@@ -63,7 +63,7 @@ class MergeReport:
 
 @torch.no_grad()
 def fold_and_measure(name: str, weight: Tensor, update: Update) -> tuple[Tensor, LayerMerge]:
-    """The merged weight, and what its rounding lost.
+    """Computes the merged weight and measures its rounding.
 
     Raises:
         ValueError: the sum is not finite: the adapter is not, or it overflows the dtype of the weight.
@@ -98,7 +98,7 @@ def merge_adapter(model: nn.Module) -> MergeReport:
     :func:`merge_and_unload` merges for good without the copy.
 
     Returns:
-        What the rounding lost, layer by layer.
+        The rounding, layer by layer.
 
     Raises:
         ValueError: the model has no adapters; a merged weight would not be finite; or a weight is tied to another
@@ -128,7 +128,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     """Folds the active adapter into the base weights for good, and takes all adapters away.
 
     The layers are plain ``nn.Linear`` (or ``Conv1D``) again: the model runs, saves and unpickles without fastlora.
-    :func:`merge_adapter` first tells what the rounding will lose.
+    :func:`merge_adapter` reports beforehand how much the rounding loses.
 
     Returns:
         The model, which is the one given, unwrapped.
@@ -139,7 +139,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     model, layers = _to_merge(model)
     _measured(layers)
     for _, layer in layers:
-        # The base goes layer by layer, so that at most one weight is there twice.
+        # Base weights are freed layer by layer, so that at most one weight is in memory twice.
         if not layer.merged:
             layer.weight.data = folded(layer.weight, layer._update())
         restore(layer)
@@ -147,7 +147,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
 
 
 def _measured(layers: list[tuple[str, AdaptedLinear]]) -> MergeReport:
-    """All layers before the first is changed, so that an error leaves the model as it was."""
+    """Measures all layers before the first is changed, so that an error leaves the model as it was."""
     reports = []
     for name, layer in layers:
         base = layer.weight if layer._base_weight is None else layer._base_weight

@@ -18,7 +18,7 @@ from .state import State
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's and data parallel's wrappers: the one whose names the adapters have."""
+    """Returns the model inside the wrappers of torch.compile and data parallel, whose names the adapters have."""
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
@@ -29,12 +29,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def state_of(model: nn.Module) -> State | None:
-    """The state that ``inject`` keeps on the model; None where it was never called."""
+    """Returns the state that ``inject`` keeps on the model; None where it was never called."""
     return model.__dict__.get("_fastlora")
 
 
 def injected_models(model: nn.Module) -> Iterator[tuple[nn.Module, State]]:
-    """The model and its parts that were injected on their own, with their states; outer ones first."""
+    """Yields the model and its parts that were injected on their own, with their states; outer ones first."""
     for module in model.modules():
         if (state := state_of(module)) is not None:
             yield module, state
@@ -48,7 +48,7 @@ def share_states(model: nn.Module) -> None:
 
 
 def adapted_model(model: nn.Module) -> tuple[nn.Module, State]:
-    """The unwrapped model and its state, which its layers read from then on: some may have been put in since.
+    """Returns the unwrapped model and its state, and shares the state with layers that were added since.
 
     Raises:
         ValueError: the model has no adapters of fastlora's.
@@ -67,17 +67,17 @@ def adapted_model(model: nn.Module) -> tuple[nn.Module, State]:
 
 
 def adapted_layers(model: nn.Module, adapter_name: str | None = None) -> Iterator[tuple[str, AdaptedLinear]]:
-    """Names and layers that have adapters, or that have this one."""
+    """Yields names and layers that have adapters, or that have this one."""
     for name, module in model.named_modules():
         if isinstance(module, AdaptedLinear) and (adapter_name is None or adapter_name in module.lora_A):
             yield name, module
 
 
 def checked_name(state: State, adapter_name: str) -> AdapterConfig:
-    """The options of an adapter that exists.
+    """Returns the options of an adapter.
 
     Raises:
-        ValueError: it does not.
+        ValueError: the model has none of that name.
     """
     if adapter_name not in state.configs:
         raise ValueError(f"adapter_name {adapter_name!r} is unknown: the model has {shown_names(state.configs)}")
@@ -142,7 +142,7 @@ def enable(model: nn.Module) -> None:
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Takes one adapter away. Was it active, the base alone is; was it the last, the model is as it was before.
+    """Removes one adapter. If it was active, none is afterwards; if it was the last, the model is as it was before.
 
     Raises:
         ValueError: the model has no adapter of that name.
@@ -160,7 +160,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
 
 
 def unload(model: nn.Module) -> nn.Module:
-    """Takes all adapters away: the layers are what they were, base weights bit for bit, and what trained trains again.
+    """Removes all adapters: layers, base weights (bit for bit) and what trains are as they were before the first one.
 
     Returns:
         The model, which is the one given, unwrapped.

@@ -1,4 +1,4 @@
-"""What an adapter would be put beside, and what speaks against it: everything is checked before anything changes."""
+"""Finds the layers an adapter applies to and checks everything before any change."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class PlannedLayer(NamedTuple):
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """What A and B measure, by PEFT's names."""
+        """The shapes of A and B, by PEFT's names."""
         k, n = features(self.module)
         return {"lora_A": (self.r, k), "lora_B": (n, self.r)}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything about an adapter that is to come, checked; nothing is changed yet."""
+    """A checked adapter that is not in the model yet."""
 
     model: nn.Module
     adapter_name: str
@@ -50,7 +50,7 @@ class Plan:
 
 
 def plan(model: nn.Module, config: AdapterConfig, adapter_name: str, adapter_dtype: torch.dtype | None = None) -> Plan:
-    """Which layers would get the adapter, and what may speak against it; the errors of :func:`inject`."""
+    """Finds and checks the layers that would get the adapter; raises the errors of :func:`fastlora.inject`."""
     state = _state_to_write(model)
     if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
         raise ValueError(f"adapter_name must be a word without dots, got {adapter_name!r}")

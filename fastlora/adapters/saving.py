@@ -33,8 +33,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
 
     Args:
         model: a model with adapters of :func:`fastlora.inject`'s, in torch.compile's or DDP's wrapper too.
-        folder: where to; made where it is missing.
-        adapter_name: which adapter.
+        folder: folder to write; made where it is missing.
+        adapter_name: name of the adapter.
 
     Raises:
         ImportError: safetensors is not installed.
@@ -71,12 +71,12 @@ def _check_writable(name: str, parameter: Tensor, shape: tuple[int, int]) -> Non
 
 
 def _write(folder: Path, config: str, write_weights: Any) -> None:
-    """Two files that belong together, replaced so that at no moment the one is new and the other old."""
+    """Replaces two files that belong together, so that at no moment one is new and the other old."""
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"folder must be a folder, got the file {folder}")
     old = folder / CONFIG
     if folder.exists() and not old.exists():
-        # No old adapter to protect, and without its config the new one is none yet.
+        # There is no old adapter to protect, and the new one counts from its config on.
         with new_file(folder / WEIGHTS) as file:
             write_weights(file)
         with new_file(old) as file:
@@ -118,7 +118,7 @@ def load_adapter(
     Args:
         model: the base model, or one with adapters.
         folder: a local folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
-        adapter_name: what the adapter is to be called.
+        adapter_name: name that the adapter gets.
         adapter_dtype: dtype of A and B; by default that of the file where it goes with the base, otherwise float32 (or
             that of the base, if wider).
 
@@ -191,7 +191,7 @@ def _check_fit(
     refused: Mapping[str, str],
     source: str,
 ) -> None:
-    """The layers of the file are those of the model, and measure the same."""
+    """Raises ValueError unless the layers of the file are those of the adapter, with the same shapes."""
     for layer, parts in adapters.items():
         key = key_of(layer, "lora_A")
         if layer in refused:

@@ -15,7 +15,7 @@ class State:
         configs: the options of each adapter.
         active: the adapter that computes and trains, or None. One that is merged stays active, so no other field says
             which adapter the merged layers hold.
-        disabled: whether all adapters are switched off.
+        disabled: True while all adapters are switched off.
         was_trainable: names of the parameters that trained before the first adapter.
     """
 

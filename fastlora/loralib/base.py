@@ -1,4 +1,4 @@
-"""What loralib's layers share: the options of an adapter, and a weight that holds the update while in eval mode."""
+"""The bases of loralib's layers: the options of an adapter, and merging by ``eval()`` and ``train()``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def unchanged(x: Tensor) -> Tensor:
-    """No dropout: x itself. A function of the module, so that layers are picklable."""
+    """Returns x: no dropout. A function of the module, so that layers are picklable."""
     return x
 
 
@@ -25,7 +25,7 @@ class LoRALayer:
         r: rank; 0 makes the layer a plain one.
         lora_alpha: numerator of the scale lora_alpha / r.
         lora_dropout: probability of dropout on the adapter's input, 0 <= p < 1.
-        merge_weights: whether ``eval()`` adds the update to the weight and ``train()`` takes it out.
+        merge_weights: True to add the update to the weight in ``eval()`` and to take it out in ``train()``.
 
     Raises:
         ValueError: r is negative or ``lora_dropout`` outside [0, 1).
@@ -38,7 +38,7 @@ class LoRALayer:
             raise ValueError(f"lora_dropout must be at least 0 and below 1, got {lora_dropout}")
         self.r = r
         self.lora_alpha = lora_alpha
-        # Without dropout a function, as in loralib: a child module would be in the way of torch's parallel styles.
+        # Without dropout it is a function, as in loralib: torch's parallel styles do not allow a child module.
         self.lora_dropout: Callable[[Tensor], Tensor] = nn.Dropout(lora_dropout) if lora_dropout > 0 else unchanged
         self.merged = False
         self.merge_weights = merge_weights
@@ -56,18 +56,18 @@ class MergingLayer(LoRALayer, Mergeable):
     scaling: float
 
     def __init__(self, r: int, lora_alpha: float, lora_dropout: float, merge_weights: bool) -> None:
-        # The nn.Module part has been initialised by the layer's own torch class.
+        # The layer's torch class has initialised nn.Module.
         LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
         self._become_mergeable()
 
     @property
     def _adapted(self) -> bool:
-        """Whether there is an adapter at all; false while the torch class underneath initialises itself."""
+        """True if there is an adapter at all; False while the torch class underneath initialises itself."""
         return "lora_A" in self._parameters
 
     @property
     def _dropout_p(self) -> float:
-        """The probability in force: 0 in eval mode."""
+        """The dropout probability in force: 0 in eval mode."""
         dropout = self.lora_dropout
         if type(dropout) is nn.Dropout:
             return dropout.p if dropout.training else 0.0

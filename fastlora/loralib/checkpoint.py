@@ -1,4 +1,4 @@
-"""loralib's two helpers: train the adapters alone, and save them alone."""
+"""loralib's two helpers: one freezes all but the adapters, the other picks them out of a state dict."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
 
 
 def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
-    """The part of a state dict that LoRA trains: the keys with ``lora_``, and some biases.
+    """Returns the part of a state dict that LoRA trains: the keys with ``lora_``, and some biases.
 
     Args:
         model: any model.

@@ -23,8 +23,8 @@ class ConvLoRA(MergingLayer):
         r: rank; 0 makes the layer a plain convolution. Above 0 the weight is frozen; a bias still trains.
         lora_alpha: numerator of the scale.
         lora_dropout: probability of dropout on the update's input, 0 <= p < 1; loralib ignores it here.
-        merge_weights: whether ``eval()`` merges the update into ``conv.weight``.
-        kwargs: of the convolution, by name: stride, padding, groups and the rest.
+        merge_weights: True to merge the update into ``conv.weight`` in ``eval()``.
+        kwargs: keyword arguments of the convolution: stride, padding, groups and the rest.
 
     In d dimensions ``lora_A`` is [r k, in_channels k] and ``lora_B`` [out_channels / groups · k^(d - 1), r k]: B A has
     as many elements as the weight. In two dimensions these are loralib's shapes, which fit no other.

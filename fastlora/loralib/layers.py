@@ -15,10 +15,10 @@ from .base import MergingLayer
 
 
 class _LinearLayer(MergingLayer, nn.Linear):
-    """What ``Linear`` and ``MergedLinear`` share: a base that may be stored turned, and the product."""
+    """The base of ``Linear`` and ``MergedLinear``: a weight that may be stored as [K, N], and the product."""
 
     def _start(self, a_shape: tuple[int, int], b_shape: tuple[int, int], fan_in_fan_out: bool) -> None:
-        """The end of every constructor: the adapter, the first values, and the layout of the weight."""
+        """Ends a constructor: adds the adapter, draws the initial values, turns the weight."""
         if self.r > 0 and 0 not in a_shape:
             self._add_adapter(a_shape, b_shape)
         # loralib draws the base twice, in nn.Linear's constructor and here, and a seed must give its numbers.
@@ -76,9 +76,9 @@ class Linear(_LinearLayer):
         r: rank; 0 makes the layer a plain ``nn.Linear``. Above 0 the weight is frozen; a bias still trains.
         lora_alpha: numerator of the scale.
         lora_dropout: probability of dropout on the adapter's input, 0 <= p < 1.
-        fan_in_fan_out: whether ``weight`` is stored [K, N], as GPT-2 stores it.
-        merge_weights: whether ``eval()`` merges the update into ``weight``.
-        kwargs: of ``nn.Linear``: bias, device, dtype.
+        fan_in_fan_out: True to store ``weight`` as [K, N], as GPT-2 does.
+        merge_weights: True to merge the update into ``weight`` in ``eval()``.
+        kwargs: keyword arguments of ``nn.Linear``: bias, device, dtype.
 
     Parameters ``lora_A`` [r, K] and ``lora_B`` [N, r] exist where r is above 0.
 
@@ -117,10 +117,10 @@ class MergedLinear(_LinearLayer):
         r: rank of one block's update; 0 makes the layer a plain ``nn.Linear``.
         lora_alpha: numerator of the scale lora_alpha / r.
         lora_dropout: probability of dropout on the adapters' input, 0 <= p < 1.
-        enable_lora: which blocks get an update.
-        fan_in_fan_out: whether ``weight`` is stored [K, N], as GPT-2 stores it.
-        merge_weights: whether ``eval()`` merges the updates into ``weight``.
-        kwargs: of ``nn.Linear``: bias, device, dtype.
+        enable_lora: True for each block that gets an update.
+        fan_in_fan_out: True to store ``weight`` as [K, N], as GPT-2 does.
+        merge_weights: True to merge the updates into ``weight`` in ``eval()``.
+        kwargs: keyword arguments of ``nn.Linear``: bias, device, dtype.
 
     Raises:
         ValueError: ``enable_lora`` is empty or its length does not divide ``out_features``; r is negative; or
@@ -151,10 +151,10 @@ class MergedLinear(_LinearLayer):
         self._start((r * groups, in_features), (out_features // len(enable_lora) * groups, r), fan_in_fan_out)
 
     def _b(self) -> Tensor:
-        # One product over a B with zeros off its blocks, [N, k r], rather than one a block or the dense update: x is
+        # One product over a B with zeros off its blocks, [N, k r], rather than one per block or the dense update: x is
         # read once for the base and once for z, all blocks share one dropout mask, and y needs no assembling. The zeros
-        # cost (k - 1) r / K of the base product, 0.5 % for GPT-2's queries and values at r = 4; a product a block would
-        # read x and sum dx k times, and the dense update, loralib's way, costs a second base product.
+        # cost (k - 1) r / K of the base product, 0.5 % for GPT-2's queries and values at r = 4; one product per block
+        # would read x and sum dx k times, and loralib's dense update costs a second base product.
         groups = sum(map(bool, self.enable_lora))
         parts = iter(self.lora_B.chunk(groups))
         blocks = []
@@ -185,8 +185,9 @@ class Embedding(MergingLayer, nn.Embedding):
         embedding_dim: width of a row.
         r: rank; 0 makes the layer a plain ``nn.Embedding``. Above 0 the weight is frozen.
         lora_alpha: numerator of the scale.
-        merge_weights: whether ``eval()`` merges the update into ``weight``.
-        kwargs: of ``nn.Embedding``; they hold for the look-up in A too, but for ``sparse``: the gradient of A is dense.
+        merge_weights: True to merge the update into ``weight`` in ``eval()``.
+        kwargs: keyword arguments of ``nn.Embedding``. All but ``sparse`` hold for the look-up in A too; the gradient of
+            A is dense.
 
     Parameters ``lora_A`` [r, num_embeddings] starts at zero, ``lora_B`` [embedding_dim, r] normal.
 
@@ -231,6 +232,6 @@ class Embedding(MergingLayer, nn.Embedding):
         rows = nn.Embedding.forward(self, x)
         if self.merged or not self._adapted:
             return rows
-        # Never sparse: A is stored turned, and no sparse gradient of rows can be a gradient of columns.
+        # Never sparse: the rows that are looked up are columns of A, and no sparse gradient has columns.
         z = F.embedding(x, self.lora_A.T, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq)
         return torch.add(rows, z @ self.lora_B.T, alpha=self.scaling)

@@ -1,4 +1,4 @@
-"""What patched PEFT layers did at run time: each reason for falling back logged once, and counts on request.
+"""Logs each reason why a patched PEFT layer falls back, once, and counts its calls on request.
 
 Nothing is stored on a layer, so that its state dict, pickle and copies stay what PEFT made them.
 """
@@ -19,7 +19,7 @@ logger = logging.getLogger("fastlora")
 
 @dataclass
 class Calls:
-    """How often the forwards of patched layers ran, and where.
+    """The counted forwards of patched layers.
 
     ``fast`` counts by layer the calls that ran on fastlora, ``fallback`` by layer and reason those that ran PEFT's own
     forward. A layer that activation checkpointing recomputes is counted again; a compiled forward is not counted.
@@ -42,7 +42,7 @@ class Calls:
         return "\n".join(lines)
 
 
-# Read on the way of every call: empty unless somebody counts.
+# Read in every call: empty unless somebody counts.
 counters: list[Calls] = []
 
 _names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
@@ -52,9 +52,9 @@ _warned: set[str] = set()
 
 @contextmanager
 def count_calls() -> Iterator[Calls]:
-    """Counts what patched layers do inside the block: ``with count_calls() as calls: ...; print(calls)``.
+    """Counts the calls of patched layers inside the block: ``with count_calls() as calls: ...; print(calls)``.
 
-    Only there, because counting costs each call about a microsecond.
+    Outside of it nothing is counted, because counting costs about a microsecond per call.
     """
     calls = Calls()
     counters.append(calls)
@@ -66,24 +66,24 @@ def count_calls() -> Iterator[Calls]:
 
 
 def name_layer(layer: nn.Module, name: str) -> None:
-    """Remembers what messages call a layer, and lets its fallbacks be logged anew."""
+    """Sets the name of a layer in messages, and lets its fallbacks be logged again."""
     _names[layer] = name
     _logged.pop(layer, None)
 
 
 def forget_warnings() -> None:
-    """Lets every reason be warned of anew: a newly patched model has news of its own."""
+    """Lets every reason be warned of again, for a newly patched model."""
     _warned.clear()
 
 
 def count_fast(layer: nn.Module) -> None:
-    """Notes a call on fastlora."""
+    """Counts a call on fastlora."""
     for calls in counters:
         calls.fast[_name(layer)] += 1
 
 
 def count_fallback(layer: nn.Module, reason: str, *, asked_for: bool) -> None:
-    """Notes a call on PEFT's forward, and logs the first of each layer and reason."""
+    """Counts a call on PEFT's forward, and logs the first one per layer and reason."""
     for calls in counters:
         calls.fallback[_name(layer), reason] += 1
     logged = _logged.setdefault(layer, set())
@@ -93,18 +93,16 @@ def count_fallback(layer: nn.Module, reason: str, *, asked_for: bool) -> None:
 
 
 def log_reason(name: str, reason: str, *, asked_for: bool) -> None:
-    """Says that a layer runs PEFT's forward, and why.
+    """Logs that a layer runs PEFT's forward, and the reason.
 
-    The first layer of a reason is a warning and the others are info, because a model has hundreds of layers; what the
-    user asked for (``asked_for``: merging, disabling) is info.
+    The first layer per reason is a warning and further ones are info, because a model has hundreds of layers; states
+    that the user asked for (``asked_for``: merging, disabling) are info.
     """
     if asked_for or reason in _warned:
         logger.info("%s runs PEFT's own forward: %s", name, reason)
         return
     _warned.add(reason)
-    logger.warning(
-        "%s runs PEFT's own forward: %s (said once a reason; other layers with it are logged at INFO)", name, reason
-    )
+    logger.warning("%s runs PEFT's own forward: %s (logged once per reason; further layers at INFO)", name, reason)
 
 
 def _name(layer: nn.Module) -> str:

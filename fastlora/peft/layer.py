@@ -1,9 +1,9 @@
-"""``FusedLoraLinear``: PEFT's LoRA layer on fastlora where a look at the call proves that PEFT would compute the same.
+"""``FusedLoraLinear``: PEFT's LoRA layer, on fastlora in the calls that are proven to compute the same.
 
 Imports peft, so ``fastlora.peft`` imports this file inside its functions: ``import fastlora`` must not need peft.
 
-The proof is made anew in every call. What it reads can change under a running model (``merge_adapter``, hooks, ``to``),
-and looking costs a few microseconds, less than the four module calls that it saves.
+Every call is proven again, because the state that decides can change at any time (``merge_adapter``, hooks, ``to``).
+The proof costs a few microseconds, less than the four module calls that it saves.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MASKS = "several adapters are active with dropout: each has a mask of its own, s
 LORA_BIAS = "lora_B has a bias (lora_bias=True)"
 STRICT = "strict_dtype keeps PEFT's float32 branch for float32 adapters on a half-precision base"
 
-# States that a user chose, and need not be warned of.
+# States that a user chose: no warning.
 ASKED_FOR = frozenset({DISABLED, MERGED, ARGUMENTS, STRICT})
 
 _TENSORS = (Tensor, nn.Parameter)
@@ -39,7 +39,7 @@ _WIDE = (torch.float32, torch.float64)
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _log_while_compiling(reason: str) -> None:
-    # Dynamo runs this once, while it traces, and cannot hand on the layer.
+    # Dynamo runs this once, while it traces, and cannot pass the layer.
     calls.log_reason("a layer that torch.compile traces", reason, asked_for=reason in ASKED_FOR)
 
 
@@ -53,7 +53,7 @@ class Adapter(NamedTuple):
 
 
 class Proven(NamedTuple):
-    """What ``lora_linear`` needs, found where nothing but it would happen in PEFT's forward."""
+    """The operands of ``lora_linear`` in a call for which PEFT's forward would compute nothing else."""
 
     weight: Tensor
     bias: Tensor | None
@@ -96,8 +96,8 @@ class StrictLoraLinear(FusedLoraLinear):
 
 
 def prove(layer: FusedLoraLinear, x: Tensor) -> Proven | Reason:
-    """The operands of this call, or the reason why PEFT's own forward must run."""
-    # Submodules and parameters come out of their dictionaries: nn.Module.__getattr__ takes ten times as long.
+    """Returns the operands of this call, or the reason why PEFT's own forward must run."""
+    # Submodules and parameters are read from their dictionaries: nn.Module.__getattr__ takes ten times as long.
     if layer.disable_adapters:
         return DISABLED
     if layer.merged:
@@ -171,7 +171,7 @@ def _adapter(layer: FusedLoraLinear, name: str) -> Adapter | Reason:
 
 
 def _fold(layer: FusedLoraLinear, names: list[str]) -> Adapter | Reason:
-    """Several adapters as one of the summed rank: Σ sᵢ · x aᵢᵀ bᵢᵀ = x [a₁; a₂; …]ᵀ [s₁ b₁, s₂ b₂, …]ᵀ."""
+    """Joins several adapters into one of the summed rank: Σ sᵢ · x aᵢᵀ bᵢᵀ = x [a₁; a₂; …]ᵀ [s₁ b₁, s₂ b₂, …]ᵀ."""
     adapters: list[Adapter] = []
     for name in names:
         adapter = _adapter(layer, name)
@@ -190,7 +190,7 @@ def _fold(layer: FusedLoraLinear, names: list[str]) -> Adapter | Reason:
 
 
 def _context() -> Reason | None:
-    """What surrounds the call and would see inside PEFT's forward."""
+    """Gives the reason if something around the call would see the inside of PEFT's forward."""
     if _has_any_global_hook():
         return "a global module hook would miss the submodules' calls"
     if torch.compiler.is_compiling():
@@ -203,7 +203,7 @@ def _context() -> Reason | None:
 
 
 def _watched(module: Any) -> bool:
-    """Whether somebody else takes part in this module's call, and would be left out if only its weight were read."""
+    """Returns True if the module has hooks or a forward of its own, which reading its weight would skip."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -220,7 +220,7 @@ _WATCHED = {
 
 
 def is_exotic(weight: Any) -> bool:
-    """Whether a weight is no plain dense Parameter.
+    """Returns True unless the weight is a plain dense Parameter.
 
     DTensors and quantised weights are subclasses, FSDP and weight_norm put plain tensors, ZeRO-3 leaves a stub.
     """
@@ -228,7 +228,7 @@ def is_exotic(weight: Any) -> bool:
 
 
 def exotic(name: str, weight: Any) -> Reason:
-    """Why a weight that is no plain dense Parameter is left to PEFT."""
+    """Gives the reason for leaving a weight that is no plain dense Parameter to PEFT."""
     if hasattr(weight, "ds_id"):
         return f"a weight of {name} is partitioned by DeepSpeed's ZeRO-3"
     if weight is None:
@@ -237,12 +237,12 @@ def exotic(name: str, weight: Any) -> Reason:
 
 
 def base_refusal(base: Any) -> Reason:
-    """Why a base layer that is neither nn.Linear nor Conv1D itself is left to PEFT."""
+    """Gives the reason for leaving a base layer that is neither nn.Linear nor Conv1D itself to PEFT."""
     return f"base_layer is a {type(base).__name__}, not nn.Linear or Conv1D itself (quantised, parametrised or wrapped)"
 
 
 def variant(layer: Any, name: str) -> Reason:
-    """Why an adapter that is no plain LoRA is left to PEFT."""
+    """Gives the reason for leaving an adapter that is no plain LoRA to PEFT."""
     return f"the adapter is a variant of LoRA ({type(layer.lora_variant[name]).__name__})"
 
 
@@ -253,7 +253,7 @@ def _input(x: Any) -> Reason | None:
 
 
 def _dtypes(strict: bool, x: Tensor, weight: Any, bias: Any, a: Tensor, b: Tensor) -> Reason | None:
-    """Dtypes that ``lora_linear`` takes and for which its result has the dtype of PEFT's."""
+    """Gives the reason if ``lora_linear`` does not take these dtypes, or its result would have another than PEFT's."""
     dtype, adapter = x.dtype, a.dtype
     if adapter is not b.dtype:
         return f"lora_A is {dtype_name(adapter)} and lora_B {dtype_name(b.dtype)}"

@@ -24,7 +24,7 @@ from . import calls
 if TYPE_CHECKING:
     from .layer import FusedLoraLinear
 
-# What the fast path reads of a layer: a version of PEFT without one of these is another contract.
+# The attributes of a layer that the fast path reads; a version of PEFT without one of them is not supported.
 READ = (
     "base_layer",
     "lora_A",
@@ -38,18 +38,18 @@ READ = (
     "cast_input_dtype_enabled",
 )
 
-# A warning is about the line that called the package, through contextlib where that line is a with statement.
+# Modules whose frames a warning skips, to be about the caller's line; a with statement calls through contextlib.
 _NOT_CALLERS = (__name__.split(".")[0], "contextlib")
 
 
 @dataclass(frozen=True)
 class PatchReport:
-    """What :func:`patch_peft` did, layer by layer; ``print`` it.
+    """The layers that :func:`patch_peft` patched and skipped; ``print`` it.
 
     Attributes:
         patched: names of the layers that run on fastlora from now on.
         already_patched: names of those that did before.
-        skipped: name of each other adapter layer → why it keeps PEFT's forward.
+        skipped: name of each other adapter layer → the reason why it keeps PEFT's forward.
         trainable_base: names of the patched layers whose base weight asks for a gradient.
     """
 
@@ -60,7 +60,7 @@ class PatchReport:
 
     @property
     def reasons(self) -> Counter[str]:
-        """How many layers were skipped for each reason."""
+        """The number of layers skipped for each reason."""
         return Counter(self.skipped.values())
 
     def __str__(self) -> str:
@@ -106,7 +106,7 @@ def unpatch_peft(model: nn.Module) -> int:
     """Gives every patched layer of ``model`` PEFT's class back.
 
     Returns:
-        How many layers were patched.
+        The number of layers that were patched.
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``.
@@ -117,7 +117,7 @@ def unpatch_peft(model: nn.Module) -> int:
     _check_module(model)
     count = 0
     wrapped: list[str] = []
-    # Where nobody imported the class, no layer has it; and peft itself may be missing.
+    # Not imported here: where nobody has, no layer has the class, and peft may be missing.
     ours = sys.modules.get(f"{__package__}.layer")
     if ours is not None:
         for name, layer in model.named_modules():
@@ -151,13 +151,13 @@ def patched_peft(model: nn.Module, *, strict_dtype: bool = False) -> Iterator[Pa
         yield report
     finally:
         for layer, kind in before.items():
-            # A layer that somebody gave another class meanwhile is his.
+            # A layer that somebody gave another class meanwhile keeps it.
             if type(layer) is after[layer]:
                 layer.__class__ = kind
 
 
 def _patch(model: nn.Module, strict_dtype: bool) -> tuple[PatchReport, dict[nn.Module, type]]:
-    """The report, and the class that each layer had whose class was changed."""
+    """Patches, and returns the report and the old class of each layer whose class was changed."""
     _check_module(model)
     if importlib.util.find_spec("peft") is None:
         raise ImportError("patch_peft needs peft, which is not installed: pip install peft")
@@ -190,7 +190,7 @@ def _patch(model: nn.Module, strict_dtype: bool) -> tuple[PatchReport, dict[nn.M
         calls.forget_warnings()
         trainable = tuple(name for name, layer in patched.items() if _base_weight(layer).requires_grad)
         report = PatchReport(tuple(patched), tuple(already), skipped, trainable)
-        # In here because a user may have made warnings errors.
+        # Inside of the try, because a user may have made warnings errors.
         _warn_of(report)
     except BaseException:
         for layer, was in before.items():
@@ -200,7 +200,7 @@ def _patch(model: nn.Module, strict_dtype: bool) -> tuple[PatchReport, dict[nn.M
 
 
 def _refusal(layer: Any) -> str | None:
-    """Why a LoRA layer cannot run on fastlora as it was built, whatever state it will be in; None where it can."""
+    """Gives the reason why a LoRA layer can never run on fastlora, as it was built; None where it can."""
     from .layer import LORA_BIAS, Conv1D, base_refusal, exotic, is_exotic, variant
 
     missing = [attribute for attribute in READ if not hasattr(layer, attribute)]
@@ -251,7 +251,7 @@ def _check_module(model: object) -> None:
 
 
 def _warn(message: str) -> None:
-    """Warns at the line of the first caller outside of this package: a block's ``with`` is one frame further up."""
+    """Warns about the line of the first caller outside of this package."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _NOT_CALLERS:
         level, frame = level + 1, frame.f_back

@@ -491,7 +491,7 @@ def test_disable_survives_what_happens_inside() -> None:
 
 
 def states(model: nn.Module) -> set[int]:
-    """The identities of the states that the layers read."""
+    """The identities of all states that layers of the model read."""
     return {id(layer._state) for layer in model.modules() if isinstance(layer, AdaptedLinear)}
 
 
@@ -550,7 +550,7 @@ class Pair(nn.Module):
 @pytest.mark.parametrize("name", ["default", "own"], ids=["same_name", "own_name"])
 def test_a_part_with_adapters_of_its_own(part_first: bool, name: str) -> None:
     def on() -> tuple[bool, bool]:
-        """Whether the part and the rest compute with an adapter."""
+        """Two flags: the part computes with an adapter, and the rest does."""
         h = model.part[0](x)
         return not torch.equal(h, nn.functional.linear(x, model.part[0].weight, model.part[0].bias)), not torch.equal(
             model.rest(h), nn.functional.linear(h, model.rest.weight, model.rest.bias)

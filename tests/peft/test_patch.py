@@ -448,7 +448,7 @@ def test_a_compiled_fallback_is_logged_too(caplog: pytest.LogCaptureFixture) -> 
             assert torch.equal(compiled(tokens()), reference(tokens()))
     assert [record.getMessage() for record in caplog.records if record.name == "fastlora"] == [
         "a layer that torch.compile traces runs PEFT's own forward: casting of the input is switched off "
-        "(disable_input_dtype_casting) (said once a reason; other layers with it are logged at INFO)"
+        "(disable_input_dtype_casting) (logged once per reason; further layers at INFO)"
     ]
     torch._dynamo.reset()
 
