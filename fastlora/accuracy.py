@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from .backends import reference
-from .backends.request import Product, dtype_name
+from .backends.request import Product
+from .text import dtype_name
 
 RMS_FACTOR = 1.5
 MAX_FACTOR = 2.0

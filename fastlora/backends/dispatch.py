@@ -14,10 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..text import dtype_name
 from . import cuda, library, measured, reference, triton
 from .dropout import Dropout
 from .measured import Proof
-from .request import Kernel, Product, Request, dtype_name
+from .request import Kernel, Product, Request
 
 # For each verb, in the order of preference. rank_grad has one kernel of each family, named by it.
 KERNELS: dict[str, tuple[Kernel, ...]] = {

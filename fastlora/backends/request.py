@@ -156,11 +156,6 @@ def new_middle(x: Tensor, r: int) -> Tensor:
     return torch.empty((m, r + padding), dtype=dtype, device=x.device)[:, :r]
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """A dtype's name without ``torch.``."""
-    return str(dtype).removeprefix("torch.")
-
-
 def _unaligned(name: str, rows: Tensor) -> str | None:
     """Why tensor copies cannot read a matrix of 16-bit elements by its rows, or None."""
     row, step = rows.stride()

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..kernels.tiles import TMA_CAPABILITIES
+from ..text import dtype_name
 from .dropout import Dropout
-from .request import Kernel, Product, Request, dtype_name, new_middle
+from .request import Kernel, Product, Request, new_middle
 
 _INTERPRETED_CAPABILITY = 90
 

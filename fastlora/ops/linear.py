@@ -11,7 +11,8 @@ from torch import Tensor
 from ..backends import dispatch
 from ..backends.dispatch import Explanation
 from ..backends.dropout import draw_seed
-from ..backends.request import Product, dtype_name
+from ..backends.request import Product
+from ..text import dtype_name
 from . import autograd, dtensor
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
