@@ -285,7 +285,7 @@ DESIGNS = {
         lambda p: [one_launch(p)],
         lambda p, q: [one_launch(q), *rank_grad_built(p), *rank_grad_built(q)],
     ),
-    "z-jobs": Design(
+    "z_jobs": Design(
         "csrc: z by jobs of their own inside the persistent GEMM, simulated; da and db by a kernel each",
         lambda p: [z_jobs(p)],
         lambda p, q: [z_jobs(q), rank_grad_csrc(p), rank_grad_csrc(q)],

@@ -26,7 +26,7 @@ FASTLORA_API const char* fastlora_obstacle(void);
 
 enum { FASTLORA_BF16 = 0, FASTLORA_FP16 = 1, FASTLORA_FP32 = 2 };
 enum { FASTLORA_MASK_NONE = 0, FASTLORA_MASK_INPUT = 1, FASTLORA_MASK_PRODUCT = 2 };
-enum { FASTLORA_ONE_LAUNCH = 0, FASTLORA_SERIAL = 1 };
+enum { FASTLORA_Z_JOBS = 0, FASTLORA_SERIAL = 1 };
 
 // The dropout mask, as fastlora/backends/dropout.py defines it: seed is (key, offset) int64 [2] on the device.
 typedef struct {
@@ -54,7 +54,7 @@ typedef struct {
   int32_t w_transposed, dtype, adapter_dtype;
   float scale;
   fastlora_mask mask;
-  // Who makes z: CTAs of the one launch, or a launch before it.
+  // Who makes z: jobs of its own beside the tiles, or a launch before them.
   int32_t design;
   // Columns of a tile, 128 or 256; 0 chooses.
   int32_t tile_columns;

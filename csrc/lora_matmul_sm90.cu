@@ -19,7 +19,7 @@
 // Operands: x [M, K], y [M, N], z [M, R] 16-bit, rows of whole 16 bytes; w [N, K] or stored [K, N]; a, b as w, packed
 // by a small kernel first where they are float32 or their rows are not whole 16 bytes; R <= 256.
 // Bytes: the frozen product's, plus one read of x by the z jobs, which are few CTAs' work beside the others' tiles.
-// Designs: ONE_LAUNCH as above; SERIAL makes z in a launch of z jobs alone, and the launch of tiles depends on it.
+// Designs: Z_JOBS as above; SERIAL makes z in a launch of z jobs alone, and the launch of tiles depends on it.
 
 #include <cstdint>
 #include <cstdio>
@@ -66,8 +66,9 @@ __global__ void __launch_bounds__(THREADS, 1) lora_matmul_kernel(const __grid_co
   if (CLUSTER > 1) cluster_sync();
 }
 
-// The memory of a call beside its operands: what is packed, then two counters and the flags.
+// The memory of a call beside its operands: what is packed, then a counter for each launch and the flags.
 struct Plan {
+  static constexpr uint32_t MOST_LAUNCHES = 2;
   Adapter a, b;
   uint32_t row_blocks;
 
@@ -80,7 +81,7 @@ struct Plan {
     if (c.w == nullptr) b.packed = false;
   }
 
-  size_t sync_bytes() const { return 4 * (2 + size_t(row_blocks)); }
+  size_t sync_bytes() const { return 4 * (MOST_LAUNCHES + size_t(row_blocks)); }
   size_t bytes() const { return a.bytes() + b.bytes() + sync_bytes(); }
 };
 
@@ -92,33 +93,33 @@ uint32_t choose_tile_columns(const fastlora_lora_matmul& c, uint32_t sms) {
   return c.n > 128 && 2 * tiles > sms ? 256 : 128;
 }
 
+// z jobs and tiles in one launch, or z jobs in one and tiles in the next.
 template <class T, int TILE_N, int CLUSTER, bool TRANSPOSED>
-const char* launch_tiles(Parameters& p, bool tiles, bool serial, uint32_t sms, void* stream) {
+const char* launch_jobs(Parameters& p, bool makes_tiles, bool serial, uint32_t sms, void* stream) {
   const auto kernel = lora_matmul_kernel<T, TILE_N, CLUSTER, TRANSPOSED>;
   LaunchShape shape = {};
   shape.threads = THREADS;
   shape.cluster = CLUSTER;
   shape.shared_bytes = Layout<TILE_N>::BYTES;
-  const auto run = [&](bool z, bool y) {
-    p.schedule = make_schedule(p.m, p.n, TILE_N, CLUSTER, z, y, sms);
+  const auto run = [&](bool makes_z, bool makes_tiles) {
+    p.schedule = make_schedule(p.m, p.n, TILE_N, CLUSTER, makes_z, makes_tiles, sms);
     const uint32_t clusters = sms / CLUSTER > 0 ? sms / CLUSTER : 1;
     shape.blocks_x = CLUSTER * (p.schedule.jobs() < clusters ? p.schedule.jobs() : clusters);
-    shape.dependent = y && !z;
+    shape.dependent = makes_tiles && !makes_z;
     return launch(+kernel, p, shape, stream);
   };
-  if (!tiles || !serial) return run(true, tiles);
-  uint32_t* const flags = p.flags;
+  if (!makes_tiles || !serial) return run(true, makes_tiles);
   p.flags = nullptr;
   if (const char* error = run(true, false)) return error;
-  p.counter = flags - 1;
+  p.counter += 1;  // the first launch has drawn from its own
   return run(false, true);
 }
 
 template <class T>
 const char* run_lora_matmul(const fastlora_lora_matmul& c, void* workspace, uint32_t sms, void* stream) {
   const Plan plan(c);
-  const bool tiles = c.w != nullptr;
-  const uint32_t tile_n = tiles ? choose_tile_columns(c, sms) : 256;
+  const bool makes_tiles = c.w != nullptr;
+  const uint32_t tile_n = makes_tiles ? choose_tile_columns(c, sms) : 256;
   const bool pairs = tile_n == 256 && plan.row_blocks > 1;
   uint8_t* memory = static_cast<uint8_t*>(workspace);
 
@@ -145,7 +146,7 @@ const char* run_lora_matmul(const fastlora_lora_matmul& c, void* workspace, uint
     memory += q.bytes();
   }
   p.counter = reinterpret_cast<uint32_t*>(memory);
-  p.flags = p.counter + 2;
+  p.flags = p.counter + Plan::MOST_LAUNCHES;
   if (const char* error = set_zero(p.counter, plan.sync_bytes(), stream)) return error;
   if (most > 0) {
     LaunchShape shape = {};
@@ -159,7 +160,7 @@ const char* run_lora_matmul(const fastlora_lora_matmul& c, void* workspace, uint
   const auto row_bytes = [](const Adapter& q) { return 2 * (q.packed ? q.padded() : q.stride); };
   const char* error = make_map(&p.x, c.x, c.m, c.k, 2 * c.x_stride, TILE_M);
   if (!error) error = make_map(&p.a, adapters[0], plan.a.rows, plan.a.columns, row_bytes(plan.a), PANEL);
-  if (tiles) {
+  if (makes_tiles) {
     const uint64_t w_rows = c.w_transposed ? c.k : c.n, w_columns = c.w_transposed ? c.n : c.k;
     if (!error) error = make_map(&p.w, c.w, w_rows, w_columns, 2 * c.w_stride, share);
     if (!error) error = make_map(&p.b, adapters[1], plan.b.rows, plan.b.columns, row_bytes(plan.b), share);
@@ -170,13 +171,13 @@ const char* run_lora_matmul(const fastlora_lora_matmul& c, void* workspace, uint
 
   const bool serial = c.design == FASTLORA_SERIAL;
   if (c.w_transposed) {
-    return tile_n == 128 ? launch_tiles<T, 128, 1, true>(p, tiles, serial, sms, stream)
-           : pairs       ? launch_tiles<T, 256, 2, true>(p, tiles, serial, sms, stream)
-                         : launch_tiles<T, 256, 1, true>(p, tiles, serial, sms, stream);
+    return tile_n == 128 ? launch_jobs<T, 128, 1, true>(p, makes_tiles, serial, sms, stream)
+           : pairs       ? launch_jobs<T, 256, 2, true>(p, makes_tiles, serial, sms, stream)
+                         : launch_jobs<T, 256, 1, true>(p, makes_tiles, serial, sms, stream);
   }
-  return tile_n == 128 ? launch_tiles<T, 128, 1, false>(p, tiles, serial, sms, stream)
-         : pairs       ? launch_tiles<T, 256, 2, false>(p, tiles, serial, sms, stream)
-                       : launch_tiles<T, 256, 1, false>(p, tiles, serial, sms, stream);
+  return tile_n == 128 ? launch_jobs<T, 128, 1, false>(p, makes_tiles, serial, sms, stream)
+         : pairs       ? launch_jobs<T, 256, 2, false>(p, makes_tiles, serial, sms, stream)
+                       : launch_jobs<T, 256, 1, false>(p, makes_tiles, serial, sms, stream);
 }
 
 const char* refusal(const fastlora_lora_matmul& c) {

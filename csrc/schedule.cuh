@@ -45,18 +45,18 @@ struct Schedule {
   }
 };
 
-// ``one_launch``: with producers of z. A producer takes about 0.4 of a tile's time for each unit it makes, and in the
-// last wave some clusters have no tile. Where they are half as many as the units, producers make two each: the clusters
+// ``makes_z``, ``makes_tiles``: which jobs the launch has. A z job takes about 0.4 of a tile's time for each unit, and in
+// the last wave some clusters have no tile. Where they are half as many as the units, z jobs make two each: the clusters
 // that would idle at the end are then the ones that are busy at the start (csrc/NOTES.md has the predictions).
-constexpr Schedule make_schedule(uint64_t m, uint64_t n, uint32_t tile_n, uint32_t cluster, bool one_launch, bool tiles,
-                                 uint32_t sms) {
+constexpr Schedule make_schedule(uint64_t m, uint64_t n, uint32_t tile_n, uint32_t cluster, bool makes_z,
+                                 bool makes_tiles, uint32_t sms) {
   Schedule s = {};
   s.row_units = ceil_div(m, TILE_M * cluster);
-  s.columns = tiles ? ceil_div(n, tile_n) : 0;
-  if (!one_launch && tiles) return s;
+  s.columns = makes_tiles ? ceil_div(n, tile_n) : 0;
+  if (!makes_z) return s;
   const uint32_t clusters = sms / cluster > 0 ? sms / cluster : 1;
   const uint32_t idle = (clusters - s.row_units * s.columns % clusters) % clusters;
-  s.z_run = tiles && idle < s.row_units && 2 * idle >= s.row_units ? 2 : 1;
+  s.z_run = makes_tiles && idle < s.row_units && 2 * idle >= s.row_units ? 2 : 1;
   s.z_jobs = ceil_div(s.row_units, s.z_run);
   return s;
 }

@@ -179,7 +179,7 @@ def test_the_codes_are_those_of_the_header() -> None:
         "FASTLORA_MASK_NONE": cuda._NO_MASK[0],
         "FASTLORA_MASK_INPUT": cuda._MASK_INPUT,
         "FASTLORA_MASK_PRODUCT": cuda._MASK_PRODUCT,
-        "FASTLORA_ONE_LAUNCH": cuda.DESIGNS.index("z_jobs"),
+        "FASTLORA_Z_JOBS": cuda.DESIGNS.index("z_jobs"),
         "FASTLORA_SERIAL": cuda.DESIGNS.index("serial"),
     } == codes
 

@@ -140,7 +140,7 @@ def test_bytes_by_hand() -> None:
         "serial": [x + a + z, x + w + y + z + b],
         "serial-built": [x + a + z, x + w + y + z + b],
         "one-launch": [x + w + y + 2 * z + a + b],
-        "z-jobs": [2 * x + w + y + 2 * z + a + b],
+        "z_jobs": [2 * x + w + y + 2 * z + a + b],
         "full": [x + w + y],
     }
     partial = {width: 2 * 4 * 8 * width for width in (k, n)}
@@ -151,7 +151,7 @@ def test_bytes_by_hand() -> None:
         "serial": [y + b + z + z + b, y + w + x + z + a, x + z + a],
         "serial-built": [y + b + z, y + w + x + z + a, x + z + a, y + z + b],
         "one-launch": [y + w + x + 2 * z + a + b, x + z + a, y + z + b],
-        "z-jobs": [2 * y + w + x + 2 * z + a + b, x + z + a + partial[k], y + z + b + partial[n]],
+        "z_jobs": [2 * y + w + x + 2 * z + a + b, x + z + a + partial[k], y + z + b + partial[n]],
         "full": [y + w + x, x + w + y],
     }
     for design in DESIGNS:
