@@ -4,33 +4,28 @@
 #include <cstdint>
 
 #include <fastlora.h>
-#include <lora_matmul_block.cuh>
+#include <lora_matmul_shared.cuh>
 
 namespace fastlora::lora_matmul {
 
 template <class T, int TILE_N, int CLUSTER, bool TRANSPOSED>
-struct Consumer : Block<TILE_N, CLUSTER> {
-  using Base = Block<TILE_N, CLUSTER>;
-  using L = typename Base::L;
-  using Base::memory;
-  using Base::p;
-  using Base::trip;
+struct Consumer {
+  using L = Layout<TILE_N>;
 
-  uint32_t consumer, thread;
-  Fragment fragment;
+  const Parameters& p;
+  Ring<L::STAGES, L::STAGE_BYTES, CLUSTER> ring;
+  JobQueue<CLUSTER> jobs;
+  Shared y_buffers;
+  uint32_t consumer = thread_index() / WARPGROUP - 1, thread = thread_index() % WARPGROUP;
+  Fragment fragment = Fragment(thread);
+  uint32_t rank = CLUSTER > 1 ? cluster_rank() : 0;
   uint32_t y_buffer = 0;
 
-  __device__ __forceinline__ explicit Consumer(const Parameters& parameters)
-      : Base(parameters),
-        consumer(thread_index() / WARPGROUP - 1),
-        thread(thread_index() % WARPGROUP),
-        fragment(thread) {}
-
   __device__ void run() {
-    for (uint32_t job = next_job(); job != NO_JOB; job = next_job()) {
+    for (uint32_t job = jobs.take(fragment.lane); job != NO_JOB; job = jobs.take(fragment.lane)) {
       const Schedule& s = p.schedule;
       if (s.makes_z(job)) {
-        for (uint32_t unit = s.first_unit(job); unit < s.last_unit(job); ++unit) make_z(this->row_block(unit));
+        for (uint32_t unit = s.first_unit(job); unit < s.last_unit(job); ++unit) make_z(row_block(unit));
       } else {
         make_tile(s.tile(job));
       }
@@ -39,27 +34,9 @@ struct Consumer : Block<TILE_N, CLUSTER> {
     if (thread == 0) tma_store_wait_read<0>();
   }
 
-  __device__ uint32_t next_job() {
-    barrier_wait(this->job_full(), this->job.parity);
-    const uint32_t job = load_shared(this->job_word());
-    warp_sync();
-    if (thread % 32 == 0) barrier_arrive_at(this->job_empty(), 0);
-    this->job.advance();
-    return job;
-  }
+  __device__ __forceinline__ uint32_t row_block(uint32_t unit) const { return unit * CLUSTER + rank; }
 
   __device__ __forceinline__ void sync() const { named_barrier_sync(1 + consumer, WARPGROUP); }
-
-  // This warpgroup has done with the slot, in every CTA that copies into it.
-  __device__ __forceinline__ void release(uint32_t slot) const {
-    if (thread < CLUSTER) {
-      if constexpr (CLUSTER > 1) {
-        barrier_arrive_at(this->empty(slot), thread);
-      } else {
-        barrier_arrive(this->empty(slot));
-      }
-    }
-  }
 
   // acc_mn (+)= this warpgroup's 64 rows of x_mk · w_nkᵀ for 16 k, by the panels that lie at x and w.
   template <bool SET, int N>
@@ -84,47 +61,40 @@ struct Consumer : Block<TILE_N, CLUSTER> {
 
   __device__ void make_tile(TilePosition tile) {
     float acc_mn[TILE_N / 2];
-    const uint32_t first_m = this->row_block(tile.row_unit) * TILE_M + consumer * CONSUMER_ROWS;
+    const uint32_t first_m = row_block(tile.row_unit) * TILE_M + consumer * CONSUMER_ROWS;
     const uint32_t first_n = tile.column * TILE_N;
     const bool masked = p.mask_kind == FASTLORA_MASK_PRODUCT;
 
     TileMask mask;
-    // A slot is given back when the wgmmas of the trip after it are running: two trips are in flight.
-    barrier_wait(this->full(), trip.parity);
+    ring.wait();
     wgmma_fence();
-    multiply<true, TILE_N>(acc_mn, this->stage(), this->stage() + X_BYTES);
+    multiply<true, TILE_N>(acc_mn, ring.stage(), ring.stage() + X_BYTES);
     wgmma_commit();
-    uint32_t previous = trip.slot;
-    trip.advance();
+    ring.advance();
     for (uint32_t k = TILE_K; k < p.k; k += TILE_K) {
-      barrier_wait(this->full(), trip.parity);
+      ring.wait();
       wgmma_fence();
-      multiply<false, TILE_N>(acc_mn, this->stage(), this->stage() + X_BYTES);
+      multiply<false, TILE_N>(acc_mn, ring.stage(), ring.stage() + X_BYTES);
       wgmma_commit();
       // Under the running wgmma, so that the mask costs nothing.
       if (masked && mask.calls < TileMask::CALLS) mask.make_some(*this, first_m, first_n);
-      wgmma_wait<1>();
-      release(previous);
-      previous = trip.slot;
-      trip.advance();
+      ring.release_previous();
+      ring.advance();
     }
     if (!masked) {
       for (uint32_t r = 0; r < p.r; r += PANEL) {
-        barrier_wait(this->full(), trip.parity);
+        ring.wait();
         for (uint32_t step = 0; step < 4 && r + 16 * step < p.r; ++step) {
           wgmma_fence();
-          multiply_16<false, TILE_N>(acc_mn, this->stage(), this->stage() + X_BYTES, step);
+          multiply_16<false, TILE_N>(acc_mn, ring.stage(), ring.stage() + X_BYTES, step);
           wgmma_commit();
         }
-        wgmma_wait<0>();
-        release(previous);
-        previous = trip.slot;
-        trip.advance();
+        ring.drain();
+        ring.advance();
       }
     }
-    wgmma_wait<0>();
+    ring.drain();
     wgmma_settle(acc_mn);
-    release(previous);
     if (masked) {
       while (mask.calls < TileMask::CALLS) mask.make_some(*this, first_m, first_n);
       add_masked_product(acc_mn, mask);
@@ -159,16 +129,16 @@ struct Consumer : Block<TILE_N, CLUSTER> {
 
   // acc_mn += D(z_mr · b_nrᵀ), 64 columns at a time: the product is a second accumulator, and only so large.
   __device__ __forceinline__ void add_masked_product(float (&acc_mn)[TILE_N / 2], const TileMask& mask) {
-    const Cursor<L::STAGES> first = trip;
+    const Cursor<L::STAGES> first = ring.trip;
     for (uint32_t r = 0; r < p.r; r += PANEL) {
-      barrier_wait(this->full(), trip.parity);
-      trip.advance();
+      ring.wait();
+      ring.advance();
     }
 #pragma unroll
     for (int chunk = 0; chunk < TILE_N / PANEL; ++chunk) {
       float product_mn[PANEL / 2];
       Cursor<L::STAGES> at = first;
-      const auto stage = [&] { return memory + at.slot * L::STAGE_BYTES; };
+      const auto stage = [&] { return ring.stage(at.slot); };
       wgmma_fence();
       multiply_16<true, PANEL>(product_mn, stage(), stage() + X_BYTES + chunk * PANEL_64, 0);
       wgmma_commit();
@@ -187,7 +157,7 @@ struct Consumer : Block<TILE_N, CLUSTER> {
     }
     Cursor<L::STAGES> at = first;
     for (uint32_t r = 0; r < p.r; r += PANEL) {
-      release(at.slot);
+      ring.release(at.slot);
       at.advance();
     }
   }
@@ -198,7 +168,7 @@ struct Consumer : Block<TILE_N, CLUSTER> {
     const uint32_t* bias = static_cast<const uint32_t*>(p.bias);
 #pragma unroll
     for (int chunk = 0; chunk < TILE_N / PANEL; ++chunk) {
-      const Shared panel = memory + L::Y + (consumer * L::Y_BUFFERS + y_buffer) * PANEL_64;
+      const Shared panel = y_buffers + (consumer * L::Y_BUFFERS + y_buffer) * PANEL_64;
       y_buffer ^= 1;
       const uint32_t chunk_n = first_n + chunk * PANEL;
       // Before the barrier, which hides some of the way to L2.
@@ -234,7 +204,7 @@ struct Consumer : Block<TILE_N, CLUSTER> {
   }
 
   __device__ void make_z(uint32_t block) {
-    const uint32_t panels = this->rank_panels();
+    const uint32_t panels = ceil_div(p.r, PANEL);
     if (panels == 1) {
       make_z_of<1>(block);
     } else if (panels == 2) {
@@ -249,31 +219,27 @@ struct Consumer : Block<TILE_N, CLUSTER> {
     float z_mr[PANELS][PANEL / 2];
     const uint32_t first_m = block * TILE_M;
     make_z_trip<true, PANELS>(z_mr, first_m, 0);
-    uint32_t previous = trip.slot;
-    trip.advance();
+    ring.advance();
     for (uint32_t k = L::slices(PANELS) * TILE_K; k < p.k; k += L::slices(PANELS) * TILE_K) {
       make_z_trip<false, PANELS>(z_mr, first_m, k);
-      wgmma_wait<1>();
-      release(previous);
-      previous = trip.slot;
-      trip.advance();
+      ring.release_previous();
+      ring.advance();
     }
-    wgmma_wait<0>();
+    ring.drain();
 #pragma unroll
     for (int i = 0; i < PANELS; ++i) wgmma_settle(z_mr[i]);
-    release(previous);
     store_z<PANELS>(z_mr, block);
   }
 
   template <bool SET, int PANELS>
   __device__ __forceinline__ void make_z_trip(float (&z_mr)[PANELS][PANEL / 2], uint32_t first_m, uint32_t first_k) {
     constexpr uint32_t SLICES = L::slices(PANELS), SLICE_BYTES = L::slice_bytes(PANELS);
-    barrier_wait(this->full(), trip.parity);
+    ring.wait();
     if (p.mask_kind == FASTLORA_MASK_INPUT) mask_x<SLICES, SLICE_BYTES>(first_m, first_k);
     wgmma_fence();
 #pragma unroll
     for (uint32_t s = 0; s < SLICES; ++s) {
-      const Shared x = this->stage() + s * SLICE_BYTES;
+      const Shared x = ring.stage() + s * SLICE_BYTES;
 #pragma unroll
       for (int i = 0; i < PANELS; ++i) {
         const Shared a = x + X_BYTES + i * PANEL_64;
@@ -292,8 +258,7 @@ struct Consumer : Block<TILE_N, CLUSTER> {
   __device__ void mask_x(uint32_t first_m, uint32_t first_k) {
     const MaskBits mask(p.mask);
     for (uint32_t s = 0; s < SLICES; ++s) {
-      mask_panel(mask, this->stage() + s * SLICE_BYTES, consumer * CONSUMER_ROWS, first_m, first_k + s * TILE_K,
-                 thread);
+      mask_panel(mask, ring.stage() + s * SLICE_BYTES, consumer * CONSUMER_ROWS, first_m, first_k + s * TILE_K, thread);
     }
     fence_async_shared();
     sync();

@@ -3,58 +3,35 @@
 
 #include <cstdint>
 
-#include <lora_matmul_block.cuh>
+#include <lora_matmul_shared.cuh>
 
 namespace fastlora::lora_matmul {
 
 template <int TILE_N, int CLUSTER, bool TRANSPOSED>
-struct Producer : Block<TILE_N, CLUSTER> {
-  using Base = Block<TILE_N, CLUSTER>;
-  using L = typename Base::L;
-  using Base::p;
-  using Base::rank;
-  using Base::trip;
-  bool z_is_there = false;
+struct Producer {
+  using L = Layout<TILE_N>;
 
-  using Base::Base;
+  const Parameters& p;
+  Ring<L::STAGES, L::STAGE_BYTES, CLUSTER> ring;
+  JobQueue<CLUSTER> jobs;
+  uint32_t rank = CLUSTER > 1 ? cluster_rank() : 0;
+  bool z_is_there = false;
 
   __device__ void run() {
     for (uint32_t job = next_job(); job != NO_JOB; job = next_job()) {
       const Schedule& s = p.schedule;
       if (s.makes_z(job)) {
-        for (uint32_t unit = s.first_unit(job); unit < s.last_unit(job); ++unit) load_z_job(this->row_block(unit));
+        for (uint32_t unit = s.first_unit(job); unit < s.last_unit(job); ++unit) load_z_job(row_block(unit));
       } else {
         load_tile(s.tile(job));
       }
     }
   }
 
-  // The cluster's first CTA draws, and tells everybody. At the end of a job: a cluster that draws ahead would take two
-  // while another has none.
-  __device__ uint32_t next_job() {
-    uint32_t job;
-    if (rank == 0) {
-      const uint32_t drawn = atomic_add(p.counter, 1);
-      job = drawn < p.schedule.jobs() ? drawn : NO_JOB;
-      // The word before it in the slot has then landed and been read, in every CTA.
-      barrier_wait(this->job_empty(), this->job.parity ^ 1);
-      barrier_arrive_expect(this->job_full(), 4);
-      for (uint32_t cta = 0; cta < CLUSTER; ++cta) store_async(this->job_word(), cta, job, this->job_full());
-    } else {
-      barrier_arrive_expect(this->job_full(), 4);
-      barrier_wait(this->job_full(), this->job.parity);
-      job = load_shared(this->job_word());
-      barrier_arrive_at(this->job_empty(), 0);
-    }
-    this->job.advance();
-    return job;
-  }
+  __device__ __forceinline__ uint32_t row_block(uint32_t unit) const { return unit * CLUSTER + rank; }
 
-  __device__ __forceinline__ Shared begin_trip(uint32_t bytes) {
-    barrier_wait(this->empty(trip.slot), trip.parity ^ 1);
-    barrier_arrive_expect(this->full(), bytes);
-    return this->stage();
-  }
+  // At the end of a job: a cluster that draws ahead would take two while another has none.
+  __device__ __forceinline__ uint32_t next_job() { return jobs.draw(rank, p.counter, p.schedule.jobs()); }
 
   // 64 k of TILE_N rows of w, or of b: each CTA of the cluster brings its share to all.
   __device__ __forceinline__ void load_columns(const TensorMap* map, Shared to, uint32_t first_n, uint32_t first_k) {
@@ -73,27 +50,27 @@ struct Producer : Block<TILE_N, CLUSTER> {
 
   __device__ __forceinline__ void load_shared_by_all(const TensorMap* map, Shared to, uint32_t c0, uint32_t c1) {
     if constexpr (CLUSTER > 1) {
-      tma_load_multicast(to, map, this->full(), c0, c1, (1u << CLUSTER) - 1);
+      tma_load_multicast(to, map, ring.full(), c0, c1, (1u << CLUSTER) - 1);
     } else {
-      tma_load(to, map, this->full(), c0, c1);
+      tma_load(to, map, ring.full(), c0, c1);
     }
   }
 
   __device__ void load_tile(TilePosition tile) {
-    const uint32_t block = this->row_block(tile.row_unit);
+    const uint32_t block = row_block(tile.row_unit);
     const uint32_t first_m = block * TILE_M, first_n = tile.column * TILE_N;
     for (uint32_t k = 0; k < p.k; k += TILE_K) {
-      const Shared to = begin_trip(L::STAGE_BYTES);
-      tma_load(to, &p.x, this->full(), k, first_m);
+      const Shared to = ring.begin(L::STAGE_BYTES);
+      tma_load(to, &p.x, ring.full(), k, first_m);
       load_columns(&p.w, to + X_BYTES, first_n, k);
-      trip.advance();
+      ring.advance();
     }
     await_z(block);
     for (uint32_t r = 0; r < p.r; r += PANEL) {
-      const Shared to = begin_trip(L::STAGE_BYTES);
-      tma_load(to, &p.z, this->full(), r, first_m);
+      const Shared to = ring.begin(L::STAGE_BYTES);
+      tma_load(to, &p.z, ring.full(), r, first_m);
       load_columns(&p.b, to + X_BYTES, first_n, r);
-      trip.advance();
+      ring.advance();
     }
   }
 
@@ -110,25 +87,25 @@ struct Producer : Block<TILE_N, CLUSTER> {
   }
 
   __device__ void load_z_job(uint32_t block) {
-    const uint32_t panels = this->rank_panels();
+    const uint32_t panels = ceil_div(p.r, PANEL);
     const uint32_t wide = panels == 1 ? 1 : panels == 2 ? 2 : 4;
     const uint32_t slices = L::slices(wide);
     for (uint32_t k = 0; k < p.k; k += slices * TILE_K) {
-      const Shared to = begin_trip(slices * L::slice_bytes(wide));
+      const Shared to = ring.begin(slices * L::slice_bytes(wide));
       for (uint32_t s = 0; s < slices; ++s) {
         const uint32_t first_k = k + s * TILE_K;
         const Shared slice = to + s * L::slice_bytes(wide);
-        tma_load(slice, &p.x, this->full(), first_k, block * TILE_M);
+        tma_load(slice, &p.x, ring.full(), first_k, block * TILE_M);
         for (uint32_t i = 0; i < wide; ++i) {
           const Shared panel = slice + X_BYTES + i * PANEL_64;
           if (TRANSPOSED) {
-            tma_load(panel, &p.a, this->full(), i * PANEL, first_k);
+            tma_load(panel, &p.a, ring.full(), i * PANEL, first_k);
           } else {
-            tma_load(panel, &p.a, this->full(), first_k, i * PANEL);
+            tma_load(panel, &p.a, ring.full(), first_k, i * PANEL);
           }
         }
       }
-      trip.advance();
+      ring.advance();
     }
   }
 };

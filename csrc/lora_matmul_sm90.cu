@@ -25,6 +25,7 @@
 #include <cstdio>
 
 #include <fastlora.h>
+#include <kernels.cuh>
 #include <layout.cuh>
 #include <lora_matmul_consumer.cuh>
 #include <lora_matmul_producer.cuh>
@@ -41,9 +42,15 @@ namespace {
 
 template <class T, int TILE_N, int CLUSTER, bool TRANSPOSED>
 __global__ void __launch_bounds__(THREADS, 1) lora_matmul_kernel(const __grid_constant__ Parameters p) {
+  using L = Layout<TILE_N>;
+  const Shared memory = shared_memory();
+  const Ring<L::STAGES, L::STAGE_BYTES, CLUSTER> ring(memory, memory + L::BARRIERS);
+  const JobQueue<CLUSTER> jobs(memory + L::JOBS);
   const uint32_t warp = warp_index();
   if (warp == 0 && elect_one()) {
-    Block<TILE_N, CLUSTER>(p).initialise();
+    ring.initialise();
+    jobs.initialise();
+    fence_barrier_init();
     prefetch_map(&p.x);
     if (p.schedule.columns > 0) prefetch_map(&p.w);
   }
@@ -56,11 +63,11 @@ __global__ void __launch_bounds__(THREADS, 1) lora_matmul_kernel(const __grid_co
   grid_dependency_launch();
   if (warp < WARPGROUP / 32) {
     registers_decrease<PRODUCER_REGISTERS>();
-    if (warp == 0 && elect_one()) Producer<TILE_N, CLUSTER, TRANSPOSED>(p).run();
+    if (warp == 0 && elect_one()) Producer<TILE_N, CLUSTER, TRANSPOSED>{p, ring, jobs}.run();
     warp_sync();
   } else {
     registers_increase<CONSUMER_REGISTERS>();
-    Consumer<T, TILE_N, CLUSTER, TRANSPOSED>(p).run();
+    Consumer<T, TILE_N, CLUSTER, TRANSPOSED>{p, ring, jobs, memory + L::Y}.run();
   }
   // Until all have arrived, somebody may still write into this CTA's shared memory.
   if (CLUSTER > 1) cluster_sync();
@@ -205,23 +212,18 @@ const char* refusal(const fastlora_lora_matmul& c) {
 }
 
 }  // namespace
-}  // namespace fastlora::lora_matmul
 
-extern "C" int32_t fastlora_abi(void) { return FASTLORA_ABI; }
-
-extern "C" const char* fastlora_obstacle(void) { return fastlora::driver_obstacle(); }
-
-extern "C" const char* fastlora_kernels(void) {
-  using namespace fastlora;
-  using namespace fastlora::lora_matmul;
-  static char lines[512];
+const char* kernels() {
+  static char lines[256];
   std::snprintf(lines, sizeof(lines),
                 "lora_matmul_kernel<*, 128, *> %u %u 1\n"
                 "lora_matmul_kernel<*, 256, *> %u %u 1\n"
-                "pack_kernel<*> %u 0 0\n%s",
-                THREADS, Layout<128>::BYTES, THREADS, Layout<256>::BYTES, PACK_THREADS, rank_grad_kernels());
+                "pack_kernel<*> %u 0 0\n",
+                THREADS, Layout<128>::BYTES, THREADS, Layout<256>::BYTES, PACK_THREADS);
   return lines;
 }
+
+}  // namespace fastlora::lora_matmul
 
 extern "C" size_t fastlora_lora_matmul_workspace(const fastlora_lora_matmul* call) {
   return fastlora::lora_matmul::Plan(*call).bytes();

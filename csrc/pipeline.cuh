@@ -35,12 +35,76 @@ struct Cursor {
   }
 };
 
+// Stages in shared memory between one producer, which fills them by tensor copies, and the consumers of every CTA that
+// copies into them, which read them by wgmma. Each stage has two barriers: ``full`` when its copies have landed, ``empty``
+// when all consumers have left it. Both sides hold a Ring of their own and advance it in step.
+template <uint32_t STAGES, uint32_t STAGE_BYTES, uint32_t CLUSTER = 1>
+struct Ring {
+  static constexpr uint32_t BARRIERS_BYTES = 8 * 2 * STAGES;
+
+  Shared stages, barriers;
+  Cursor<STAGES> trip;
+  uint32_t previous = 0;  // slot of the trip before this one
+
+  __device__ __forceinline__ Ring(Shared stages, Shared barriers) : stages(stages), barriers(barriers) {}
+
+  __device__ __forceinline__ Shared stage(uint32_t slot) const { return stages + slot * STAGE_BYTES; }
+  __device__ __forceinline__ Shared stage() const { return stage(trip.slot); }
+  __device__ __forceinline__ Shared full(uint32_t slot) const { return barriers + 8 * slot; }
+  __device__ __forceinline__ Shared full() const { return full(trip.slot); }
+  __device__ __forceinline__ Shared empty(uint32_t slot) const { return barriers + 8 * (STAGES + slot); }
+
+  // One thread, before a fence_barrier_init.
+  __device__ void initialise() const {
+    for (uint32_t slot = 0; slot < STAGES; ++slot) {
+      barrier_init(full(slot), 1, "full", slot);
+      barrier_init(empty(slot), CONSUMERS * CLUSTER, "empty", slot);
+    }
+  }
+
+  __device__ __forceinline__ void advance() {
+    previous = trip.slot;
+    trip.advance();
+  }
+
+  // Producer: waits until the stage is free; the copies into it count on full(), and bring so many bytes.
+  __device__ __forceinline__ Shared begin(uint32_t bytes) const {
+    barrier_wait(empty(trip.slot), trip.parity ^ 1);
+    barrier_arrive_expect(full(), bytes);
+    return stage();
+  }
+
+  // Consumer: waits until the copies of this trip have landed.
+  __device__ __forceinline__ void wait() const { barrier_wait(full(), trip.parity); }
+
+  // Consumer: tells every CTA that copies into the slot that this warpgroup has read it.
+  __device__ __forceinline__ void release(uint32_t slot) const {
+    const uint32_t thread = thread_index() % WARPGROUP;
+    if (thread < CLUSTER) {
+      if constexpr (CLUSTER > 1) {
+        barrier_arrive_at(empty(slot), thread);
+      } else {
+        barrier_arrive(empty(slot));
+      }
+    }
+  }
+
+  // Consumer, with this trip's wgmmas running: waits for those of the trip before and releases its slot.
+  __device__ __forceinline__ void release_previous() const {
+    wgmma_wait<1>();
+    release(previous);
+  }
+
+  // Consumer: waits for all wgmmas and releases the slot of the trip before.
+  __device__ __forceinline__ void drain() const {
+    wgmma_wait<0>();
+    release(previous);
+  }
+};
+
 // Whether a tensor copy can start at every row.
 inline bool is_aligned(const void* base, int64_t stride) {
   return reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride % 8 == 0;
 }
-
-// The lines of rank_grad_sm90.cu in fastlora_kernels().
-const char* rank_grad_kernels();
 
 }  // namespace fastlora

@@ -16,6 +16,7 @@
 #include <cstdio>
 
 #include <fastlora.h>
+#include <kernels.cuh>
 #include <layout.cuh>
 #include <philox.cuh>
 #include <pipeline.cuh>
@@ -23,7 +24,7 @@
 
 #include <launch.cuh>
 
-namespace fastlora {
+namespace fastlora::rank_grad {
 namespace {
 
 constexpr uint32_t COLUMNS = CONSUMERS * PANEL;
@@ -48,65 +49,53 @@ struct Parameters {
   Mask mask;
 };
 
+// Shared memory of a CTA for R up to 64, 128 and 256 (PANELS = 1, 2, 4), in bytes:
+//
+//       64      128      256
+//        0        0        0   8 stages of 24 KB, 6 of 32 KB, 4 of 48 KB: wide_mc and narrow_mr
+//   196608   196608   196608   barriers of the stages
+//   196736   196704   196672   whether this CTA is the last of its columns
+//   196740   196708   196676   end
 template <int PANELS>
 struct Layout {
-  static constexpr uint32_t STAGE_BYTES = (CONSUMERS + PANELS) * PANEL_64;
   static constexpr uint32_t STAGES = PANELS == 1 ? 8 : PANELS == 2 ? 6 : 4;
-  static constexpr uint32_t FULL = STAGES * STAGE_BYTES;
-  static constexpr uint32_t EMPTY = FULL + 8 * STAGES;
-  static constexpr uint32_t LAST = EMPTY + 8 * STAGES;
+  static constexpr uint32_t STAGE_BYTES = (CONSUMERS + PANELS) * PANEL_64;
+  using Ring = fastlora::Ring<STAGES, STAGE_BYTES>;
+
+  static constexpr uint32_t BARRIERS = STAGES * STAGE_BYTES;
+  static constexpr uint32_t LAST = BARRIERS + Ring::BARRIERS_BYTES;
   static constexpr uint32_t BYTES = LAST + 4;
   static_assert(BYTES <= MOST_SHARED_BYTES, "shared memory of a CTA");
 };
 
 template <int PANELS>
-struct Ring {
-  using L = Layout<PANELS>;
-  Shared memory;
-  Cursor<L::STAGES> trip;
-
-  __device__ __forceinline__ explicit Ring(Shared memory) : memory(memory) {}
-
-  __device__ __forceinline__ Shared stage() const { return memory + trip.slot * L::STAGE_BYTES; }
-  __device__ __forceinline__ Shared full() const { return memory + L::FULL + 8 * trip.slot; }
-  __device__ __forceinline__ Shared empty(uint32_t slot) const { return memory + L::EMPTY + 8 * slot; }
-};
-
-template <int PANELS>
-__device__ __forceinline__ void produce(const Parameters& p, Ring<PANELS> ring, uint32_t first_m, uint32_t last_m) {
-  using L = Layout<PANELS>;
+__device__ __forceinline__ void produce(const Parameters& p, typename Layout<PANELS>::Ring ring, uint32_t first_m,
+                                        uint32_t last_m) {
   for (uint32_t m = first_m; m < last_m; m += TOKENS) {
-    barrier_wait(ring.empty(ring.trip.slot), ring.trip.parity ^ 1);
-    barrier_arrive_expect(ring.full(), L::STAGE_BYTES);
+    const Shared wide = ring.begin(Layout<PANELS>::STAGE_BYTES), narrow = wide + CONSUMERS * PANEL_64;
     for (uint32_t i = 0; i < CONSUMERS; ++i) {
-      tma_load(ring.stage() + i * PANEL_64, &p.wide, ring.full(), block_index() * COLUMNS + i * PANEL, m);
+      tma_load(wide + i * PANEL_64, &p.wide, ring.full(), block_index() * COLUMNS + i * PANEL, m);
     }
-    for (uint32_t i = 0; i < PANELS; ++i) {
-      tma_load(ring.stage() + (CONSUMERS + i) * PANEL_64, &p.narrow, ring.full(), i * PANEL, m);
-    }
-    ring.trip.advance();
+    for (uint32_t i = 0; i < PANELS; ++i) tma_load(narrow + i * PANEL_64, &p.narrow, ring.full(), i * PANEL, m);
+    ring.advance();
   }
 }
 
 template <class T, int PANELS>
 struct Consumer {
-  const Parameters& p;
-  Ring<PANELS> ring;
-  uint32_t consumer, thread, first_c;
-  Fragment fragment;
+  using L = Layout<PANELS>;
 
-  __device__ __forceinline__ Consumer(const Parameters& p, Ring<PANELS> ring)
-      : p(p),
-        ring(ring),
-        consumer(thread_index() / WARPGROUP - 1),
-        thread(thread_index() % WARPGROUP),
-        first_c(block_index() * COLUMNS + consumer * PANEL),
-        fragment(thread) {}
+  const Parameters& p;
+  typename L::Ring ring;
+  Shared last;
+  uint32_t consumer = thread_index() / WARPGROUP - 1, thread = thread_index() % WARPGROUP;
+  uint32_t first_c = block_index() * COLUMNS + consumer * PANEL;
+  Fragment fragment = Fragment(thread);
 
   // acc_cr (+)= D(wide_mc)ᵀ · narrow_mr for the 64 tokens of the stage.
   template <bool SET>
   __device__ __forceinline__ void multiply(float (&acc_cr)[PANELS][PANEL / 2], uint32_t m) {
-    barrier_wait(ring.full(), ring.trip.parity);
+    ring.wait();
     const Shared wide = ring.stage() + consumer * PANEL_64, narrow = ring.stage() + CONSUMERS * PANEL_64;
     if (p.masked) {
       // In place: nobody else reads this warpgroup's columns.
@@ -131,21 +120,14 @@ struct Consumer {
     wgmma_commit();
   }
 
-  __device__ __forceinline__ void release(uint32_t slot) const {
-    if (thread == 0) barrier_arrive(ring.empty(slot));
-  }
-
   __device__ __forceinline__ void run(uint32_t first_m, uint32_t last_m) {
     float acc_cr[PANELS][PANEL / 2];
     multiply<true>(acc_cr, first_m);
-    uint32_t previous = ring.trip.slot;
-    ring.trip.advance();
+    ring.advance();
     for (uint32_t m = first_m + TOKENS; m < last_m; m += TOKENS) {
       multiply<false>(acc_cr, m);
-      wgmma_wait<1>();
-      release(previous);
-      previous = ring.trip.slot;
-      ring.trip.advance();
+      ring.release_previous();
+      ring.advance();
     }
     wgmma_wait<0>();
 #pragma unroll
@@ -177,7 +159,6 @@ struct Consumer {
 
   // One thread's addition releases what all consumers wrote, and acquires what those of the other splits did.
   __device__ __forceinline__ bool is_last() const {
-    const Shared last = ring.memory + Layout<PANELS>::LAST;
     named_barrier_sync(1 + CONSUMERS, CONSUMERS * WARPGROUP);
     if (consumer == 0 && thread == 0) {
       store_shared(last, add_acquire_release(p.ended + block_index(), 1) + 1 == grid_blocks_y());
@@ -210,13 +191,11 @@ struct Consumer {
 template <class T, int PANELS>
 __global__ void __launch_bounds__(THREADS, 1) rank_grad_kernel(const __grid_constant__ Parameters p) {
   using L = Layout<PANELS>;
-  const Ring<PANELS> ring(shared_memory());
+  const Shared memory = shared_memory();
+  const typename L::Ring ring(memory, memory + L::BARRIERS);
   const uint32_t warp = warp_index();
   if (warp == 0 && elect_one()) {
-    for (uint32_t i = 0; i < L::STAGES; ++i) {
-      barrier_init(ring.memory + L::FULL + 8 * i, 1, "full", i);
-      barrier_init(ring.memory + L::EMPTY + 8 * i, CONSUMERS, "empty", i);
-    }
+    ring.initialise();
     fence_barrier_init();
     prefetch_map(&p.wide);
     prefetch_map(&p.narrow);
@@ -230,7 +209,7 @@ __global__ void __launch_bounds__(THREADS, 1) rank_grad_kernel(const __grid_cons
     if (warp == 0 && elect_one()) produce<PANELS>(p, ring, first_m, last_m);
   } else {
     registers_increase<CONSUMER_REGISTERS>();
-    Consumer<T, PANELS>(p, ring).run(first_m, last_m);
+    Consumer<T, PANELS>{p, ring, memory + L::LAST}.run(first_m, last_m);
   }
 }
 
@@ -294,7 +273,7 @@ const char* refusal(const fastlora_rank_grad& c) {
 
 }  // namespace
 
-const char* rank_grad_kernels() {
+const char* kernels() {
   static char lines[256];
   std::snprintf(lines, sizeof(lines),
                 "rank_grad_kernel<*, 1> %u %u 1\n"
@@ -304,15 +283,16 @@ const char* rank_grad_kernels() {
   return lines;
 }
 
-}  // namespace fastlora
+}  // namespace fastlora::rank_grad
 
 extern "C" size_t fastlora_rank_grad_workspace(const fastlora_rank_grad* call) {
-  return fastlora::Plan(*call).bytes(*call);
+  return fastlora::rank_grad::Plan(*call).bytes(*call);
 }
 
 extern "C" const char* fastlora_rank_grad_sm90(const fastlora_rank_grad* call, void* workspace, int32_t device, int32_t,
                                                void* stream) {
   using namespace fastlora;
+  using namespace fastlora::rank_grad;
   if (const char* reason = refusal(*call)) return reason;
   if (const char* error = use_device(device)) return error;
   return call->dtype == FASTLORA_BF16 ? run_rank_grad<BF16>(*call, workspace, stream)
