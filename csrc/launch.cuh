@@ -14,6 +14,8 @@
 
 namespace fastlora {
 
+constexpr const char* DEVICE_TYPE = "cuda";
+
 struct LaunchShape {
   uint32_t blocks_x;
   uint32_t blocks_y = 1;
@@ -91,6 +93,13 @@ const char* launch(void (*kernel)(Arguments), const Arguments& arguments, const 
 
 // The runtime's device of this thread: a thread that has used no GPU yet, such as autograd's, has no context before.
 inline const char* use_device(int32_t device) { return error_of(cudaSetDevice(device)); }
+
+inline const char* count_multiprocessors(int32_t device, uint32_t* count) {
+  int found = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&found, cudaDevAttrMultiProcessorCount, device);
+  *count = found;
+  return error_of(error);
+}
 
 inline const char* set_zero(void* memory, size_t bytes, void* stream) {
   return error_of(cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(stream)));

@@ -9,6 +9,8 @@
 
 extern "C" int32_t fastlora_abi(void) { return FASTLORA_ABI; }
 
+extern "C" const char* fastlora_device_type(void) { return fastlora::DEVICE_TYPE; }
+
 extern "C" const char* fastlora_obstacle(void) { return fastlora::driver_obstacle(); }
 
 extern "C" const char* fastlora_kernels(void) {

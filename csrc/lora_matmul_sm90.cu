@@ -73,6 +73,9 @@ __global__ void __launch_bounds__(THREADS, 1) lora_matmul_kernel(const __grid_co
   if (CLUSTER > 1) cluster_sync();
 }
 
+// w is stored as [k, n].
+bool is_transposed(const fastlora_lora_matmul& c) { return c.w.data != nullptr && c.w.column_stride != 1; }
+
 // The memory of a call beside its operands: what is packed, then a counter for each launch and the flags.
 struct Plan {
   static constexpr uint32_t MOST_LAUNCHES = 2;
@@ -80,12 +83,12 @@ struct Plan {
   uint32_t row_blocks;
 
   explicit Plan(const fastlora_lora_matmul& c)
-      : a(c.w_transposed ? Adapter(c.a, c.k, c.r, c.a_stride_k, c.a_stride_r, c.adapter_dtype == FASTLORA_FP32)
-                         : Adapter(c.a, c.r, c.k, c.a_stride_r, c.a_stride_k, c.adapter_dtype == FASTLORA_FP32)),
-        b(c.w_transposed ? Adapter(c.b, c.r, c.n, c.b_stride_r, c.b_stride_n, c.adapter_dtype == FASTLORA_FP32)
-                         : Adapter(c.b, c.n, c.r, c.b_stride_n, c.b_stride_r, c.adapter_dtype == FASTLORA_FP32)),
+      : a(is_transposed(c) ? Adapter(transposed(c.a), c.k, c.r, c.adapter_dtype == FASTLORA_FP32)
+                           : Adapter(c.a, c.r, c.k, c.adapter_dtype == FASTLORA_FP32)),
+        b(is_transposed(c) ? Adapter(transposed(c.b), c.r, c.n, c.adapter_dtype == FASTLORA_FP32)
+                           : Adapter(c.b, c.n, c.r, c.adapter_dtype == FASTLORA_FP32)),
         row_blocks(ceil_div(c.m, TILE_M)) {
-    if (c.w == nullptr) b.packed = false;
+    if (c.w.data == nullptr) b.packed = false;
   }
 
   size_t sync_bytes() const { return 4 * (MOST_LAUNCHES + size_t(row_blocks)); }
@@ -125,15 +128,15 @@ const char* launch_jobs(Parameters& p, bool makes_tiles, bool serial, uint32_t s
 template <class T>
 const char* run_lora_matmul(const fastlora_lora_matmul& c, void* workspace, uint32_t sms, void* stream) {
   const Plan plan(c);
-  const bool makes_tiles = c.w != nullptr;
+  const bool makes_tiles = c.w.data != nullptr;
   const uint32_t tile_n = makes_tiles ? choose_tile_columns(c, sms) : 256;
   const bool pairs = tile_n == 256 && plan.row_blocks > 1;
   uint8_t* memory = static_cast<uint8_t*>(workspace);
 
   Parameters p = {};
   p.bias = c.bias;
-  p.z_out = c.z;
-  p.z_stride = c.z_stride;
+  p.z_out = c.z.data;
+  p.z_stride = c.z.row_stride;
   p.m = c.m, p.n = c.n, p.k = c.k, p.r = c.r;
   p.z_columns = round_up(c.r, 8);
   p.scale = c.mask.kind == FASTLORA_MASK_INPUT ? c.scale * c.mask.rescale : c.scale;
@@ -141,14 +144,20 @@ const char* run_lora_matmul(const fastlora_lora_matmul& c, void* workspace, uint
   p.mask = {c.mask.seed, c.mask.threshold, c.mask.rescale};
 
   PackParameters packing = {};
-  const void* adapters[2] = {plan.a.base, plan.b.base};
+  const void* adapters[2] = {plan.a.matrix.data, plan.b.matrix.data};
   uint32_t most = 0;
   for (int i = 0; i < 2; ++i) {
     const Adapter& q = i == 0 ? plan.a : plan.b;
     if (!q.packed) continue;
     adapters[i] = memory;
-    packing.packing[i] = {q.base,          reinterpret_cast<uint16_t*>(memory), q.rows, q.columns, q.padded(), q.stride,
-                          q.stride_column, c.adapter_dtype == FASTLORA_FP32};
+    packing.packing[i] = {q.matrix.data,
+                          reinterpret_cast<uint16_t*>(memory),
+                          q.rows,
+                          q.columns,
+                          q.padded(),
+                          q.matrix.row_stride,
+                          q.matrix.column_stride,
+                          q.is_float};
     most = q.rows * q.padded() > most ? q.rows * q.padded() : most;
     memory += q.bytes();
   }
@@ -163,21 +172,23 @@ const char* run_lora_matmul(const fastlora_lora_matmul& c, void* workspace, uint
   }
 
   // Boxes as the producer's loads have them: x and z whole blocks of rows, w and b this CTA's share, y half a block.
-  const uint32_t share = c.w_transposed ? PANEL : tile_n / (pairs ? 2 : 1);
-  const auto row_bytes = [](const Adapter& q) { return 2 * (q.packed ? q.padded() : q.stride); };
-  const char* error = make_map(&p.x, c.x, c.m, c.k, 2 * c.x_stride, TILE_M);
+  const bool w_transposed = is_transposed(c);
+  const uint32_t share = w_transposed ? PANEL : tile_n / (pairs ? 2 : 1);
+  const auto row_bytes = [](const Adapter& q) { return 2 * (q.packed ? q.padded() : q.matrix.row_stride); };
+  const char* error = make_map(&p.x, c.x.data, c.m, c.k, 2 * c.x.row_stride, TILE_M);
   if (!error) error = make_map(&p.a, adapters[0], plan.a.rows, plan.a.columns, row_bytes(plan.a), PANEL);
   if (makes_tiles) {
-    const uint64_t w_rows = c.w_transposed ? c.k : c.n, w_columns = c.w_transposed ? c.n : c.k;
-    if (!error) error = make_map(&p.w, c.w, w_rows, w_columns, 2 * c.w_stride, share);
+    const fastlora_matrix w = w_transposed ? transposed(c.w) : c.w;
+    const uint64_t w_rows = w_transposed ? c.k : c.n, w_columns = w_transposed ? c.n : c.k;
+    if (!error) error = make_map(&p.w, w.data, w_rows, w_columns, 2 * w.row_stride, share);
     if (!error) error = make_map(&p.b, adapters[1], plan.b.rows, plan.b.columns, row_bytes(plan.b), share);
-    if (!error) error = make_map(&p.z, c.z, c.m, c.r, 2 * c.z_stride, TILE_M);
-    if (!error) error = make_map(&p.y, c.y, c.m, c.n, 2 * c.y_stride, CONSUMER_ROWS);
+    if (!error) error = make_map(&p.z, c.z.data, c.m, c.r, 2 * c.z.row_stride, TILE_M);
+    if (!error) error = make_map(&p.y, c.y.data, c.m, c.n, 2 * c.y.row_stride, CONSUMER_ROWS);
   }
   if (error) return error;
 
   const bool serial = c.design == FASTLORA_SERIAL;
-  if (c.w_transposed) {
+  if (w_transposed) {
     return tile_n == 128 ? launch_jobs<T, 128, 1, true>(p, makes_tiles, serial, sms, stream)
            : pairs       ? launch_jobs<T, 256, 2, true>(p, makes_tiles, serial, sms, stream)
                          : launch_jobs<T, 256, 1, true>(p, makes_tiles, serial, sms, stream);
@@ -189,20 +200,28 @@ const char* run_lora_matmul(const fastlora_lora_matmul& c, void* workspace, uint
 
 const char* refusal(const fastlora_lora_matmul& c) {
   constexpr int64_t LIMIT = int64_t(1) << 31;
-  if (c.m < 1 || c.k < 1 || c.r < 1 || (c.w && c.n < 1)) return "lora_matmul: m, k, n and r must be at least 1";
-  if (c.m >= LIMIT || c.k >= LIMIT || c.n >= LIMIT) return "lora_matmul: m, k and n must be below 2^31";
+  const bool makes_tiles = c.w.data != nullptr;
+  if (c.m < 1 || c.k < 1 || c.r < 1 || (makes_tiles && c.n < 1)) {
+    return "lora_matmul: m, k, n and r must be at least 1";
+  }
+  if (c.m >= LIMIT || c.k >= LIMIT || (makes_tiles && c.n >= LIMIT)) {
+    return "lora_matmul: m, k and n must be below 2^31";
+  }
   if (c.r > 256) return "lora_matmul: r must be at most 256";
   if (c.dtype != FASTLORA_BF16 && c.dtype != FASTLORA_FP16) return "lora_matmul: dtype must be BF16 or FP16";
   if (c.adapter_dtype != c.dtype && c.adapter_dtype != FASTLORA_FP32) {
     return "lora_matmul: adapter_dtype must be dtype or FP32";
   }
-  if (!is_aligned(c.x, c.x_stride)) return "lora_matmul: rows of x must start on 16 bytes";
-  if (!is_aligned(c.z, c.z_stride) || c.z_stride < int64_t(round_up(c.r, 8)))
-    return "lora_matmul: rows of z must start on 16 bytes";
-  if (c.w == nullptr) return nullptr;
-  if (!is_aligned(c.w, c.w_stride)) return "lora_matmul: rows of w must start on 16 bytes";
+  if (!has_aligned_rows(c.x)) return "lora_matmul: rows of x must be contiguous and start on 16 bytes";
+  if (!has_aligned_rows(c.z) || c.z.row_stride < int64_t(round_up(c.r, 8))) {
+    return "lora_matmul: rows of z must be contiguous and start on 16 bytes";
+  }
+  if (!makes_tiles) return nullptr;
+  if (!has_aligned_rows(is_transposed(c) ? transposed(c.w) : c.w)) {
+    return "lora_matmul: rows of w, or of its transpose, must be contiguous and start on 16 bytes";
+  }
   if (reinterpret_cast<uintptr_t>(c.bias) % 4 != 0) return "lora_matmul: bias must start on 4 bytes";
-  if (!is_aligned(c.y, c.y_stride)) return "lora_matmul: rows of y must start on 16 bytes";
+  if (!has_aligned_rows(c.y)) return "lora_matmul: rows of y must be contiguous and start on 16 bytes";
   if (c.n % 8 != 0) return "lora_matmul: n must be a multiple of 8, so that rows of y are whole 16 bytes";
   if (c.tile_columns != 0 && c.tile_columns != 128 && c.tile_columns != 256) {
     return "lora_matmul: tile_columns must be 0, 128 or 256";
@@ -230,11 +249,13 @@ extern "C" size_t fastlora_lora_matmul_workspace(const fastlora_lora_matmul* cal
 }
 
 extern "C" const char* fastlora_lora_matmul_sm90(const fastlora_lora_matmul* call, void* workspace, int32_t device,
-                                                 int32_t sms, void* stream) {
+                                                 void* stream) {
   using namespace fastlora;
   using namespace fastlora::lora_matmul;
   if (const char* reason = refusal(*call)) return reason;
   if (const char* error = use_device(device)) return error;
+  uint32_t sms;
+  if (const char* error = count_multiprocessors(device, &sms)) return error;
   return call->dtype == FASTLORA_BF16 ? run_lora_matmul<BF16>(*call, workspace, sms, stream)
                                       : run_lora_matmul<FP16>(*call, workspace, sms, stream);
 }

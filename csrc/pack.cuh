@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include <fastlora.h>
 #include <layout.cuh>
 #include <pipeline.cuh>
 #include <ptx.cuh>
@@ -14,7 +15,7 @@ struct Packing {
   const void* from;
   uint16_t* to;
   uint32_t rows, columns, padded;
-  int64_t stride_row, stride_column;
+  int64_t row_stride, column_stride;
   int32_t is_float;
 };
 
@@ -30,7 +31,7 @@ __global__ void __launch_bounds__(PACK_THREADS) pack_kernel(const __grid_constan
     const uint32_t size = q.rows * q.padded;
     for (uint32_t i = block_index() * PACK_THREADS + thread_index(); i < size; i += grid_blocks() * PACK_THREADS) {
       const uint32_t row = i / q.padded, column = i % q.padded;
-      const int64_t at = row * q.stride_row + column * q.stride_column;
+      const int64_t at = row * q.row_stride + column * q.column_stride;
       if (column >= q.columns) {
         q.to[i] = 0;
       } else if (q.is_float) {
@@ -44,21 +45,20 @@ __global__ void __launch_bounds__(PACK_THREADS) pack_kernel(const __grid_constan
 
 constexpr uint64_t round_up(uint64_t size, uint64_t step) { return (size + step - 1) / step * step; }
 
+inline fastlora_matrix transposed(const fastlora_matrix& q) { return {q.data, q.column_stride, q.row_stride}; }
+
 // An adapter as the kernel will read it: ``rows`` of ``columns`` contiguous 16-bit elements.
 struct Adapter {
-  const void* base;
+  fastlora_matrix matrix;
   uint32_t rows, columns;
-  int64_t stride, stride_column;
-  bool packed;
+  bool is_float, packed;
 
-  // ``stride`` is that of the rows.
-  Adapter(const void* base, int64_t rows, int64_t columns, int64_t stride, int64_t stride_column, bool is_float)
-      : base(base),
+  Adapter(const fastlora_matrix& matrix, int64_t rows, int64_t columns, bool is_float)
+      : matrix(matrix),
         rows(rows),
         columns(columns),
-        stride(stride),
-        stride_column(stride_column),
-        packed(is_float || stride_column != 1 || stride < columns || !is_aligned(base, stride)) {}
+        is_float(is_float),
+        packed(is_float || !has_aligned_rows(matrix) || matrix.row_stride < columns) {}
 
   uint32_t padded() const { return round_up(columns, 8); }
   size_t bytes() const { return packed ? round_up(size_t(rows) * padded() * 2, 256) : 0; }

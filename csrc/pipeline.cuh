@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include <fastlora.h>
 #include <layout.cuh>
 #include <ptx.cuh>
 
@@ -102,9 +103,9 @@ struct Ring {
   }
 };
 
-// Whether a tensor copy can start at every row.
-inline bool is_aligned(const void* base, int64_t stride) {
-  return reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride % 8 == 0;
+// Whether tensor copies can read or write 16-bit elements: rows are contiguous and start on 16 bytes.
+inline bool has_aligned_rows(const fastlora_matrix& q) {
+  return q.column_stride == 1 && q.row_stride % 8 == 0 && reinterpret_cast<uintptr_t>(q.data) % 16 == 0;
 }
 
 }  // namespace fastlora

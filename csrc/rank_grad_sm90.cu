@@ -242,16 +242,16 @@ const char* run_rank_grad(const fastlora_rank_grad& c, void* workspace, void* st
   Parameters p = {};
   p.partial = static_cast<float*>(workspace);
   p.ended = reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(workspace) + plan.partial_bytes(c));
-  p.grad = c.grad;
-  p.grad_stride_r = c.grad_stride_r;
-  p.grad_stride_c = c.grad_stride_c;
+  p.grad = c.grad.data;
+  p.grad_stride_r = c.grad.row_stride;
+  p.grad_stride_c = c.grad.column_stride;
   p.m = c.m, p.c = c.c, p.r = c.r, p.r_padded = plan.r_padded;
   p.tokens_per_split = plan.tokens_per_split;
   p.grad_dtype = c.grad_dtype;
   p.masked = c.mask.kind == FASTLORA_MASK_INPUT;
   p.mask = {c.mask.seed, c.mask.threshold, c.mask.rescale};
-  if (const char* error = make_map(&p.wide, c.wide, c.m, c.c, 2 * c.wide_stride, TOKENS)) return error;
-  if (const char* error = make_map(&p.narrow, c.narrow, c.m, c.r, 2 * c.narrow_stride, TOKENS)) return error;
+  if (const char* error = make_map(&p.wide, c.wide.data, c.m, c.c, 2 * c.wide.row_stride, TOKENS)) return error;
+  if (const char* error = make_map(&p.narrow, c.narrow.data, c.m, c.r, 2 * c.narrow.row_stride, TOKENS)) return error;
   if (const char* error = set_zero(p.ended, 4 * plan.blocks, stream)) return error;
   const uint32_t panels = ceil_div(c.r, PANEL);
   return panels == 1   ? launch_panels<T, 1>(p, plan, stream)
@@ -266,8 +266,8 @@ const char* refusal(const fastlora_rank_grad& c) {
   if (c.r > 256) return "rank_grad: r must be at most 256";
   if (c.dtype != FASTLORA_BF16 && c.dtype != FASTLORA_FP16) return "rank_grad: dtype must be BF16 or FP16";
   if (c.mask.kind == FASTLORA_MASK_PRODUCT) return "rank_grad: the mask is on wide, or there is none";
-  if (!is_aligned(c.wide, c.wide_stride)) return "rank_grad: rows of wide must start on 16 bytes";
-  if (!is_aligned(c.narrow, c.narrow_stride)) return "rank_grad: rows of narrow must start on 16 bytes";
+  if (!has_aligned_rows(c.wide)) return "rank_grad: rows of wide must be contiguous and start on 16 bytes";
+  if (!has_aligned_rows(c.narrow)) return "rank_grad: rows of narrow must be contiguous and start on 16 bytes";
   return nullptr;
 }
 
@@ -289,7 +289,7 @@ extern "C" size_t fastlora_rank_grad_workspace(const fastlora_rank_grad* call) {
   return fastlora::rank_grad::Plan(*call).bytes(*call);
 }
 
-extern "C" const char* fastlora_rank_grad_sm90(const fastlora_rank_grad* call, void* workspace, int32_t device, int32_t,
+extern "C" const char* fastlora_rank_grad_sm90(const fastlora_rank_grad* call, void* workspace, int32_t device,
                                                void* stream) {
   using namespace fastlora;
   using namespace fastlora::rank_grad;

@@ -6,6 +6,7 @@ What the kernels compute is tested where they run: in the host model, and on a G
 from __future__ import annotations
 
 import ctypes
+import itertools
 import re
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from torch import Tensor
 
 import fastlora
 from csrc import build as csrc
-from fastlora.backends import cuda, dispatch, measured
+from fastlora.backends import cuda, cuda_abi, dispatch, measured
 from fastlora.backends.dropout import Dropout
 from fastlora.backends.request import Product, Request
 from fastlora.ops.autograd import lora_matmul_op
@@ -38,28 +39,24 @@ extern "C" {
 FASTLORA_API fastlora_lora_matmul spy_lora_matmul;
 FASTLORA_API fastlora_rank_grad spy_rank_grad;
 FASTLORA_API void* spy_workspace;
-FASTLORA_API int32_t spy_sms;
 
 int32_t fastlora_abi(void) { return ABI; }
+const char* fastlora_device_type(void) { return DEVICE_TYPE; }
 const char* fastlora_obstacle(void) { return OBSTACLE; }
 size_t fastlora_lora_matmul_workspace(const fastlora_lora_matmul* call) { return 1000; }
-const char* fastlora_lora_matmul_sm90(const fastlora_lora_matmul* call, void* workspace, int32_t device, int32_t sms,
+const char* fastlora_lora_matmul_sm90(const fastlora_lora_matmul* call, void* workspace, int32_t device,
                                       void* stream) {
   spy_lora_matmul = *call;
   spy_workspace = workspace;
-  spy_sms = sms;
   memset(workspace, 0, 1000);
   return ANSWER;
 }
 size_t fastlora_rank_grad_workspace(const fastlora_rank_grad* call) { return 0; }
-const char* fastlora_rank_grad_sm90(const fastlora_rank_grad* call, void* workspace, int32_t device, int32_t sms,
+const char* fastlora_rank_grad_sm90(const fastlora_rank_grad* call, void* workspace, int32_t device,
                                     void* stream) {
   spy_rank_grad = *call;
   return ANSWER;
 }
-#ifdef ON_HOST
-FASTLORA_API void fastlora_model_configure(void) {}
-#endif
 }
 """
 
@@ -70,7 +67,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     def forget() -> None:
         dispatch.forget()
-        cuda._library.cache_clear()
+        cuda_abi.find_library.cache_clear()
 
     for name in ("FASTLORA_CUDA_LIBRARY",):
         monkeypatch.delenv(name, raising=False)
@@ -88,9 +85,10 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     made: dict[tuple[str, ...], Path] = {}
 
     def compile_spy(
-        abi: int = cuda.ABI, answer: str = "NULL", obstacle: str = "NULL", on_host: bool = True, source: str = SPY
+        abi: int = cuda_abi.ABI, answer: str = "NULL", obstacle: str = "NULL", device: str = "cpu", source: str = SPY
     ) -> Path:
-        defines = (f"-DABI={abi}", f"-DANSWER={answer}", f"-DOBSTACLE={obstacle}", *(["-DON_HOST"] if on_host else []))
+        values = {"ABI": abi, "ANSWER": answer, "OBSTACLE": obstacle, "DEVICE_TYPE": f'"{device}"'}
+        defines = tuple(f"-D{name}={value}" for name, value in values.items())
         if (source, *defines) not in made:
             folder = tmp_path_factory.mktemp("spy")
             (folder / "spy.cpp").write_text(source)
@@ -105,7 +103,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture
 def spy(compiled: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
-    """The spy in the place of the host model, its last calls to be read."""
+    """The spy as a library for the CPU, its last calls to be read."""
     path = compiled()
     monkeypatch.setenv("FASTLORA_CUDA_LIBRARY", str(path))
     return ctypes.CDLL(str(path))
@@ -136,16 +134,18 @@ def header_structs() -> dict[str, list[tuple[str, str]]]:
 
 
 MIRRORS = {
-    "fastlora_mask": cuda._Mask,
-    "fastlora_lora_matmul": cuda._LoraMatmul,
-    "fastlora_rank_grad": cuda._RankGrad,
+    "fastlora_matrix": cuda_abi.Matrix,
+    "fastlora_mask": cuda_abi.Mask,
+    "fastlora_lora_matmul": cuda_abi.LoraMatmul,
+    "fastlora_rank_grad": cuda_abi.RankGrad,
 }
 TYPES = {
     ctypes.c_void_p: "pointer",
     ctypes.c_int64: "int64_t",
     ctypes.c_int32: "int32_t",
     ctypes.c_float: "float",
-    cuda._Mask: "fastlora_mask",
+    cuda_abi.Matrix: "fastlora_matrix",
+    cuda_abi.Mask: "fastlora_mask",
 }
 
 
@@ -158,27 +158,43 @@ def test_a_mirror_has_the_fields_of_the_header_in_order(name: str) -> None:
     assert [(field, TYPES[kind]) for field, kind in MIRRORS[name]._fields_] == header_structs()[name]
 
 
-@pytest.mark.parametrize("structure", [cuda._LoraMatmul, cuda._RankGrad], ids=lambda structure: structure.__name__)
-def test_packing_makes_the_bytes_of_the_structure(structure: type[ctypes.Structure]) -> None:
-    kinds = [kind for _, kind in structure._fields_]
-    at = kinds.index(cuda._Mask)
-    numbers = list(range(1, len(kinds) + 1))
-    expected = structure(*numbers[:at], cuda._Mask(101, 102, 103.0, 104), *numbers[at + 1 :])
-    pack = {cuda._LoraMatmul: cuda._pack_lora_matmul, cuda._RankGrad: cuda._pack_rank_grad}[structure]
-    assert pack(*numbers[:at], 101, 102, 103.0, 104, *numbers[at + 1 :]) == bytes(expected)
+def filled(structure: type[ctypes.Structure], numbers: Iterator[int]) -> tuple[ctypes.Structure, list[int]]:
+    """A structure with a number of its own in every field, and those numbers in order."""
+    values, flat = [], []
+    for _, kind in structure._fields_:
+        if issubclass(kind, ctypes.Structure):
+            value, inner = filled(kind, numbers)
+            flat += inner
+        else:
+            value = next(numbers)
+            flat.append(value)
+        values.append(value)
+    return structure(*values), flat
+
+
+@pytest.mark.parametrize(
+    ("structure", "pack"),
+    [(cuda_abi.LoraMatmul, cuda_abi.pack_lora_matmul), (cuda_abi.RankGrad, cuda_abi.pack_rank_grad)],
+    ids=["lora_matmul", "rank_grad"],
+)
+def test_packing_makes_the_bytes_of_the_structure(
+    structure: type[ctypes.Structure], pack: Callable[..., bytes]
+) -> None:
+    expected, numbers = filled(structure, itertools.count(1))
+    assert pack(*numbers) == bytes(expected)
 
 
 def test_the_codes_are_those_of_the_header() -> None:
     text = HEADER.read_text()
     codes = {name: int(value) for name, value in re.findall(r"(FASTLORA_\w+) = (\d+)", text)}
-    assert int(re.search(r"#define FASTLORA_ABI (\d+)", text)[1]) == cuda.ABI
+    assert int(re.search(r"#define FASTLORA_ABI (\d+)", text)[1]) == cuda_abi.ABI
     assert {
-        "FASTLORA_BF16": cuda._DTYPES[torch.bfloat16],
-        "FASTLORA_FP16": cuda._DTYPES[torch.float16],
-        "FASTLORA_FP32": cuda._DTYPES[torch.float32],
-        "FASTLORA_MASK_NONE": cuda._NO_MASK[0],
-        "FASTLORA_MASK_INPUT": cuda._MASK_INPUT,
-        "FASTLORA_MASK_PRODUCT": cuda._MASK_PRODUCT,
+        "FASTLORA_BF16": cuda_abi.DTYPES[torch.bfloat16],
+        "FASTLORA_FP16": cuda_abi.DTYPES[torch.float16],
+        "FASTLORA_FP32": cuda_abi.DTYPES[torch.float32],
+        "FASTLORA_MASK_NONE": cuda_abi.MASK_NONE,
+        "FASTLORA_MASK_INPUT": cuda_abi.MASK_INPUT,
+        "FASTLORA_MASK_PRODUCT": cuda_abi.MASK_PRODUCT,
         "FASTLORA_Z_JOBS": cuda.DESIGNS.index("z_jobs"),
         "FASTLORA_SERIAL": cuda.DESIGNS.index("serial"),
     } == codes
@@ -203,13 +219,11 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.usefixtures("spy")
-def test_the_host_model_takes_what_is_on_the_cpu() -> None:
+def test_a_library_for_the_cpu_takes_what_is_there() -> None:
     assert cuda.refuses(request()) is None
     assert cuda.refuses(request(r=256)) is None
     assert cuda.refuses(request(verb="rank_grad", k=256, n=128, r=128, dropout=True)) is None
-    assert cuda.refuses(request(GPU)) == (
-        "x is on cuda: FASTLORA_CUDA_LIBRARY is the host model, which takes CPU tensors"
-    )
+    assert cuda.refuses(request(GPU)) == "x is on cuda: FASTLORA_CUDA_LIBRARY takes CPU tensors"
 
 
 @pytest.mark.parametrize("case", REFUSALS)
@@ -219,10 +233,10 @@ def test_what_the_kernels_cannot_do_is_said(case: str) -> None:
     assert cuda.refuses(request(**changes)) == reason
 
 
-def test_a_cpu_without_the_host_model(monkeypatch: pytest.MonkeyPatch, compiled: Callable[..., Path]) -> None:
+def test_a_cpu_without_a_library_for_it(monkeypatch: pytest.MonkeyPatch, compiled: Callable[..., Path]) -> None:
     assert cuda.refuses(request()) == f"x is on cpu: {HOPPER}"
-    assert cuda._library.cache_info().currsize == 0, "a CPU has no use for the library"
-    monkeypatch.setenv("FASTLORA_CUDA_LIBRARY", str(compiled(on_host=False)))
+    assert cuda_abi.find_library.cache_info().currsize == 0, "a CPU has no use for the library"
+    monkeypatch.setenv("FASTLORA_CUDA_LIBRARY", str(compiled(device="cuda")))
     assert cuda.refuses(request()) == f"x is on cpu: {HOPPER}"
 
 
@@ -235,7 +249,7 @@ def test_an_amd_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_another_architecture(
     capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch, compiled: Callable[..., Path]
 ) -> None:
-    monkeypatch.setenv("FASTLORA_CUDA_LIBRARY", str(compiled(on_host=False)))
+    monkeypatch.setenv("FASTLORA_CUDA_LIBRARY", str(compiled(device="cuda")))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     major, minor = capability
     assert cuda.refuses(request(GPU)) == (
@@ -244,19 +258,19 @@ def test_another_architecture(
 
 
 def test_hopper_is_taken(monkeypatch: pytest.MonkeyPatch, compiled: Callable[..., Path]) -> None:
-    monkeypatch.setenv("FASTLORA_CUDA_LIBRARY", str(compiled(on_host=False)))
+    monkeypatch.setenv("FASTLORA_CUDA_LIBRARY", str(compiled(device="cuda")))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert cuda.refuses(request(GPU)) is None
 
 
 def test_a_driver_older_than_the_toolkit(monkeypatch: pytest.MonkeyPatch, compiled: Callable[..., Path]) -> None:
-    monkeypatch.setenv("FASTLORA_CUDA_LIBRARY", str(compiled(on_host=False, obstacle='"the driver is old"')))
+    monkeypatch.setenv("FASTLORA_CUDA_LIBRARY", str(compiled(device="cuda", obstacle='"the driver is old"')))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert cuda.refuses(request(GPU)) == "the driver is old"
 
 
 def test_a_library_that_was_not_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(cuda, "_LIBRARY", tmp_path / "absent.so")
+    monkeypatch.setattr(cuda_abi, "_PACKAGE_LIBRARY", tmp_path / "absent.so")
     assert cuda.refuses(request(GPU)) == (
         "the CUDA kernels are not built: install the CUDA toolkit, 12.5 or newer, and install fastlora again with "
         "FASTLORA_BUILD_CUDA=1, or run `python csrc/build.py` in a clone"
@@ -289,10 +303,11 @@ def test_a_library_of_something_else(monkeypatch: pytest.MonkeyPatch, compiled: 
 
 
 def test_a_library_of_another_abi(monkeypatch: pytest.MonkeyPatch, compiled: Callable[..., Path]) -> None:
-    path = compiled(abi=cuda.ABI + 1)
+    path = compiled(abi=cuda_abi.ABI + 1)
     monkeypatch.setenv("FASTLORA_CUDA_LIBRARY", str(path))
     assert cuda.refuses(request()) == (
-        f"{path} has ABI {cuda.ABI + 1}, this fastlora needs {cuda.ABI}: build it again with `python csrc/build.py`"
+        f"{path} has ABI {cuda_abi.ABI + 1}, this fastlora needs {cuda_abi.ABI}: "
+        "build it again with `python csrc/build.py`"
     )
 
 
@@ -330,7 +345,7 @@ def test_auto_leaves_it_even_where_it_can_run() -> None:
 def test_auto_leaves_it_on_hopper_until_it_is_proven(
     monkeypatch: pytest.MonkeyPatch, compiled: Callable[..., Path]
 ) -> None:
-    monkeypatch.setenv("FASTLORA_CUDA_LIBRARY", str(compiled(on_host=False)))
+    monkeypatch.setenv("FASTLORA_CUDA_LIBRARY", str(compiled(device="cuda")))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     explanation = dispatch._explain(request(GPU), "auto")
     assert explanation.chosen == "library"
@@ -368,12 +383,17 @@ def test_z_lies_alike_whoever_makes_it(forced: str, tokens: int, rank: int, monk
 
 
 def given(spy: ctypes.CDLL, structure: type[ctypes.Structure]) -> dict[str, Any]:
-    """The fields of the last call, a mask among them as a tuple."""
+    """The fields of the last call, matrices and a mask among them as tuples."""
     name = next(name for name, mirror in MIRRORS.items() if mirror is structure)
-    passed = structure.in_dll(spy, name.replace("fastlora", "spy"))
-    fields = {field: getattr(passed, field) for field, _ in structure._fields_}
-    mask = fields.pop("mask")
-    return fields | {"mask": (mask.kind, mask.threshold, mask.rescale, mask.seed)}
+    return as_values(structure.in_dll(spy, name.replace("fastlora", "spy")))
+
+
+def as_values(structure: ctypes.Structure) -> dict[str, Any]:
+    fields = {field: getattr(structure, field) for field, _ in structure._fields_}
+    return {
+        field: tuple(as_values(value).values()) if isinstance(value, ctypes.Structure) else value
+        for field, value in fields.items()
+    }
 
 
 DROPOUT = Dropout(0.25, torch.tensor([11, 22]))
@@ -388,51 +408,48 @@ def test_the_forward_arrives_field_by_field(spy: ctypes.CDLL, name: str, design:
     y, z = kernel_named(name).run(Product(x, w, a, b, 1.5, bias))
     assert (y.shape, y.stride(), y.dtype) == ((32, 48), (48, 1), torch.bfloat16)
     assert (z.shape, z.stride(), z.dtype) == ((32, 12), (16, 1), torch.bfloat16)
-    assert given(spy, cuda._LoraMatmul) == {
-        "x": x.data_ptr(), "w": w.data_ptr(), "a": a.data_ptr(), "b": b.data_ptr(), "bias": bias.data_ptr(),
-        "y": y.data_ptr(), "z": z.data_ptr(),
+    assert given(spy, cuda_abi.LoraMatmul) == {
+        "x": (x.data_ptr(), 80, 1), "w": (w.data_ptr(), 64, 1), "a": (a.data_ptr(), 64, 1), "b": (b.data_ptr(), 12, 1),
+        "y": (y.data_ptr(), 48, 1), "z": (z.data_ptr(), 16, 1), "bias": bias.data_ptr(),
         "m": 32, "k": 64, "n": 48, "r": 12,
-        "x_stride": 80, "w_stride": 64, "y_stride": 48, "z_stride": 16,
-        "a_stride_r": 64, "a_stride_k": 1, "b_stride_n": 12, "b_stride_r": 1,
-        "w_transposed": 0, "dtype": 0, "adapter_dtype": 2, "scale": 1.5, "mask": NO_MASK,
+        "dtype": 0, "adapter_dtype": 2, "scale": 1.5, "mask": NO_MASK,
         "design": design, "tile_columns": 0,
     }  # fmt: skip
-    assert ctypes.c_int32.in_dll(spy, "spy_sms").value == 4
-    assert ctypes.c_void_p.in_dll(spy, "spy_workspace").value % 256 == 0
+    assert ctypes.c_void_p.in_dll(spy, "spy_workspace").value % 16 == 0
 
 
 def test_the_backward_arrives_with_its_operands_turned(spy: ctypes.CDLL) -> None:
     dy = torch.empty(32, 48, dtype=torch.float16)
     w, a, b = (torch.empty(*shape, dtype=torch.float16) for shape in ((48, 64), (8, 64), (48, 8)))
     dx, t = cuda.lora_matmul(Product(dy, w.T, b.T, a.T, 0.5, None, DROPOUT.p, DROPOUT.seed, True))
-    assert given(spy, cuda._LoraMatmul) == {
-        "x": dy.data_ptr(), "w": w.data_ptr(), "a": b.data_ptr(), "b": a.data_ptr(), "bias": None,
-        "y": dx.data_ptr(), "z": t.data_ptr(),
+    assert given(spy, cuda_abi.LoraMatmul) == {
+        "x": (dy.data_ptr(), 48, 1), "w": (w.data_ptr(), 1, 64), "a": (b.data_ptr(), 1, 8), "b": (a.data_ptr(), 1, 64),
+        "y": (dx.data_ptr(), 64, 1), "z": (t.data_ptr(), 8, 1), "bias": None,
         "m": 32, "k": 48, "n": 64, "r": 8,
-        "x_stride": 48, "w_stride": 64, "y_stride": 64, "z_stride": 8,
-        "a_stride_r": 1, "a_stride_k": 8, "b_stride_n": 1, "b_stride_r": 64,
-        "w_transposed": 1, "dtype": 1, "adapter_dtype": 1, "scale": 0.5, "mask": (2, *MASK),
+        "dtype": 1, "adapter_dtype": 1, "scale": 0.5, "mask": (2, *MASK),
         "design": 0, "tile_columns": 0,
     }  # fmt: skip
 
 
 @pytest.mark.parametrize(("on_product", "mask"), [(False, (1, *MASK)), (True, NO_MASK)])
-def test_z_alone_has_neither_w_nor_b_nor_a_product_to_mask(
+def test_z_alone_has_neither_w_nor_y_nor_a_product_to_mask(
     spy: ctypes.CDLL, on_product: bool, mask: tuple[Any, ...]
 ) -> None:
     x, _, a, b, _ = make(32, 64, 48, 8, dtype=torch.bfloat16)
     y, z = cuda.lora_matmul(Product(x, None, a, b, 1.5, None, DROPOUT.p, DROPOUT.seed, on_product))
     assert y is None
     assert z.shape == (32, 8)
-    arrived = given(spy, cuda._LoraMatmul)
-    assert {name: arrived[name] for name in ("w", "b", "bias", "y")} == dict.fromkeys(("w", "b", "bias", "y"))
-    assert (arrived["a"], arrived["z"], arrived["mask"]) == (a.data_ptr(), z.data_ptr(), mask)
+    arrived = given(spy, cuda_abi.LoraMatmul)
+    assert {name: arrived[name] for name in ("w", "y")} == dict.fromkeys(("w", "y"), (None, 0, 0))
+    assert arrived["bias"] is None
+    assert (arrived["a"], arrived["z"]) == ((a.data_ptr(), 64, 1), (z.data_ptr(), 8, 1))
+    assert arrived["mask"] == mask
 
 
 def test_a_bias_with_gaps_is_copied(spy: ctypes.CDLL) -> None:
     x, w, a, b, bias = make(32, 64, 48, 8, dtype=torch.bfloat16)
     cuda.lora_matmul(Product(x, w, a, b, 1.5, bias.repeat_interleave(2)[::2]))
-    assert given(spy, cuda._LoraMatmul)["bias"] not in (None, bias.data_ptr())
+    assert given(spy, cuda_abi.LoraMatmul)["bias"] not in (None, bias.data_ptr())
 
 
 # p [M, P], q [M, Q], whether q is masked; and which is wide, with the strides of the gradient.
@@ -452,11 +469,10 @@ def test_rank_grad_arrives_field_by_field(spy: ctypes.CDLL, case: str) -> None:
     grad = cuda.rank_grad(p, q, dtype=torch.float32, dropout=DROPOUT if masked else None)
     assert (grad.shape, grad.dtype) == ((rows, columns), torch.float32)
     left, right = (q, p) if wide == "q" else (p, q)
-    assert given(spy, cuda._RankGrad) == {
-        "wide": left.data_ptr(), "narrow": right.data_ptr(), "grad": grad.data_ptr(),
+    assert given(spy, cuda_abi.RankGrad) == {
+        "wide": (left.data_ptr(), left.stride(0), 1), "narrow": (right.data_ptr(), right.stride(0), 1),
+        "grad": (grad.data_ptr(), *strides),
         "m": 32, "c": left.shape[1], "r": right.shape[1],
-        "wide_stride": left.stride(0), "narrow_stride": right.stride(0),
-        "grad_stride_r": strides[0], "grad_stride_c": strides[1],
         "dtype": 0, "grad_dtype": 2, "mask": (1, *MASK) if masked else NO_MASK,
     }  # fmt: skip
 
@@ -474,9 +490,8 @@ def library() -> Path:
 
 
 def test_it_loads_without_a_gpu(library: Path) -> None:
-    assert ctypes.CDLL(str(library)).fastlora_abi() == cuda.ABI
-    assert isinstance(cuda._library(), cuda._Library)
-    assert not cuda._library().on_host
+    assert ctypes.CDLL(str(library)).fastlora_abi() == cuda_abi.ABI
+    assert cuda_abi.require_library().device_type == "cuda"
 
 
 def test_it_shows_the_functions_of_the_header_alone(library: Path) -> None:

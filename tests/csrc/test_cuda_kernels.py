@@ -10,15 +10,16 @@ import ctypes
 import math
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from fastlora.accuracy import assert_close_to_oracle
-from fastlora.backends import cuda, reference
+from fastlora.backends import cuda, cuda_abi, reference
 from fastlora.backends.dropout import Dropout, draw_seed
 from tests.cases import DTYPES, LAYOUTS, Operands, check_against_reference, make
 from tests.csrc import host_library
@@ -49,17 +50,20 @@ def library(host_model: Path | None, monkeypatch: pytest.MonkeyPatch) -> Iterato
     if host_model is not None:
         monkeypatch.setenv("FASTLORA_CUDA_LIBRARY", str(host_model))
         interleave(host_model, seed=1)
-    load = cuda._library
+    load = cuda_abi.find_library
     load.cache_clear()
-    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+    yield
+    load.cache_clear()
 
-    def poisoned(*args: object, **kwargs: object) -> Tensor:
+
+def poisoned(empty: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def made(*args: object, **kwargs: object) -> Tensor:
         tensor = empty(*args, **kwargs)
         return tensor.fill_(float("nan") if tensor.is_floating_point() else 0x7F)
 
-    monkeypatch.setattr(torch, "empty", poisoned)
-    yield
-    load.cache_clear()
+    return made
 
 
 def interleave(library: Path, seed: int, resident_clusters: int = 2, calls_between_yields: int = 8) -> None:
@@ -124,8 +128,8 @@ def design(request: pytest.FixtureRequest) -> int:
 def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Every kernel of lora_matmul: the columns of a tile, and an M at which it runs alone or in a cluster of two."""
     columns, m = request.param
-    pack = cuda._pack_lora_matmul
-    monkeypatch.setattr(cuda, "_pack_lora_matmul", lambda *fields: pack(*fields[:-1], columns))
+    pack = cuda_abi.pack_lora_matmul
+    monkeypatch.setattr(cuda_abi, "pack_lora_matmul", lambda *numbers: pack(*numbers[:-1], columns))
     return int(m)
 
 
@@ -223,21 +227,24 @@ def test_the_same_bits_however_the_hardware_interleaves(host_model: Path, design
     [
         ({"r": 257}, "r must be at most 256"),
         ({"n": 250}, "n must be a multiple of 8"),
-        ({"x_stride": 100}, "rows of x must start on 16 bytes"),
-        ({"w_stride": 100}, "rows of w must start on 16 bytes"),
-        ({"z_stride": 8}, "rows of z must start on 16 bytes"),
+        ({"x": (16, 100, 1)}, "rows of x must be contiguous and start on 16 bytes"),
+        ({"x": (16, 96, 2)}, "rows of x must be contiguous and start on 16 bytes"),
+        ({"w": (16, 100, 1)}, "rows of w, or of its transpose, must be contiguous and start on 16 bytes"),
+        ({"w": (16, 1, 100)}, "rows of w, or of its transpose, must be contiguous and start on 16 bytes"),
+        ({"y": (24, 256, 1)}, "rows of y must be contiguous and start on 16 bytes"),
+        ({"z": (16, 8, 1)}, "rows of z must be contiguous and start on 16 bytes"),
         ({"dtype": 2}, "dtype must be BF16 or FP16"),
         ({"m": 0}, "must be at least 1"),
         ({"tile_columns": 64}, "tile_columns must be 0, 128 or 256"),
-        ({"tile_columns": 128, "r": 200, "z_stride": 200}, "tiles of 128 columns take r up to 128"),
+        ({"tile_columns": 128, "r": 200, "z": (16, 200, 1)}, "tiles of 128 columns take r up to 128"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_the_library_refuses_in_words_before_it_launches(change: dict[str, int], words: str) -> None:
-    sizes = dict(m=128, k=96, n=256, r=16, x_stride=96, w_stride=96, y_stride=256, z_stride=16)
-    sizes |= dict(a_stride_r=96, a_stride_k=1, b_stride_n=16, b_stride_r=1, dtype=0, adapter_dtype=0)
-    call = cuda._LoraMatmul(**(sizes | change), x=16, w=16, a=16, b=16, y=16, z=16)
-    answer = cuda._loaded().lora_matmul.launch(bytes(call), None, 0, 4, None)
+def test_the_library_refuses_in_words_before_it_launches(change: dict[str, Any], words: str) -> None:
+    good = dict(m=128, k=96, n=256, r=16, dtype=0, adapter_dtype=0)
+    good |= dict(x=(16, 96, 1), w=(16, 96, 1), a=(16, 96, 1), b=(16, 16, 1), y=(16, 256, 1), z=(16, 16, 1))
+    call = cuda_abi.LoraMatmul(**(good | change))
+    answer = cuda_abi.require_library().lora_matmul.run(bytes(call), 0, 0, None)
     assert answer is not None
     assert words in answer.decode()
 
@@ -466,7 +473,7 @@ def with_fault(folder: Path, name: str) -> Path:
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_shows(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library = host_library.build(tmp_path / "library", csrc=with_fault(tmp_path / "csrc", name))
-    monkeypatch.setattr(cuda, "_library", lambda: cuda._load(str(library)))
+    monkeypatch.setattr(cuda_abi, "find_library", lambda: cuda_abi.load(str(library)))
     seen: dict[str, list[str]] = {}
     for seed in range(12):
         interleave(library, seed, resident_clusters=1 + seed % 3, calls_between_yields=(8, 0, 1, 40)[seed % 4])

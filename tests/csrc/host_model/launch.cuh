@@ -10,6 +10,11 @@
 
 namespace fastlora {
 
+constexpr const char* DEVICE_TYPE = "cpu";
+
+// Few, so that a small product has more tiles than CTAs.
+constexpr uint32_t MULTIPROCESSORS = 4;
+
 struct LaunchShape {
   uint32_t blocks_x;
   uint32_t blocks_y = 1;
@@ -64,6 +69,11 @@ const char* launch(void (*kernel)(Arguments), const Arguments& arguments, const 
 }
 
 inline const char* use_device(int32_t) { return nullptr; }
+
+inline const char* count_multiprocessors(int32_t, uint32_t* count) {
+  *count = MULTIPROCESSORS;
+  return nullptr;
+}
 
 inline const char* driver_obstacle() { return nullptr; }
 
