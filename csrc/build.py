@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NAME = "libfastlora_cuda"
 LIBRARY = ROOT / "fastlora" / f"{NAME}.so"
 
-# Objects, their compiler's words (``*.log``) and build.ninja, below the root.
+# Objects, the compiler's messages (``*.log``) and build.ninja, below the root.
 FOLDER = Path("build", "csrc")
 
 # The first with cudaGetDriverEntryPointByVersion.
@@ -54,11 +54,11 @@ rule link
 
 
 class BuildError(RuntimeError):
-    """The library was asked for and cannot be built; the words say why, and the remedy."""
+    """The library was asked for and cannot be built; the message gives the reason and the remedy."""
 
 
 class Nvcc(NamedTuple):
-    """A compiler of CUDA: where it is, and what it says it is."""
+    """A CUDA compiler: its path and what ``nvcc --version`` prints."""
 
     path: str
     about: str
@@ -71,7 +71,7 @@ class Nvcc(NamedTuple):
 
 
 def obstacle(root: Path = ROOT) -> str | None:
-    """Why no library is built here, in one line, or None where one is.
+    """Gives the reason why no library is built here, in one line, or None where one is.
 
     Raises:
         BuildError: ``FASTLORA_BUILD_CUDA`` is 1 and something is missing, or it is neither 0 nor 1.
@@ -93,7 +93,7 @@ def build(library: Path = LIBRARY, root: Path = ROOT) -> None:
     """Compiles what changed and puts the library where it is asked for.
 
     Raises:
-        BuildError: something is missing, or nvcc failed; its words are printed before.
+        BuildError: something is missing, or nvcc failed; its messages are printed before.
     """
     nvcc, ninja = find_nvcc(), find_ninja()
     if nvcc is None or ninja is None:
@@ -138,7 +138,7 @@ def sources(root: Path = ROOT) -> list[Path]:
 
 
 def logs(root: Path = ROOT) -> list[Path]:
-    """What ptxas said when it compiled each of them."""
+    """The logs in which ptxas reports on each of them."""
     return [root / FOLDER / f"{source.stem}.log" for source in sources(root)]
 
 
@@ -184,13 +184,13 @@ def _missing(root: Path) -> str | None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Leaves a file alone that says the same already, so that nothing is made again for it."""
+    """Writes a file unless it has this text already, so that nothing is made again for it."""
     if not path.exists() or path.read_text() != text:
         path.write_text(text)
 
 
 def main() -> int:
-    """Builds into the package, or says in one line why not."""
+    """Builds into the package, or prints in one line why not."""
     try:
         reason = obstacle()
         if reason is None:

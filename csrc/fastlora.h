@@ -1,7 +1,7 @@
 // The C ABI of the CUDA kernels: matrices by pointer and strides, sizes, dtype codes, the stream as a pointer.
 //
-// A verb returns NULL, or a static error message and has launched nothing then. The caller keeps every pointer alive until
-// the stream has passed. ``device`` is the ordinal of the stream's device, which becomes the calling thread's.
+// A verb returns NULL, or a static error message and has launched nothing then. The caller keeps every pointer alive
+// until the stream has passed. ``device`` is the ordinal of the stream's device, which becomes the calling thread's.
 // fastlora/backends/cuda_abi.py mirrors these structs field by field.
 #pragma once
 
@@ -22,7 +22,7 @@ FASTLORA_API int32_t fastlora_abi(void);
 // The device whose memory the calls take, as torch names it: "cuda", or "cpu" for a stand-in without a GPU.
 FASTLORA_API const char* fastlora_device_type(void);
 
-// Why no call can succeed on this machine, or NULL.
+// The reason why no call can succeed on this machine, or NULL.
 FASTLORA_API const char* fastlora_obstacle(void);
 
 enum { FASTLORA_BF16 = 0, FASTLORA_FP16 = 1, FASTLORA_FP32 = 2 };
@@ -88,8 +88,8 @@ FASTLORA_API size_t fastlora_rank_grad_workspace(const fastlora_rank_grad* call)
 FASTLORA_API const char* fastlora_rank_grad_sm90(const fastlora_rank_grad* call, void* workspace, int32_t device,
                                                  void* stream);
 
-// Every kernel of the library, a line each: its name without namespaces, where * stands for anything, its threads, its
-// bytes of dynamic shared memory, and 1 if it multiplies by wgmma, else 0. For tests/csrc/cuda_gate.py.
+// One line per kernel of the library: its name without namespaces, where * stands for anything, its threads, its bytes
+// of dynamic shared memory, and 1 if it multiplies by wgmma, else 0. For tests/csrc/cuda_gate.py.
 FASTLORA_API const char* fastlora_kernels(void);
 
 #ifdef __cplusplus

@@ -1,6 +1,6 @@
-// The CUDA runtime as the launchers use it. tests/csrc/host_model/launch.cuh stands in for it on a machine without a GPU.
+// The CUDA runtime as the launchers use it. tests/csrc/host_model/launch.cuh stands in for it where there is no GPU.
 //
-// A function here returns nullptr, or what went wrong in words that live as long as the program.
+// A function here returns nullptr, or a static error message.
 #pragma once
 
 #include <cuda.h>
@@ -41,7 +41,7 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
   return encoder;
 }
 
-// Why no kernel of this library can be launched on this machine, or nullptr.
+// The reason why no kernel of this library can be launched on this machine, or nullptr.
 inline const char* driver_obstacle() {
   int version = 0;
   if (cudaDriverGetVersion(&version) != cudaSuccess || version == 0) return "there is no CUDA driver";
@@ -91,7 +91,7 @@ const char* launch(void (*kernel)(Arguments), const Arguments& arguments, const 
   return error_of(cudaLaunchKernelEx(&config, kernel, arguments));
 }
 
-// The runtime's device of this thread: a thread that has used no GPU yet, such as autograd's, has no context before.
+// Makes it this thread's device: a thread that has used no GPU yet, such as autograd's, has no context before.
 inline const char* use_device(int32_t device) { return error_of(cudaSetDevice(device)); }
 
 inline const char* count_multiprocessors(int32_t device, uint32_t* count) {

@@ -1,7 +1,7 @@
-// Where things lie in a tile of shared memory, and how wgmma is told. Plain arithmetic, the same on GPU and host.
+// The layout of tiles in shared memory and their descriptors for wgmma. Plain arithmetic, the same on GPU and host.
 //
-// A panel is 64 contiguous 16-bit elements (128 bytes) of each of some rows, as one tensor copy writes it: row r at
-// byte 128 r, and inside a row the 16-byte chunks permuted by the 128-byte swizzle, which repeats every 8 rows.
+// A panel has rows of 64 contiguous 16-bit elements (128 bytes), as one tensor copy writes them: row r at byte 128 r,
+// and inside a row the 16-byte chunks permuted by the 128-byte swizzle, which repeats every 8 rows.
 #pragma once
 
 #include <cstdint>
@@ -35,7 +35,7 @@ __host__ __device__ constexpr uint64_t panel_descriptor(uint32_t address, uint32
          uint64_t(SWIZZLE_BYTES >> 4) << 32 | uint64_t(1) << 62;
 }
 
-// What 16 further k add to a descriptor, or to an address.
+// Bytes from 16 k to the next 16 k.
 template <bool MN_MAJOR>
 __host__ __device__ constexpr uint32_t k16_bytes() {
   return MN_MAJOR ? 16 * PANEL_ROW_BYTES : 32;

@@ -1,4 +1,4 @@
-// The consumers of lora_matmul_sm90.cu: two warpgroups that multiply what is in the ring, 64 rows of the CTA's 128 each.
+// The consumers of lora_matmul_sm90.cu: two warpgroups that multiply what the ring holds, 64 of the CTA's rows each.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,7 @@ struct Consumer {
   uint32_t y_buffer = 0;
 
   __device__ void run() {
-    for (uint32_t job = jobs.take(fragment.lane); job != NO_JOB; job = jobs.take(fragment.lane)) {
+    for (uint32_t job = jobs.receive(fragment.lane); job != NO_JOB; job = jobs.receive(fragment.lane)) {
       const Schedule& s = p.schedule;
       if (s.makes_z(job)) {
         for (uint32_t unit = s.first_unit(job); unit < s.last_unit(job); ++unit) make_z(row_block(unit));
@@ -102,8 +102,8 @@ struct Consumer {
     store_y(acc_mn, first_m, first_n);
   }
 
-  // The mask's bits for this thread's part of the tile, one for each accumulator, made a call at a time: each lane of a
-  // quad decides one of four groups of eight columns, and all share them.
+  // The mask's bits for this thread's part of the tile, one per accumulator, made one Philox call at a time: each lane
+  // of a quad computes one of four groups of eight columns, and the lanes exchange them.
   struct TileMask {
     static constexpr uint32_t CALLS = TILE_N / 16;
     uint32_t keep[TILE_N / PANEL] = {};
@@ -127,7 +127,7 @@ struct Consumer {
     }
   };
 
-  // acc_mn += D(z_mr · b_nrᵀ), 64 columns at a time: the product is a second accumulator, and only so large.
+  // acc_mn += D(z_mr · b_nrᵀ), 64 columns at a time, so that the second accumulator is small.
   __device__ __forceinline__ void add_masked_product(float (&acc_mn)[TILE_N / 2], const TileMask& mask) {
     const Cursor<L::STAGES> first = ring.trip;
     for (uint32_t r = 0; r < p.r; r += PANEL) {
@@ -162,8 +162,7 @@ struct Consumer {
     }
   }
 
-  // By way of shared memory in panels, so that the copy engine writes whole rows of 128 bytes and this warpgroup goes
-  // on.
+  // Through shared memory in panels: the copy engine writes whole rows of 128 bytes, and this warpgroup goes on.
   __device__ void store_y(const float (&acc_mn)[TILE_N / 2], uint32_t first_m, uint32_t first_n) {
     const uint32_t* bias = static_cast<const uint32_t*>(p.bias);
 #pragma unroll
@@ -171,7 +170,7 @@ struct Consumer {
       const Shared panel = y_buffers + (consumer * L::Y_BUFFERS + y_buffer) * PANEL_64;
       y_buffer ^= 1;
       const uint32_t chunk_n = first_n + chunk * PANEL;
-      // Before the barrier, which hides some of the way to L2.
+      // Before the barrier, which hides part of L2's latency.
       uint32_t bias_n[8] = {};
 #pragma unroll
       for (int group = 0; group < 8; ++group) {
@@ -253,7 +252,7 @@ struct Consumer {
     wgmma_commit();
   }
 
-  // In place: nobody else reads this warpgroup's rows of the slot.
+  // In place: no other warpgroup reads these rows of the slot.
   template <uint32_t SLICES, uint32_t SLICE_BYTES>
   __device__ void mask_x(uint32_t first_m, uint32_t first_k) {
     const MaskBits mask(p.mask);
@@ -264,7 +263,7 @@ struct Consumer {
     sync();
   }
 
-  // Columns of z beyond R are written as the zeros that they are: b's rows are padded likewise.
+  // Columns of z beyond R are zeros and are written too: b's rows are padded likewise.
   template <int PANELS>
   __device__ void store_z(const float (&z_mr)[PANELS][PANEL / 2], uint32_t block) {
     uint16_t* z = static_cast<uint16_t*>(p.z_out);
@@ -282,9 +281,9 @@ struct Consumer {
         }
       }
     }
-    // Beyond M there is no flag, and nobody waits.
+    // Beyond M there is no flag, and no tile waits.
     if (p.flags != nullptr && block * TILE_M < p.m) {
-      // Every thread's rows are for the copy engine of another CTA; then one release covers the whole warpgroup.
+      // The copy engine of another CTA reads every thread's rows; one release then covers the whole warpgroup.
       fence_async_global();
       sync();
       if (thread == 0) add_acquire_release(p.flags + block, 1);

@@ -1,4 +1,4 @@
-// The producer of lora_matmul_sm90.cu: one thread that draws jobs and fills the ring.
+// The producer of lora_matmul_sm90.cu: one thread that takes jobs and fills the ring.
 #pragma once
 
 #include <cstdint>
@@ -30,10 +30,10 @@ struct Producer {
 
   __device__ __forceinline__ uint32_t row_block(uint32_t unit) const { return unit * CLUSTER + rank; }
 
-  // At the end of a job: a cluster that draws ahead would take two while another has none.
-  __device__ __forceinline__ uint32_t next_job() { return jobs.draw(rank, p.counter, p.schedule.jobs()); }
+  // Called at the end of a job: a cluster that took jobs ahead would hold two while another has none.
+  __device__ __forceinline__ uint32_t next_job() { return jobs.next(rank, p.counter, p.schedule.jobs()); }
 
-  // 64 k of TILE_N rows of w, or of b: each CTA of the cluster brings its share to all.
+  // 64 k of TILE_N rows of w or of b: each CTA loads its share into all CTAs of the cluster.
   __device__ __forceinline__ void load_columns(const TensorMap* map, Shared to, uint32_t first_n, uint32_t first_k) {
     if constexpr (TRANSPOSED) {
       constexpr uint32_t PANELS = TILE_N / PANEL / CLUSTER;
@@ -74,7 +74,7 @@ struct Producer {
     }
   }
 
-  // z was stored by ordinary writes and is about to be read by the copy engine: hence the fence.
+  // Ordinary writes stored z and the copy engine reads it next: hence the fence.
   __device__ __forceinline__ void await_z(uint32_t block) {
     if (p.flags == nullptr) {
       if (!z_is_there) grid_dependency_wait();

@@ -26,13 +26,13 @@ struct Parameters {
   Mask mask;
   Schedule schedule;
   uint32_t* counter;
-  // One for each block of TILE_M rows: how many warpgroups have written their rows of z. NULL: another launch makes z.
+  // Per block of TILE_M rows the number of warpgroups that have written their rows of z. NULL: another launch makes z.
   uint32_t* flags;
 };
 
-// Jobs on their way from the counter to the warps. The producer of the cluster's first CTA broadcasts a job to the consumers of
-// all CTAs and to the other producers, and these acknowledge to it. Per slot two barriers and a word: ``full`` when the
-// word has landed in this CTA, ``empty`` (the first CTA's alone) when the whole cluster has read it.
+// Jobs on their way from the counter to the warps. The producer of the cluster's first CTA broadcasts each job to the
+// consumers of all CTAs and to the other producers, and these acknowledge to it. A slot has two barriers and a word:
+// ``full`` when the word has landed in this CTA, ``empty`` (the first CTA's alone) when the whole cluster has read it.
 template <int CLUSTER>
 struct JobQueue {
   static constexpr uint32_t SLOTS = 2;
@@ -57,13 +57,13 @@ struct JobQueue {
     }
   }
 
-  // A producer: the first CTA's takes the next of ``jobs`` and broadcasts it, another's receives it.
-  __device__ __forceinline__ uint32_t draw(uint32_t rank, uint32_t* counter, uint32_t jobs) {
+  // Producer: that of the first CTA takes the next of ``jobs`` and broadcasts it, another receives it.
+  __device__ __forceinline__ uint32_t next(uint32_t rank, uint32_t* counter, uint32_t jobs) {
     uint32_t job;
     if (rank == 0) {
-      const uint32_t drawn = atomic_add(counter, 1);
-      job = drawn < jobs ? drawn : NO_JOB;
-      // The word before it in the slot has then landed and been read, in every CTA.
+      const uint32_t taken = atomic_add(counter, 1);
+      job = taken < jobs ? taken : NO_JOB;
+      // Until the word before it in the slot has landed and been read, in every CTA.
       barrier_wait(empty(), at.parity ^ 1);
       barrier_arrive_expect(full(), 4);
       for (uint32_t cta = 0; cta < CLUSTER; ++cta) store_async(word(), cta, job, full());
@@ -77,8 +77,8 @@ struct JobQueue {
     return job;
   }
 
-  // A warp of consumers.
-  __device__ __forceinline__ uint32_t take(uint32_t lane) {
+  // Consumer: a whole warp.
+  __device__ __forceinline__ uint32_t receive(uint32_t lane) {
     barrier_wait(full(), at.parity);
     const uint32_t job = load_shared(word());
     warp_sync();
@@ -91,7 +91,7 @@ struct JobQueue {
 // Shared memory of a CTA for tiles of 128 x 128 and of 128 x 256, in bytes:
 //
 //   128 x 128   128 x 256
-//           0           0   6 stages of 32 KB, 4 of 48 KB: x_mk and w_nk; z_mr and b_nr; in z jobs slices of x_mk and a_rk
+//           0           0   6 stages of 32 KB, 4 of 48 KB: x_mk and w_nk, z_mr and b_nr, or slices of x_mk and a_rk
 //      196608      196608   y: two buffers of 64 rows x 64 columns per consumer, 8 KB each
 //      229376      229376   barriers of the stages
 //      229472      229440   queue of jobs
@@ -108,7 +108,7 @@ struct Layout {
   static constexpr uint32_t BYTES = JOBS + JobQueue<1>::BYTES;
   static_assert(BYTES <= MOST_SHARED_BYTES, "shared memory of a CTA");
 
-  // z jobs: x_mk and PANELS panels of a_rk, so many slices of 64 k a trip.
+  // A trip of a z job: slices of 64 k, each x_mk and ``panels`` panels of a_rk.
   static __host__ __device__ constexpr uint32_t slice_bytes(uint32_t panels) { return X_BYTES + panels * PANEL_64; }
   static __host__ __device__ constexpr uint32_t slices(uint32_t panels) { return STAGE_BYTES / slice_bytes(panels); }
 };

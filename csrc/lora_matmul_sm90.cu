@@ -12,13 +12,13 @@
 //     for k: ring <- x_mk, w_nk                  acc_mn += x_mk · w_nkᵀ
 //     wait until flag[m] says z_mr is whole
 //     for r: ring <- z_mr, b_nr                  acc_mn += z_mr · b_nrᵀ, or (acc + D(z_mr · b_nrᵀ)) by 64 columns
-//                                                y_mn <- acc_mn + bias_n, 64 columns at a time by way of shared memory
+//                                                y_mn <- acc_mn + bias_n, 64 columns at a time through shared memory
 //
 // The low-rank product is one more trip of the same ring for each 64 of rank, of which it multiplies ceil(R / 16)
 // steps.
 // Operands: x [M, K], y [M, N], z [M, R] 16-bit, rows of whole 16 bytes; w [N, K] or stored [K, N]; a, b as w, packed
 // by a small kernel first where they are float32 or their rows are not whole 16 bytes; R <= 256.
-// Bytes: the frozen product's, plus one read of x by the z jobs, which are few CTAs' work beside the others' tiles.
+// Bytes: the frozen product's, plus one read of x by the z jobs, on a few CTAs beside the tiles of the others.
 // Designs: Z_JOBS as above; SERIAL makes z in a launch of z jobs alone, and the launch of tiles depends on it.
 
 #include <cstdint>
@@ -69,14 +69,14 @@ __global__ void __launch_bounds__(THREADS, 1) lora_matmul_kernel(const __grid_co
     registers_increase<CONSUMER_REGISTERS>();
     Consumer<T, TILE_N, CLUSTER, TRANSPOSED>{p, ring, jobs, memory + L::Y}.run();
   }
-  // Until all have arrived, somebody may still write into this CTA's shared memory.
+  // Until both CTAs have arrived, the other may still write into this one's shared memory.
   if (CLUSTER > 1) cluster_sync();
 }
 
-// w is stored as [k, n].
+// Whether w is stored as [k, n].
 bool is_transposed(const fastlora_lora_matmul& c) { return c.w.data != nullptr && c.w.column_stride != 1; }
 
-// The memory of a call beside its operands: what is packed, then a counter for each launch and the flags.
+// The workspace of a call: packed adapters, then a counter per launch and the flags.
 struct Plan {
   static constexpr uint32_t MOST_LAUNCHES = 2;
   Adapter a, b;
@@ -121,7 +121,7 @@ const char* launch_jobs(Parameters& p, bool makes_tiles, bool serial, uint32_t s
   if (!makes_tiles || !serial) return run(true, makes_tiles);
   p.flags = nullptr;
   if (const char* error = run(true, false)) return error;
-  p.counter += 1;  // the first launch has drawn from its own
+  p.counter += 1;  // each launch takes jobs from its own
   return run(false, true);
 }
 
@@ -171,7 +171,7 @@ const char* run_lora_matmul(const fastlora_lora_matmul& c, void* workspace, uint
     if (const char* error = launch(+pack_kernel<T>, packing, shape, stream)) return error;
   }
 
-  // Boxes as the producer's loads have them: x and z whole blocks of rows, w and b this CTA's share, y half a block.
+  // Boxes as the producer loads them: x and z whole blocks of rows, w and b this CTA's share, y half a block.
   const bool w_transposed = is_transposed(c);
   const uint32_t share = w_transposed ? PANEL : tile_n / (pairs ? 2 : 1);
   const auto row_bytes = [](const Adapter& q) { return 2 * (q.packed ? q.padded() : q.matrix.row_stride); };

@@ -1,4 +1,4 @@
-// Adapters as the copy engine takes them: a small kernel that casts, copies and pads those that are not.
+// A small kernel that casts, copies and pads adapters that the copy engine cannot read as they are.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace fastlora {
 
-// An adapter that the copy engine cannot take as it is: 16-bit, rows of ``columns`` padded with zeros.
+// One adapter's way into 16-bit rows of ``columns``, padded with zeros to ``padded``.
 struct Packing {
   const void* from;
   uint16_t* to;

@@ -1,5 +1,6 @@
-// The dropout mask's bits: the same as fastlora/backends/dropout.py, whose docstring defines them. Philox4x32-7 (Salmon et al.,
-// SC 2011); one call decides eight neighbouring columns of a row: word i holds columns 2 i (low half) and 2 i + 1.
+// The dropout mask's bits: the same as fastlora/backends/dropout.py, whose docstring defines them. Philox4x32-7 (Salmon
+// et al., SC 2011); one call decides eight neighbouring columns of a row: word i holds columns 2 i (low half) and
+// 2 i + 1.
 #pragma once
 
 #include <cstdint>
@@ -56,7 +57,7 @@ struct MaskBits {
   }
 };
 
-// Masks rows [first, first + 64) of a panel in place: each of 128 threads a row's half at a time, one call a chunk.
+// Masks rows [first, first + 64) of a panel in place, by 128 threads: one Philox call per 16-byte chunk.
 // ``row`` and ``column`` are the matrix's at the panel's first element; column is a multiple of 8.
 __device__ __forceinline__ void mask_panel(const MaskBits& mask, uint32_t panel, uint32_t first, uint32_t row,
                                            uint32_t column, uint32_t thread) {
@@ -73,7 +74,7 @@ __device__ __forceinline__ void mask_panel(const MaskBits& mask, uint32_t panel,
   }
 }
 
-// Of four calls made by the four lanes of a quad, lane q's own being made here: word q of each. A transpose of 4 x 4.
+// Transposes 4 x 4 words in a quad: lane q passes its four words and gets word q of each lane.
 __device__ __forceinline__ Words4 quad_transpose(Words4 v, uint32_t lane) {
   const bool odd = lane & 1, upper = lane & 2;
 #pragma unroll

@@ -1,4 +1,4 @@
-// The shape that the kernels share: one producer and two consumer warpgroups around a ring of stages in shared memory.
+// The structure of both kernels: a producer and two consumer warpgroups around a ring of stages in shared memory.
 #pragma once
 
 #include <cstdint>
@@ -16,14 +16,14 @@ constexpr uint32_t THREADS = (1 + CONSUMERS) * WARPGROUP;
 // Bytes of a panel of 64 rows.
 constexpr uint32_t PANEL_64 = 64 * PANEL_ROW_BYTES;
 
-// What a CTA may have on sm_90.
+// The most shared memory of a CTA on sm_90.
 constexpr uint32_t MOST_SHARED_BYTES = 232448;
 
 // At entry 65536 / 384 = 168 registers a thread; the producer needs few, and the accumulators take what it leaves.
 constexpr int PRODUCER_REGISTERS = 40;
 constexpr int CONSUMER_REGISTERS = 232;
 
-// A place in a ring of SLOTS, and the parity of the lap.
+// A slot in a ring of SLOTS, and the parity of the lap, which is that of its barriers' phase.
 template <uint32_t SLOTS>
 struct Cursor {
   uint32_t slot = 0, parity = 0;
@@ -36,9 +36,9 @@ struct Cursor {
   }
 };
 
-// Stages in shared memory between one producer, which fills them by tensor copies, and the consumers of every CTA that
-// copies into them, which read them by wgmma. Each stage has two barriers: ``full`` when its copies have landed, ``empty``
-// when all consumers have left it. Both sides hold a Ring of their own and advance it in step.
+// Stages in shared memory between a producer, which fills them by tensor copies, and two consumers, which read them by
+// wgmma; in a cluster each producer copies into the stages of all CTAs. A stage has two barriers: ``full`` when its
+// copies have landed, ``empty`` when every consumer of the cluster has read it. Each side advances a Ring of its own.
 template <uint32_t STAGES, uint32_t STAGE_BYTES, uint32_t CLUSTER = 1>
 struct Ring {
   static constexpr uint32_t BARRIERS_BYTES = 8 * 2 * STAGES;

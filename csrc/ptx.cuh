@@ -20,11 +20,11 @@ struct Words4 {
   uint32_t w[4];
 };
 
-// ---- Who am I (chapter 10, "Special Registers")
+// ---- Indices (chapter 10, "Special Registers")
 
 __device__ __forceinline__ uint32_t thread_index() { return threadIdx.x; }
 
-// The same value in all lanes, and the compiler knows it.
+// By a shuffle, so that the compiler knows that all lanes have the same value.
 __device__ __forceinline__ uint32_t warp_index() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
 
 __device__ __forceinline__ uint32_t block_index() { return blockIdx.x; }
@@ -92,8 +92,8 @@ __device__ __forceinline__ void store_matrices4(Shared address, const Words4& v)
                : "memory");
 }
 
-// A word into the shared memory of a CTA of the cluster, at the address that it has here; its 4 bytes count on the barrier
-// there, as a copy's do, so that whoever waits for that barrier sees it. mapa (9.7.9.23), st.async (9.7.9.13).
+// A word into the shared memory of a CTA of the cluster, at the address that it has here. Its 4 bytes count on the
+// barrier there, as a copy's do: a thread that has waited for it sees the word. mapa (9.7.9.23), st.async (9.7.9.13).
 __device__ __forceinline__ void store_async(Shared address, uint32_t rank, uint32_t value, Shared barrier) {
   asm volatile(
       "{\n.reg .b32 remote, remote_barrier;\n"
@@ -113,7 +113,7 @@ __device__ __forceinline__ uint32_t atomic_add(uint32_t* address, uint32_t value
   return old;
 }
 
-// Adds, and what this thread wrote or saw before is seen by whoever acquires the sum.
+// Adds. A thread that acquires the sum sees what this thread wrote or saw before.
 __device__ __forceinline__ uint32_t add_acquire_release(uint32_t* address, uint32_t value) {
   uint32_t old;
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(address), "r"(value) : "memory");
@@ -126,10 +126,10 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* address) {
   return value;
 }
 
-// Between two looks at a flag: leaves the issue slots to others. nanosleep (9.7.19.5).
+// Between two reads of a flag: leaves the issue slots to other warps. nanosleep (9.7.19.5).
 __device__ __forceinline__ void back_off() { asm volatile("nanosleep.u32 64;"); }
 
-// ---- mbarriers (9.7.13.15). The name says which one hangs where the host model finds a deadlock.
+// ---- mbarriers (9.7.13.15). The host model reports a deadlock by their names.
 
 __device__ __forceinline__ void barrier_init(Shared barrier, uint32_t arrivals, const char* name, int index = 0) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" : : "r"(barrier), "r"(arrivals) : "memory");
@@ -249,7 +249,7 @@ __device__ __forceinline__ void tma_store_wait_all() { asm volatile("cp.async.bu
 
 __device__ __forceinline__ void grid_dependency_wait() { asm volatile("griddepcontrol.wait;" : : : "memory"); }
 
-// Lets the next grid start once every CTA has said so or ended.
+// Lets the next grid start once every CTA has called this or ended.
 __device__ __forceinline__ void grid_dependency_launch() {
   asm volatile("griddepcontrol.launch_dependents;" : : : "memory");
 }

@@ -8,9 +8,9 @@
 //     the last CTA of the columns:  g = sum of partial over splits, in order
 //
 // Operands: wide and narrow 16-bit, rows of whole 16 bytes; R <= 256; g in any dtype, any strides. The mask is on wide
-// and is made anew. Both operands are read as they lie, tokens outermost: wgmma takes both MN-major.
+// and is computed again. Both operands are read as stored, tokens outermost: wgmma takes both MN-major.
 // Bytes: one read of wide, C / 128 of narrow (from L2), 8 · splits · C · R of partial sums. Memory-bound for R <= 64.
-// The same bits run after run: the splits follow from the shapes, and whoever ends last adds in the same order.
+// The same bits run after run: the splits follow from the shapes, and the last CTA adds them in order.
 
 #include <cstdint>
 #include <cstdio>
@@ -32,12 +32,12 @@ constexpr uint32_t TOKENS = 64;
 
 // As many CTAs as fill an H100 or H200 once: a constant, so that the sums are the same on every GPU.
 constexpr uint32_t TARGET_CTAS = 132;
-// Fewer tokens than this a split and the partial sums cost more than the reads.
+// With fewer tokens per split the partial sums cost more than the reads.
 constexpr uint32_t LEAST_TOKENS = 4 * TOKENS;
 
 struct Parameters {
   TensorMap wide, narrow;
-  // [splits, c, r_padded] float32, and for each block of columns how many splits have ended.
+  // [splits, c, r_padded] float32, and per block of columns the number of splits that have ended.
   float* partial;
   uint32_t* ended;
   void* grad;
@@ -98,7 +98,7 @@ struct Consumer {
     ring.wait();
     const Shared wide = ring.stage() + consumer * PANEL_64, narrow = ring.stage() + CONSUMERS * PANEL_64;
     if (p.masked) {
-      // In place: nobody else reads this warpgroup's columns.
+      // In place: no other warpgroup reads these columns.
       mask_panel(MaskBits(p.mask), wide, 0, m, first_c, thread);
       fence_async_shared();
       named_barrier_sync(1 + consumer, WARPGROUP);
@@ -157,7 +157,7 @@ struct Consumer {
     }
   }
 
-  // One thread's addition releases what all consumers wrote, and acquires what those of the other splits did.
+  // One thread's addition releases what all consumers wrote, and acquires what those of the other splits wrote.
   __device__ __forceinline__ bool is_last() const {
     named_barrier_sync(1 + CONSUMERS, CONSUMERS * WARPGROUP);
     if (consumer == 0 && thread == 0) {
@@ -172,7 +172,7 @@ struct Consumer {
     const uint32_t columns = p.c - block_c < COLUMNS ? p.c - block_c : COLUMNS;
     const uint32_t size = columns * p.r;
     for (uint32_t i = consumer * WARPGROUP + thread; i < size; i += CONSUMERS * WARPGROUP) {
-      // Neighbours in a warp write neighbours in memory.
+      // Neighbouring lanes write neighbouring elements.
       const uint32_t c = p.grad_stride_c == 1 ? i % columns : i / p.r;
       const uint32_t r = p.grad_stride_c == 1 ? i / columns : i % p.r;
       const float* partial = p.partial + uint64_t(block_c + c) * p.r_padded + r;

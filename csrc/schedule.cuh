@@ -1,12 +1,11 @@
-// The order in which the clusters of a persistent launch take their work: from one atomic counter, so that whoever is
-// running gets on, whatever else the GPU does.
+// The order of work in a persistent launch. Clusters take jobs from one atomic counter, so that those which run make
+// progress whatever else the GPU does.
 //
 //   jobs [0, z_jobs)         z for ``z_run`` row units each
-//   jobs [z_jobs, jobs())    tiles, GROUP row units walking the columns together, so that their w stays in L2
+//   jobs [z_jobs, jobs())    tiles, GROUP row units column by column, so that their w stays in L2
 //
-// A row unit is ``cluster`` blocks of TILE_M rows, one for each CTA of a cluster. Every producer of z has a smaller
-// number than every tile that waits for it, and waits for nobody: whoever waits, waits for a cluster that runs. No
-// deadlock.
+// A row unit is ``cluster`` blocks of TILE_M rows, one per CTA of a cluster. A z job has a smaller number than every
+// tile that waits for it, and does not wait itself: a tile waits for a cluster that runs. So there is no deadlock.
 #pragma once
 
 #include <cstdint>
@@ -45,9 +44,9 @@ struct Schedule {
   }
 };
 
-// ``makes_z``, ``makes_tiles``: which jobs the launch has. A z job takes about 0.4 of a tile's time for each unit, and in
-// the last wave some clusters have no tile. Where they are half as many as the units, z jobs make two each: the clusters
-// that would idle at the end are then the ones that are busy at the start (csrc/NOTES.md has the predictions).
+// ``makes_z``, ``makes_tiles``: the jobs of the launch. A z job takes about 0.4 of a tile's time per unit, and in the
+// last wave some clusters have no tile. Where they are half as many as the units, z jobs make two each: the clusters
+// that would idle at the end are then the ones that are busy at the start (csrc/README.md has the predictions).
 constexpr Schedule make_schedule(uint64_t m, uint64_t n, uint32_t tile_n, uint32_t cluster, bool makes_z,
                                  bool makes_tiles, uint32_t sms) {
   Schedule s = {};

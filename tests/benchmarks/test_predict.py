@@ -240,7 +240,7 @@ def test_the_schedule_keeps_its_laws(p: Problem) -> None:
     assert most_at_once(turns) <= p.sms
 
 
-# csrc/NOTES.md quotes these.
+# csrc/README.md quotes these.
 @pytest.mark.parametrize(
     ("m", "k", "n", "makespan"),
     [
