@@ -5,10 +5,6 @@ import os
 import pytest
 import torch
 
-# On CPUs with AMX, oneDNN's bfloat16 GEMM multiplies what lies behind a sliced row by zero, and NaN there is NaN in the
-# product: plain torch fails so, and it would hide faults of ours. oneDNN reads this at its first product.
-os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
-
 # Triton reads this when it is first imported, so it is set before any test module is.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

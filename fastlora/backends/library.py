@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dropout import Dropout, kept
-from .request import Kernel, Product, new_middle, runs_anything
+from .request import Kernel, Product, new_middle, runs_anything, whole_rows
 
 
 def lora_matmul(p: Product) -> tuple[Tensor | None, Tensor]:
     """x [M, K], w [N, K] or None for z alone, a [R, K], b [N, R], bias [N] → y [M, N], z [M, R]."""
-    x, w = p.x, p.w
+    x, w = whole_rows(p.x), p.w
     a, b = p.a.to(x.dtype), p.b.to(x.dtype)
     if x.is_cpu:
         a = a.contiguous()  # a CPU's GEMM is up to seven times slower on the small operand's transpose
@@ -45,8 +45,8 @@ def rank_grad(p: Tensor, q: Tensor, *, dtype: torch.dtype, dropout: Dropout | No
             return torch.mm(p.T, q, out_dtype=dtype)
         if p.is_cpu and p.shape[1] > q.shape[1]:
             # A CPU's GEMM is up to four times faster with the narrow side first.
-            return torch.mm(q.T, p).T.contiguous().to(dtype)
-        return torch.mm(p.T, q).to(dtype)
+            return torch.mm(whole_rows(q.T), p).T.contiguous().to(dtype)
+        return torch.mm(whole_rows(p.T), q).to(dtype)
     wide = torch.promote_types(q.dtype, torch.float32)
     grad = torch.zeros(p.shape[1], q.shape[1], dtype=wide, device=q.device)
     for rows, mask in dropout.chunks(q):

@@ -18,22 +18,23 @@ import torch
 from torch import Tensor
 
 from .dropout import Dropout
-from .request import Kernel, Product, new_middle, runs_anything
+from .request import Kernel, Product, new_middle, runs_anything, whole_rows
 
 
 def lora_matmul(p: Product) -> tuple[Tensor | None, Tensor]:
     """x [M, K], w [N, K] or None for z alone, a [R, K], b [N, R], bias [N] → y [M, N], z [M, R]."""
-    a, b = p.a.to(p.x.dtype), p.b.to(p.x.dtype)
-    z = new_middle(p.x, a.shape[0]).copy_(p.scale * (_dropped(p.x, p.mask_x) @ a.T))
+    x = whole_rows(p.x)
+    a, b = p.a.to(x.dtype), p.b.to(x.dtype)
+    z = new_middle(x, a.shape[0]).copy_(p.scale * (_dropped(x, p.mask_x) @ a.T))
     if p.w is None:
         return None, z
-    y = p.x @ p.w.T + _dropped(z @ b.T, p.mask_product)
+    y = x @ p.w.T + _dropped(z @ b.T, p.mask_product)
     return (y if p.bias is None else y + p.bias), z
 
 
 def rank_grad(p: Tensor, q: Tensor, *, dtype: torch.dtype, dropout: Dropout | None = None) -> Tensor:
     """p [M, P], q [M, Q] → pᵀ D(q) [P, Q] in ``dtype``."""
-    return (p.T @ _dropped(q, dropout)).to(dtype)
+    return (whole_rows(p.T) @ _dropped(q, dropout)).to(dtype)
 
 
 def _dropped(x: Tensor, dropout: Dropout | None) -> Tensor:

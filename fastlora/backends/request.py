@@ -153,7 +153,20 @@ def new_middle(x: Tensor, r: int) -> Tensor:
     padding = -r % 8
     if padding == 0 or dtype not in _HALF:
         return torch.empty((m, r), dtype=dtype, device=x.device)
-    return torch.empty((m, r + padding), dtype=dtype, device=x.device)[:, :r]
+    # Zeros on a CPU, for the reason in whole_rows.
+    make = torch.zeros if x.is_cpu else torch.empty
+    return make((m, r + padding), dtype=dtype, device=x.device)[:, :r]
+
+
+def whole_rows(x: Tensor) -> Tensor:
+    """x [M, K] without gaps between its rows where a CPU multiplies it from the left in a 16-bit dtype, else x itself.
+
+    On CPUs with AMX, oneDNN before 3.15 (issue 5717; in torch 2.13) reads a row on into what lies behind it and
+    multiplies that by zero: NaN there is NaN in the product.
+    """
+    if x.is_cpu and x.dtype in _HALF and x.stride(1) == 1 and x.stride(0) != x.shape[1]:
+        return x.contiguous()
+    return x
 
 
 def _unaligned(name: str, rows: Tensor) -> str | None:

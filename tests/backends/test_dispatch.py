@@ -138,6 +138,20 @@ def test_library_in_many_chunks(chunk: int, p: float | None, monkeypatch: pytest
     check_rank_grad(library, operands.x[:, :6], operands.x, torch.float32, p)
 
 
+@pytest.mark.parametrize("r", [3, 12, 33])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_nothing_between_the_rows_is_seen(backend: ModuleType, dtype: torch.dtype, r: int) -> None:
+    """Behind each row of x, and of z where its rank is padded, memory may hold NaN, which times zero is NaN."""
+    garbage = [torch.full((size,), torch.nan, dtype=dtype) for size in (64, 256, 1024, 4096) for _ in range(8)]
+    del garbage
+    operands = make(40, 41, 80, r, dtype=dtype)
+    check_lora_matmul(backend, operands._replace(x=LAYOUTS["sliced"](operands.x)))
+    left, right = LAYOUTS["sliced"](make(40, 41, dtype=dtype).x), make(40, 80, dtype=dtype).x
+    for p in (left, left.T.contiguous().T, LAYOUTS["sliced"](left.T).T):
+        check_rank_grad(backend, p, right, dtype, None)
+        check_rank_grad(backend, right, p, dtype, None)
+
+
 def test_dropped_inputs_are_not_seen(backend: ModuleType) -> None:
     """Zero times infinity is NaN: the mask must select, not multiply."""
     dropout = some_dropout()
