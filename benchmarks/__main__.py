@@ -7,11 +7,13 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import compare, predict, report
 from .layers import command as layers
+from .measure.runner import StopError
 from .model import command as model
 from .paper import command as paper
-from .runner import StopError
+from .predict import command as predict
+from .report import command as report
+from .report import compare
 
 # A subcommand is a module with HELP, add_arguments(parser) and run(args) -> exit status.
 COMMANDS = {

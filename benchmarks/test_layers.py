@@ -14,15 +14,15 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from . import environment
 from .cases import MODES, Case
-from .clocks import Clock, Work
-from .failures import AbsentError
 from .layers.gate import Gate
 from .layers.operands import make_operands
 from .layers.providers import providers
 from .layers.work import broken, prepare
-from .rows import Spread
+from .measure.clocks import Clock, Work
+from .measure.failures import AbsentError
+from .records import environment
+from .records.rows import Spread
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")

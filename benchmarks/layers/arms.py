@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..cases import Case
-from ..environment import variables_set
-from ..failures import AbsentError
+from ..measure.failures import AbsentError
+from ..records.environment import variables_set
 from .operands import Operands
 
 

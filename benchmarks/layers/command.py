@@ -6,12 +6,13 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 
-from .. import plots, runner
 from ..cases import DTYPES, FLOOR, LAYERS, MODES, PROFILES, Case
-from ..clocks import Clock
-from ..failures import AbsentError
-from ..rows import LayerRow
-from ..runner import Doing, layer_name, positive, probability
+from ..measure import runner
+from ..measure.clocks import Clock
+from ..measure.failures import AbsentError
+from ..measure.runner import Doing, layer_name, positive, probability
+from ..records import plots
+from ..records.rows import LayerRow
 from .arms import Built, Provider
 from .contest import run_case
 from .providers import providers

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import torch
 
 from ..cases import FLOOR, Case
-from ..clocks import Clock, no_garbage_collection, shuffled
-from ..failures import failures_into
-from ..rows import LayerRow, Spread
+from ..measure.clocks import Clock, no_garbage_collection, shuffled
+from ..measure.failures import failures_into
+from ..records.rows import LayerRow, Spread
 from .arms import Built, Provider
 from .gate import Gate
 from .operands import Operands, make_operands

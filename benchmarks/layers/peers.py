@@ -14,7 +14,7 @@ from types import ModuleType
 from torch import Tensor
 
 from ..cases import Case
-from ..failures import AbsentError
+from ..measure.failures import AbsentError
 from .arms import Built, Provider, adapters, imported, linear_over
 from .operands import Operands
 

@@ -19,7 +19,7 @@ import fastlora
 from fastlora.backends import dispatch
 
 from ..cases import FLOOR, Case
-from ..failures import AbsentError
+from ..measure.failures import AbsentError
 from .arms import Built, Provider, adapters, imported, linear_over
 from .operands import Operands
 from .peers import PEERS

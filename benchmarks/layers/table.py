@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..cases import FLOOR
-from ..rows import LayerRow, Spread
-from ..units import geometric_mean, readable_bytes
+from ..records.rows import LayerRow, Spread
+from ..records.units import geometric_mean, readable_bytes
 
 # Adapters in the base's dtype; each as it comes (ours in the base's dtype, theirs in float32); float32 on both sides.
 PAIRS = (("fastlora", "peft-same"), ("fastlora", "peft-fp32"), ("fastlora-fp32", "peft-fp32"))

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..cases import COPIES
-from ..clocks import Work
-from ..memory import allocation
+from ..measure.clocks import Work
+from ..measure.memory import allocation
 from .arms import Built
 from .operands import Operands
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import fastlora
 
 from ..cases import SCALE, ModelCase
-from ..environment import variables_set
+from ..records.environment import variables_set
 from .architectures import Architecture, architecture_named, as_linear, targets
 
 FULL = "full"

@@ -6,11 +6,12 @@ import argparse
 import importlib.util
 from collections.abc import Sequence
 
-from .. import plots, runner
 from ..cases import DTYPES, ModelCase, Profile, Sweep
-from ..clocks import Clock
-from ..rows import ModelRow
-from ..runner import Doing, StopError, positive, probability
+from ..measure import runner
+from ..measure.clocks import Clock
+from ..measure.runner import Doing, StopError, positive, probability
+from ..records import plots
+from ..records.rows import ModelRow
 from .architectures import ARCHITECTURES, architecture_named, parameter_count
 from .arms import arms
 from .contest import run_case

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import torch
 
 from ..cases import ModelCase
-from ..clocks import Clock, no_garbage_collection, shuffled
-from ..failures import failures_into
-from ..rows import ModelRow, Spread
+from ..measure.clocks import Clock, no_garbage_collection, shuffled
+from ..measure.failures import failures_into
+from ..records.rows import ModelRow, Spread
 from .arms import Arm
 from .gate import ModelGate
 from .training import Memory, Training, capacity, release, require_room

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ..rows import ModelRow, Spread
-from ..units import geometric_mean, readable_bytes
+from ..records.rows import ModelRow, Spread
+from ..records.units import geometric_mean, readable_bytes
 from .arms import FULL
 
 PAIRS = (

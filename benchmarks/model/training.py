@@ -15,8 +15,8 @@ from torch import Tensor
 import fastlora
 
 from ..cases import COPIES, ModelCase
-from ..clocks import Work
-from ..memory import allocation, stored_bytes
+from ..measure.clocks import Work
+from ..measure.memory import allocation, stored_bytes
 from .architectures import architecture_named, build, parameter_count, random_batch
 from .arms import FULL, Arm
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..rows import ClaimRow
+from ..records.rows import ClaimRow
 
 COMPUTED, MEASURED = "computed", "measured"
 HOLDS, DIFFERS, NOT_MEASURED, ERROR = "holds", "differs", "not measured", "error"

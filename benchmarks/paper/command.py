@@ -9,10 +9,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .. import runner
 from ..cases import Profile
-from ..rows import ClaimRow
-from ..runner import Doing
+from ..measure import runner
+from ..measure.runner import Doing
+from ..records.rows import ClaimRow
 from . import computed as claims_computed
 from . import serving as claims_serving
 from . import training as claims_training

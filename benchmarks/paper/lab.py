@@ -12,11 +12,11 @@ import fastlora
 from fastlora.accuracy import Errors
 
 from ..cases import DTYPES, Case
-from ..clocks import Clock, Work, no_garbage_collection, shuffled
 from ..layers.gate import Gate
 from ..layers.operands import make_operands
 from ..layers.providers import providers
-from ..rows import Spread
+from ..measure.clocks import Clock, Work, no_garbage_collection, shuffled
+from ..records.rows import Spread
 from .claims import Lab
 from .models import DECODERS, Decoder, adapt
 

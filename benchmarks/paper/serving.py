@@ -17,7 +17,7 @@ from torch.utils.flop_counter import flop_registry
 import fastlora
 from fastlora.accuracy import compare
 
-from ..clocks import Work
+from ..measure.clocks import Work
 from .claims import MEASURED, Claim, Finding, Lab
 from .lab import RANK, adapters, decoder, interleaved, milliseconds, require_accurate, require_ok
 from .models import Decoder

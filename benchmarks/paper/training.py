@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..clocks import Work
-from ..memory import stored_bytes
+from ..measure.clocks import Work
+from ..measure.memory import stored_bytes
 from .claims import MEASURED, Claim, Finding, Lab, NotMeasuredError
 from .lab import RANK, decoder, interleaved, milliseconds, require_accurate, tokens_for
 from .models import DECODERS, Decoder, adapt, count, trained_parameters

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import compare, environment
 from benchmarks.cases import FLOOR, MODES, Case, ModelCase
 from benchmarks.layers import command as layers
-from benchmarks.results import ResultFile, read
-from benchmarks.rows import ClaimRow, LayerRow, Measured, ModelRow, Row, Spread
-from benchmarks.runner import StopError
+from benchmarks.measure.runner import StopError
+from benchmarks.records import environment
+from benchmarks.records.files import ResultFile, read
+from benchmarks.records.rows import ClaimRow, LayerRow, Measured, ModelRow, Row, Spread
+from benchmarks.report import compare
 
 SMALL, LARGE = Case("gpt2.attn", 256, 8, "bf16", 0.0), Case("llama3-8b.q", 512, 16, "bf16", 0.1)
 MODEL = ModelCase("gpt2", 2, 128, 8, "fp32", 0.0, False)

@@ -10,20 +10,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import environment, runner
 from benchmarks.__main__ import main
 from benchmarks.cases import FLOOR, LAYERS, MODES, PROFILES, Case
-from benchmarks.clocks import Clock, shuffled
-from benchmarks.failures import failures_into
 from benchmarks.layers import arms, contest, providers
 from benchmarks.layers import command as layers
 from benchmarks.layers.arms import Provider
 from benchmarks.layers.operands import make_operands
 from benchmarks.layers.table import render_case, step_speedups
 from benchmarks.layers.work import kept_bytes, peak_bytes
-from benchmarks.results import read
-from benchmarks.rows import STATUSES, LayerRow, Spread
-from benchmarks.units import geometric_mean
+from benchmarks.measure import runner
+from benchmarks.measure.clocks import Clock, shuffled
+from benchmarks.measure.failures import failures_into
+from benchmarks.records import environment
+from benchmarks.records.files import read
+from benchmarks.records.rows import STATUSES, LayerRow, Spread
+from benchmarks.records.units import geometric_mean
 from fastlora.backends import dispatch
 
 CPU = torch.device("cpu")

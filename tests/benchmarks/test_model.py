@@ -14,7 +14,7 @@ pytest.importorskip("peft")
 
 from benchmarks import __main__ as command_line
 from benchmarks.cases import ModelCase
-from benchmarks.clocks import Clock
+from benchmarks.measure.clocks import Clock
 from benchmarks.model import architectures
 from benchmarks.model import arms as model_arms
 from benchmarks.model import command as model
@@ -27,8 +27,8 @@ from benchmarks.model.contest import run_case
 from benchmarks.model.gate import ModelGate
 from benchmarks.model.table import quotients, render_case, render_summary
 from benchmarks.model.training import Training, keep_imports
-from benchmarks.results import read
-from benchmarks.rows import ModelRow, Spread, from_json
+from benchmarks.records.files import read
+from benchmarks.records.rows import ModelRow, Spread, from_json
 
 CPU = torch.device("cpu")
 ON_CPU = [name for name, arm in arms().items() if arm.backend == "auto"]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import fastlora
 from benchmarks.__main__ import main
-from benchmarks.memory import allocation
+from benchmarks.measure.memory import allocation
 from benchmarks.paper import command as paper
 from benchmarks.paper import computed as claims_computed
 from benchmarks.paper import models as claims_models
@@ -19,8 +19,8 @@ from benchmarks.paper import training as claims_training
 from benchmarks.paper.claims import DIFFERS, ERROR, HOLDS, MEASURED, NOT_MEASURED, Claim, Finding, Lab, Scale, printed
 from benchmarks.paper.computed import counted
 from benchmarks.paper.models import DECODERS, Decoder, adapt, build, count, trained_parameters
-from benchmarks.results import read
-from benchmarks.rows import ClaimRow, from_json
+from benchmarks.records.files import read
+from benchmarks.records.rows import ClaimRow, from_json
 
 CPU = torch.device("cpu")
 TINY = Lab(CPU, Scale("tiny", "tiny", batch=2, sequence=8, rounds=2, seconds=0.0, inputs=((2, 3), (1, 128)), width=32))

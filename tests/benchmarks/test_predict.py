@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import floor, predict
 from benchmarks.cases import LAYERS, MODES
-from benchmarks.floor import DESIGNS, Kernel, Problem, Turn, theory
-from benchmarks.predict import DEVICES, Prediction, Shape
+from benchmarks.predict import command as predict
+from benchmarks.predict import cost
+from benchmarks.predict.command import DEVICES, Prediction, Shape
+from benchmarks.predict.cost import DESIGNS, Kernel, Problem, Turn, theory
 
 H200 = DEVICES["h200"]
 
@@ -61,7 +62,7 @@ def test_the_targets_rows(k: int, n: int, least: str, serial: str, plain: str) -
     [(4096, 4096, "1.020", "1.053"), (4096, 1024, "1.066", "1.20"), (8192, 28672, "1.004", "1.009")],
 )
 def test_forward_in_whole_waves(k: int, n: int, one_launch: str, serial: str) -> None:
-    waves = floor.in_whole_waves(problem(k, n, 16), H200, "bf16")
+    waves = cost.in_whole_waves(problem(k, n, 16), H200, "bf16")
     assert f"{waves['one-launch']:.3f}" == one_launch
     assert f"{waves['serial']:.{len(serial) - 2}f}" == serial
     assert ratios(k, n, 16)["one-launch", "forward"] == pytest.approx(waves["one-launch"])
@@ -126,7 +127,7 @@ def test_theory_by_hand() -> None:
 @pytest.mark.parametrize("mode", ["forward", "backward"])
 def test_theory_is_the_minimum_over_the_frozen_gemm(mode: str) -> None:
     p = problem(4096, 1024, 24)
-    assert floor.minimum(p)[mode].flops / floor.gemm(p).flops == pytest.approx(theory(shape(4096, 1024, 24), mode))
+    assert cost.minimum(p)[mode].flops / cost.gemm(p).flops == pytest.approx(theory(shape(4096, 1024, 24), mode))
 
 
 def test_bytes_by_hand() -> None:
@@ -155,11 +156,11 @@ def test_bytes_by_hand() -> None:
         "full": [y + w + x, x + w + y],
     }
     for design in DESIGNS:
-        work = floor.kernels(design, p)
+        work = cost.kernels(design, p)
         assert [kernel.bytes for kernel in work["forward"]] == forward[design], design
         assert [kernel.bytes for kernel in work["backward"]] == backward[design], design
         assert work["step"] == work["forward"] + work["backward"]
-    least = floor.minimum(p)
+    least = cost.minimum(p)
     assert least["forward"].bytes == x + w + a + b + y + z
     assert least["backward"].bytes == (y + w + a + b + x + z) + (x + a + b)
 
@@ -168,8 +169,8 @@ def test_nothing_goes_below_the_minimum() -> None:
     for k, n, r, m in product((768, 4096, 28672), (512, 4096), (1, 8, 16, 64, 128), (128, 8192)):
         p = problem(k, n, r, m)
         for design in set(DESIGNS) - {"frozen", "full"}:
-            for mode, least in floor.minimum(p).items():
-                work = floor.kernels(design, p)[mode]
+            for mode, least in cost.minimum(p).items():
+                work = cost.kernels(design, p)[mode]
                 assert sum(kernel.flops for kernel in work) >= least.flops, (design, mode, p)
                 assert sum(kernel.bytes for kernel in work) >= least.bytes, (design, mode, p)
 
@@ -183,7 +184,7 @@ def test_a_kernel_takes_the_longer_of_arithmetic_and_traffic() -> None:
 
 def test_serial_as_built_adds_a_read_of_dy_and_the_partial_sums() -> None:
     p = problem(4096, 4096, 16)
-    splits = floor.grad_splits(p)
+    splits = cost.grad_splits(p)
     assert splits == 4
     extra = p.moved(y=1) + 2 * (2 * 4 * splits * p.r * p.k)
     of = ratios(4096, 4096, 16)
@@ -193,9 +194,9 @@ def test_serial_as_built_adds_a_read_of_dy_and_the_partial_sums() -> None:
 
 def test_small_ranks_pay_for_sixteen_and_large_ones_as_built_read_x_again() -> None:
     one, sixteen, large = (problem(4096, 4096, r) for r in (1, 16, 128))
-    assert floor.extended(one).flops == floor.extended(sixteen).flops
-    assert floor.one_launch_makespan(one) == floor.one_launch_makespan(sixteen)
-    built, paper = (floor.kernels(design, large)["forward"][0] for design in ("serial-built", "serial"))
+    assert cost.extended(one).flops == cost.extended(sixteen).flops
+    assert cost.one_launch_makespan(one) == cost.one_launch_makespan(sixteen)
+    built, paper = (cost.kernels(design, large)["forward"][0] for design in ("serial-built", "serial"))
     assert built.bytes - paper.bytes == large.moved(x=1)
 
 
@@ -203,13 +204,13 @@ def test_the_kernels_are_built_as_the_model_says() -> None:
     pytest.importorskip("triton")
     from fastlora.kernels import rank_grad, tiles
 
-    assert (*tiles.TMA[0][:2], tiles.GROUP_M) == (floor.TILE_M, floor.TILE_N, floor.GROUP_M)
+    assert (*tiles.TMA[0][:2], tiles.GROUP_M) == (cost.TILE_M, cost.TILE_N, cost.GROUP_M)
     for m, k, r in product((100, 2048, 8192), (512, 4096, 28672), (16, 64, 128)):
         wide, narrow = (torch.empty(m, size, dtype=torch.bfloat16, device="meta") for size in (k, r))
         _, launches = rank_grad.launches(narrow, wide, dtype=torch.bfloat16, precision="ieee")
         p = problem(k, k, r, m)
-        assert launches[0].grid[1:] == (floor.grad_splits(p), floor.rank_blocks(p))
-        assert len(launches) == len(floor.rank_grad_built(p))
+        assert launches[0].grid[1:] == (cost.grad_splits(p), cost.rank_blocks(p))
+        assert len(launches) == len(cost.rank_grad_built(p))
 
 
 SCHEDULES = [
@@ -222,7 +223,7 @@ SCHEDULES = [
 
 @pytest.mark.parametrize("p", SCHEDULES, ids=lambda p: f"{p.k}x{p.n}-R{p.r}-M{p.m}-{p.sms}")
 def test_the_schedule_keeps_its_laws(p: Problem) -> None:
-    turns = list(floor.one_launch_schedule(p))
+    turns = list(cost.one_launch_schedule(p))
     rows, columns = -(-p.m // 128), -(-p.n // 256)
     assert sorted((turn.row, turn.column) for turn in turns) == sorted(product(range(rows), range(columns)))
     # Producers come first, so whoever waits does so for a tile that is already held.
@@ -236,7 +237,7 @@ def test_the_schedule_keeps_its_laws(p: Problem) -> None:
         assert turn.end - turn.start - turn.waited >= 1 + last_trip - 1e-9
         assert turn.column or turn.waited == 0
     busy = sum(turn.end - turn.start for turn in turns)
-    assert max(turn.end for turn in turns) >= max(busy / p.sms, floor.waves(p) * (1 + last_trip)) - 1e-9
+    assert max(turn.end for turn in turns) >= max(busy / p.sms, cost.waves(p) * (1 + last_trip)) - 1e-9
     assert most_at_once(turns) <= p.sms
 
 
@@ -255,14 +256,14 @@ def test_the_schedule_keeps_its_laws(p: Problem) -> None:
     ],
 )
 def test_z_jobs_go_where_clusters_would_idle(m: int, k: int, n: int, makespan: str) -> None:
-    assert f"{floor.z_jobs_makespan(problem(k, n, 16, m)):.3f}" == makespan
+    assert f"{cost.z_jobs_makespan(problem(k, n, 16, m)):.3f}" == makespan
 
 
 def test_z_jobs_by_hand() -> None:
     """Four units of rows on three clusters, a tile each: two clusters would idle in the second wave, and make z."""
     p = problem(1600, 256, 16, m=1024, sms=6)
     # 0.78 of z twice, three tiles from 0, 0.78 and 0.78, the fourth when the first has ended.
-    assert floor.z_jobs_makespan(p) == pytest.approx((2 + 2 * 0.01) / 2)
+    assert cost.z_jobs_makespan(p) == pytest.approx((2 + 2 * 0.01) / 2)
 
 
 def most_at_once(turns: list[Turn]) -> int:
@@ -277,10 +278,10 @@ def most_at_once(turns: list[Turn]) -> int:
 def test_two_rows_on_two_sms_by_hand() -> None:
     """The third column's tiles find z ready; with four SMs the second column's wait an eighth of a tile for it."""
     p = problem(1600, 768, 16, m=256, sms=2)
-    assert [turn.end for turn in floor.one_launch_schedule(p)] == pytest.approx([1.135] * 2 + [2.145] * 2 + [3.155] * 2)
-    turns = list(floor.one_launch_schedule(p._replace(sms=4)))
+    assert [turn.end for turn in cost.one_launch_schedule(p)] == pytest.approx([1.135] * 2 + [2.145] * 2 + [3.155] * 2)
+    turns = list(cost.one_launch_schedule(p._replace(sms=4)))
     assert [turn.waited for turn in turns] == [0, 0, 0.125, 0.125, 0, 0]
-    assert floor.one_launch_makespan(p._replace(sms=4)) == pytest.approx(2.145 / 2)
+    assert cost.one_launch_makespan(p._replace(sms=4)) == pytest.approx(2.145 / 2)
 
 
 def test_the_default_shapes_print(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,7 +316,7 @@ def test_json_has_a_row_for_each_shape_design_and_mode(tmp_path: Path) -> None:
         assert row.arithmetic_ms == pytest.approx(1e3 * row.flops / row.flops_per_s)
         assert row.bandwidth_ms == pytest.approx(1e3 * row.bytes / row.bytes_per_s)
         assert row.ms >= (1 - 1e-9) * max(row.arithmetic_ms, row.bandwidth_ms)
-        least = floor.minimum(problem(row.k, row.n, row.r, row.m))
+        least = cost.minimum(problem(row.k, row.n, row.r, row.m))
         assert row.compulsory_bytes == sum(least[mode].bytes for mode in least if row.mode in (mode, "step"))
 
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from benchmarks.cases import FLOOR, Case
-from benchmarks.clocks import Clock
-from benchmarks.failures import AbsentError
 from benchmarks.layers import contest, peers
 from benchmarks.layers.arms import imported
 from benchmarks.layers.operands import make_operands
 from benchmarks.layers.providers import providers
+from benchmarks.measure.clocks import Clock
+from benchmarks.measure.failures import AbsentError
 from fastlora.backends import dispatch
 
 CPU = torch.device("cpu")

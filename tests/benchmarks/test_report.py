@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import environment, markdown, plots, report
 from benchmarks.__main__ import main
 from benchmarks.cases import FLOOR, Case, ModelCase
-from benchmarks.results import RESULTS, ResultFile
-from benchmarks.rows import ClaimRow, LayerRow, ModelRow, Spread
+from benchmarks.records import environment, plots
+from benchmarks.records.files import RESULTS, ResultFile
+from benchmarks.records.rows import ClaimRow, LayerRow, ModelRow, Spread
+from benchmarks.report import command as report
+from benchmarks.report import markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 CASE = Case("gpt2.attn", 256, 8, "bf16", 0.0)

@@ -10,8 +10,8 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from .cases import FLOOR, Case, ModelCase
-from .results import read
+from ..cases import FLOOR, Case, ModelCase
+from .files import read
 from .rows import LayerRow, ModelRow, shown
 
 T = TypeVar("T")

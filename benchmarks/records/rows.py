@@ -15,8 +15,8 @@ from typing import Any, ClassVar, NamedTuple
 
 from fastlora.accuracy import Errors
 
-from .cases import Case, ModelCase
-from .floor import theory
+from ..cases import Case, ModelCase
+from ..predict.cost import theory
 
 # What happened to a row: measured; refused by its own word; inaccurate, hence without speed; out of memory; raised.
 STATUSES = ("ok", "absent", "wrong", "oom", "error")

@@ -24,12 +24,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .cases import FLOOR, MODES, Case
-from .environment import Environment, differences
-from .results import parse
-from .rows import LayerRow, Measured, Spread
-from .runner import StopError, number, positive
-from .units import geometric_mean, readable_bytes
+from ..cases import FLOOR, MODES, Case
+from ..measure.runner import StopError, number, positive
+from ..records.environment import Environment, differences
+from ..records.files import parse
+from ..records.rows import LayerRow, Measured, Spread
+from ..records.units import geometric_mean, readable_bytes
 
 HELP = "compare two result files, or one with what was committed; regressions end with exit status 1"
 

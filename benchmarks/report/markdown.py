@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .cases import FLOOR
-from .environment import Environment
-from .layers.table import PAIRS, step_speedups
-from .rows import LayerRow, Measured, ModelRow, shown
-from .units import geometric_mean, readable_bytes
+from ..cases import FLOOR
+from ..layers.table import PAIRS, step_speedups
+from ..records.environment import Environment
+from ..records.rows import LayerRow, Measured, ModelRow, shown
+from ..records.units import geometric_mean, readable_bytes
 
 # fastlora itself comes last, beside the margin.
 OURS = "fastlora"

@@ -1,6 +1,6 @@
 """``python -m benchmarks predict``: what each design should cost at a shape, without a GPU: FLOPs, bytes, time, ratio.
 
-The model and what it leaves out: benchmarks/floor.py.
+The model and what it leaves out: benchmarks/predict/cost.py.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from .cases import DTYPES, LAYERS, MODES, layer_named
-from .floor import DESIGNS, Device, Problem, gemm, in_whole_waves, kernels, minimum, theory
-from .runner import layer_name, number, positive
+from ..cases import DTYPES, LAYERS, MODES, layer_named
+from ..measure.runner import layer_name, number, positive
+from .cost import DESIGNS, Device, Problem, gemm, in_whole_waves, kernels, minimum, theory
 
 HELP = "predict what each design costs over the frozen layer, from FLOPs and bytes"
 

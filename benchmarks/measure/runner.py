@@ -14,12 +14,12 @@ from typing import Any, Generic, TypeVar, cast
 
 import torch
 
-from . import environment
-from .cases import C, Profile, layer_named
+from ..cases import C, Profile, layer_named
+from ..records import environment
+from ..records.files import LOCAL, RESULTS, ResultFile
+from ..records.rows import Row
 from .failures import DeviceLostError
 from .progress import Progress
-from .results import LOCAL, RESULTS, ResultFile
-from .rows import Row
 
 R = TypeVar("R", bound=Row)
 Doing = Callable[[str], None]

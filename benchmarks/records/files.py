@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from .environment import Environment, check, differences
 from .rows import Row, from_json
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 LOCAL = RESULTS / "local"
 
 _START = b'{"record": "environment"'

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from . import markdown, plots
-from .paper import command as paper
-from .results import RESULTS, Results, read
-from .rows import ClaimRow, LayerRow, Measured, ModelRow, Row
-from .runner import StopError
+from ..measure.runner import StopError
+from ..paper import command as paper
+from ..records import plots
+from ..records.files import RESULTS, Results, read
+from ..records.rows import ClaimRow, LayerRow, Measured, ModelRow, Row
+from . import markdown
 
 HELP = "render the committed results into README.md, pages and pictures"
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from .rows import Measured
+from ..records.rows import Measured
 
 # What CUDA, cuBLAS, Triton and torch's CPU allocator say.
 _OUT_OF_MEMORY = re.compile("out of memory|ALLOC_FAILED|can't allocate memory", re.IGNORECASE)

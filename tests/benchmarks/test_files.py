@@ -16,10 +16,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import environment
 from benchmarks.cases import MODES, Case, ModelCase
-from benchmarks.results import RESULTS, ResultFile, parse, read
-from benchmarks.rows import KINDS, STATUSES, ClaimRow, LayerRow, Measured, ModelRow, Spread, from_json
+from benchmarks.records import environment
+from benchmarks.records.files import RESULTS, ResultFile, parse, read
+from benchmarks.records.rows import KINDS, STATUSES, ClaimRow, LayerRow, Measured, ModelRow, Spread, from_json
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")

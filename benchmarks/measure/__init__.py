@@ -1,0 +1,1 @@
+"""The clock, the contest and the loop over cases, for every subcommand that measures."""

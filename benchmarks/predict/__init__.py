@@ -1,0 +1,1 @@
+"""What each design must cost, without a GPU."""

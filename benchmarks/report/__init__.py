@@ -1,0 +1,1 @@
+"""Committed results as Markdown, and the comparison of two runs."""
