@@ -103,6 +103,13 @@ class Case(NamedTuple):
         """The base's dtype."""
         return DTYPES[self.dtype]
 
+    def theory(self, mode: str) -> float:
+        """The FLOP minimum over the frozen layer's FLOPs, on any device.
+
+        forward 1 + R/N + R/K, backward 1 + 2R/N + 2R/K (t, t a, da and db), step their mean. No dropout, no bias.
+        """
+        return 1 + {"forward": 1.0, "backward": 2.0, "step": 1.5}[mode] * (self.r / self.n + self.r / self.k)
+
     @property
     def is_host(self) -> bool:
         """Whether the shape is so small that its time is the host's: Python, autograd and dispatch."""

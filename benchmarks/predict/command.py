@@ -1,6 +1,6 @@
-"""``python -m benchmarks predict``: what each design should cost at a shape, without a GPU: FLOPs, bytes, time, ratio.
+"""``python -m benchmarks predict``: predicts each design's FLOPs, bytes, time and ratio for a layer; needs no GPU.
 
-The model and what it leaves out: benchmarks/predict/cost.py.
+The model and its omissions: benchmarks/predict/cost.py.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
 
-from ..cases import DTYPES, LAYERS, MODES, layer_named
+from ..cases import DTYPES, LAYERS, MODES, Case
 from ..measure.runner import layer_name, number, positive
-from .cost import DESIGNS, Device, Problem, gemm, in_whole_waves, kernels, minimum, theory
+from .cost import DESIGNS, Device, Problem, gemm, in_whole_waves, kernels, minimum
 
 HELP = "predict what each design costs over the frozen layer, from FLOPs and bytes"
 
@@ -60,31 +59,17 @@ PROFILES = {
 }
 
 
-class Shape(NamedTuple):
-    """One layer at one size."""
-
-    layer: str
-    m: int
-    k: int
-    n: int
-    r: int
-    dtype: str
-
-    def __str__(self) -> str:
-        return f"{self.layer}  M={self.m} K={self.k} N={self.n} R={self.r} {self.dtype}"
-
-
 @dataclass(frozen=True)
 class Prediction:
-    """One design in one mode at one shape.
+    """One design in one mode of one case.
 
     Attributes:
-        layer, m, k, n, r, dtype: the shape.
-        device, flops_per_s, bytes_per_s, sms: what it is predicted for.
-        design, mode: which way, and forward, backward or step.
+        layer, m, k, n, r, dtype: the case.
+        device, flops_per_s, bytes_per_s, sms: the device it is predicted for.
+        design, mode: one of DESIGNS; forward, backward or step.
         launches: how many kernels; the gaps between them are not in ``ms``.
         flops, bytes: over all kernels.
-        arithmetic_ms, bandwidth_ms: what the FLOPs take by themselves, and what the bytes take.
+        arithmetic_ms, bandwidth_ms: the time of the FLOPs by themselves, and of the bytes.
         compulsory_bytes: each argument and result of the LoRA layer moved once, the same for every design.
         ms: the sum over kernels of the longer of arithmetic and traffic.
         ratio: ``ms`` over that of ``frozen``.
@@ -141,26 +126,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rates.add_argument("--flops", type=_rate, metavar="TFLOP/S", help="what it sustains in the dtype, in 10^12 FLOP/s")
     rates.add_argument("--bandwidth", type=_rate, metavar="TB/S", help="what it sustains, in 10^12 bytes/s")
     rates.add_argument("--sms", type=positive, metavar="COUNT", help="streaming multiprocessors")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write a JSON line for each shape, design and mode")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write a JSON line for each case, design and mode")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints a block for each shape; returns the exit status."""
+    """Prints a block for each case; returns the exit status."""
     device = _device(args)
     layers, ranks = PROFILES[args.profile]
     axes = itertools.product(args.layer or layers, args.tokens, args.rank or ranks)
-    shapes = [Shape(name, m, layer_named(name).k, layer_named(name).n, r, args.dtype) for name, m, r in axes]
     blocks = {
-        shape: [row for row in predict(shape, device) if row.design in args.design and row.mode in args.mode]
-        for shape in shapes
+        case: [row for row in predict(case, device) if row.design in args.design and row.mode in args.mode]
+        for case in (Case(name, m, r, args.dtype, dropout=0.0) for name, m, r in axes)
     }
     print(
         f"Predictions for {device.name}: {device.flops[args.dtype] / 1e12:g} TFLOP/s {args.dtype}, "
         f"{device.bytes_per_s / 1e12:g} TB/s, {device.sms} SMs ({device.basis})\n"
     )
-    for shape, rows in blocks.items():
-        print(render(shape, rows, device), end="\n\n")
-    print("\n".join(f"  {name:<12}  {DESIGNS[name].about}" for name in args.design))
+    for case, rows in blocks.items():
+        print(render(case, rows, device), end="\n\n")
+    print("\n".join(f"  {name:<14}{DESIGNS[name].about}" for name in args.design))
     if args.json:
         try:
             args.json.parent.mkdir(parents=True, exist_ok=True)
@@ -173,20 +157,25 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def predict(shape: Shape, device: Device) -> Iterator[Prediction]:
+def predict(case: Case, device: Device) -> Iterator[Prediction]:
     """Every design in every mode."""
-    problem = _problem(shape, device)
+    problem = _problem(case, device)
     least = {mode: kernel.bytes for mode, kernel in minimum(problem).items()}
     least["step"] = sum(least.values())
     frozen: dict[str, float] = {}
     for design in DESIGNS:
         for mode, launches in kernels(design, problem).items():
-            seconds = sum(kernel.seconds(device, shape.dtype) for kernel in launches)
+            seconds = sum(kernel.seconds(device, case.dtype) for kernel in launches)
             flops, moved = sum(kernel.flops for kernel in launches), sum(kernel.bytes for kernel in launches)
             yield Prediction(
-                **shape._asdict(),
+                layer=case.layer,
+                m=case.m,
+                k=case.k,
+                n=case.n,
+                r=case.r,
+                dtype=case.dtype,
                 device=device.name,
-                flops_per_s=device.flops[shape.dtype],
+                flops_per_s=device.flops[case.dtype],
                 bytes_per_s=device.bytes_per_s,
                 sms=device.sms,
                 design=design,
@@ -194,42 +183,42 @@ def predict(shape: Shape, device: Device) -> Iterator[Prediction]:
                 launches=len(launches),
                 flops=flops,
                 bytes=moved,
-                arithmetic_ms=1e3 * flops / device.flops[shape.dtype],
+                arithmetic_ms=1e3 * flops / device.flops[case.dtype],
                 bandwidth_ms=1e3 * moved / device.bytes_per_s,
                 compulsory_bytes=least[mode],
                 ms=1e3 * seconds,
                 ratio=seconds / frozen.setdefault(mode, seconds),
-                theory=theory(shape, mode),
+                theory=case.theory(mode),
             )
 
 
-def render(shape: Shape, rows: Sequence[Prediction], device: Device) -> str:
-    """The shape's FLOPs, bytes and their times, then each design's ratio in each mode, and a step's milliseconds."""
-    problem = _problem(shape, device)
+def render(case: Case, rows: Sequence[Prediction], device: Device) -> str:
+    """The case's FLOPs, bytes and their times, then each design's ratio in each mode, and a step's milliseconds."""
+    problem = _problem(case, device)
     floors = {"frozen, either way": gemm(problem)}
     floors |= {f"minimum {mode}": kernel for mode, kernel in minimum(problem).items()}
-    lines = [str(shape), f"  {'':<20}{'GFLOP':>10}{'MB':>10}{'arithmetic ms':>16}{'bandwidth ms':>16}"]
+    lines = [str(case), f"  {'':<20}{'GFLOP':>10}{'MB':>10}{'arithmetic ms':>16}{'bandwidth ms':>16}"]
     for name, kernel in floors.items():
-        arithmetic, traffic = kernel.flops / device.flops[shape.dtype], kernel.bytes / device.bytes_per_s
+        arithmetic, traffic = kernel.flops / device.flops[case.dtype], kernel.bytes / device.bytes_per_s
         lines.append(
             f"  {name:<20}{kernel.flops / 1e9:>10.1f}{kernel.bytes / 1e6:>10.1f}"
             f"{1e3 * arithmetic:>16.4f}{1e3 * traffic:>16.4f}"
         )
     modes = list(dict.fromkeys(row.mode for row in rows))
     lines.append(f"  {'× frozen':<20}" + "".join(f"{mode:>10}" for mode in modes) + f"{modes[-1] + ' ms':>14}")
-    least = [theory(shape, mode) for mode in modes]
+    least = [case.theory(mode) for mode in modes]
     lines.append(f"  {'theory (FLOPs only)':<20}" + "".join(f"{ratio:>10.3f}" for ratio in least))
     for design in dict.fromkeys(row.design for row in rows):
         by_mode = {row.mode: row for row in rows if row.design == design}
         ratios = "".join(f"{by_mode[mode].ratio:>10.3f}" for mode in modes)
         lines.append(f"  {design:<20}{ratios}{by_mode[modes[-1]].ms:>14.4f}")
-    waves = ", ".join(f"{name} {ratio:.3f}" for name, ratio in in_whole_waves(problem, device, shape.dtype).items())
+    waves = ", ".join(f"{name} {ratio:.3f}" for name, ratio in in_whole_waves(problem, device, case.dtype).items())
     lines.append(f"  forward in whole waves of tiles, 2 µs for a second launch: {waves}")
     return "\n".join(lines)
 
 
-def _problem(shape: Shape, device: Device) -> Problem:
-    return Problem(shape.m, shape.k, shape.n, shape.r, DTYPES[shape.dtype].itemsize, device.sms)
+def _problem(case: Case, device: Device) -> Problem:
+    return Problem(case.m, case.k, case.n, case.r, DTYPES[case.dtype].itemsize, device.sms)
 
 
 def _device(args: argparse.Namespace) -> Device:

@@ -16,7 +16,6 @@ from typing import Any, ClassVar, NamedTuple
 from fastlora.accuracy import Errors
 
 from ..cases import Case, ModelCase
-from ..predict.cost import theory
 
 # What happened to a row: measured; refused by its own word; inaccurate, hence without speed; out of memory; raised.
 STATUSES = ("ok", "absent", "wrong", "oom", "error")
@@ -150,7 +149,7 @@ class LayerRow(Measured):
     def of(case: Case, provider: str, mode: str) -> LayerRow:
         """A row that says only what was asked."""
         row = LayerRow(provider, mode=mode, **case._asdict())
-        row.k, row.n, row.bias, row.theory = case.k, case.n, case.bias, theory(case, mode)
+        row.k, row.n, row.bias, row.theory = case.k, case.n, case.bias, case.theory(mode)
         return row
 
     def fail(self, status: str, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""The predictions: targets and published tables, hand arithmetic, the simulated schedule, and the command line."""
+"""The predictions: targets and published tables, hand arithmetic, the kernels' own constants, and the command line."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.cases import LAYERS, MODES
+from benchmarks.cases import LAYERS, MODES, Case
 from benchmarks.predict import command as predict
 from benchmarks.predict import cost
-from benchmarks.predict.command import DEVICES, Prediction, Shape
-from benchmarks.predict.cost import DESIGNS, Kernel, Problem, Turn, theory
+from benchmarks.predict.command import DEVICES, Prediction
+from benchmarks.predict.cost import DESIGNS, Kernel, Problem
 
 H200 = DEVICES["h200"]
 
 
-def shape(k: int, n: int, r: int, m: int = 8192, dtype: str = "bf16") -> Shape:
-    return Shape(f"{k}x{n}", m, k, n, r, dtype)
+def case(k: int, n: int, r: int, m: int = 8192, dtype: str = "bf16") -> Case:
+    return Case(f"{k}x{n}", m, r, dtype, dropout=0.0)
 
 
 def problem(k: int, n: int, r: int, m: int = 8192, sms: int = 132) -> Problem:
@@ -29,7 +29,7 @@ def problem(k: int, n: int, r: int, m: int = 8192, sms: int = 132) -> Problem:
 
 
 def ratios(k: int, n: int, r: int, m: int = 8192) -> dict[tuple[str, str], float]:
-    return {(row.design, row.mode): row.ratio for row in predict.predict(shape(k, n, r, m), H200)}
+    return {(row.design, row.mode): row.ratio for row in predict.predict(case(k, n, r, m), H200)}
 
 
 def gemm_seconds(p: Problem) -> float:
@@ -49,26 +49,27 @@ def run(*argv: str) -> int:
 )
 def test_the_targets_rows(k: int, n: int, least: str, serial: str, plain: str) -> None:
     step = ratios(k, n, 16)
-    assert f"{theory(shape(k, n, 16), 'step'):.3f}" == least
-    assert f"{step['serial', 'step']:.3f}" == serial
+    assert f"{case(k, n, 16).theory('step'):.3f}" == least
+    assert f"{step['serial-ideal', 'step']:.3f}" == serial
     assert f"{step['plain', 'step']:.2f}" == plain
     assert step["full", "step"] == pytest.approx(1.5, abs=1e-12)
     assert {step["frozen", mode] for mode in MODES} == {1.0}
 
 
-# Forward over the plain GEMM, in whole waves, 2 µs for serial's second launch.
+# Forward over the plain GEMM, in whole waves, 2 µs for the serial design's second launch.
 @pytest.mark.parametrize(
-    ("k", "n", "one_launch", "serial"),
-    [(4096, 4096, "1.020", "1.053"), (4096, 1024, "1.066", "1.20"), (8192, 28672, "1.004", "1.009")],
+    ("k", "n", "z_jobs", "serial"),
+    [(4096, 4096, "1.004", "1.053"), (4096, 1024, "1.199", "1.20"), (8192, 28672, "1.002", "1.009")],
 )
-def test_forward_in_whole_waves(k: int, n: int, one_launch: str, serial: str) -> None:
+def test_forward_in_whole_waves(k: int, n: int, z_jobs: str, serial: str) -> None:
     waves = cost.in_whole_waves(problem(k, n, 16), H200, "bf16")
-    assert f"{waves['one-launch']:.3f}" == one_launch
-    assert f"{waves['serial']:.{len(serial) - 2}f}" == serial
-    assert ratios(k, n, 16)["one-launch", "forward"] == pytest.approx(waves["one-launch"])
+    assert f"{waves['cuda-z_jobs']:.3f}" == z_jobs
+    assert f"{waves['triton-serial']:.{len(serial) - 2}f}" == serial
+    arithmetic = case(k, n, 16).theory("forward")
+    assert ratios(k, n, 16)["cuda-z_jobs", "forward"] == pytest.approx(max(arithmetic, waves["cuda-z_jobs"]))
 
 
-# K, N, R, then forward: FLOP minimum, serial, addmm, plain; backward: FLOP minimum, one read of dy, two, plain.
+# K, N, R, then forward: FLOP minimum, serial, library, plain; backward: FLOP minimum, one read of dy, two, plain.
 ROOFLINE = [
     (4096, 4096, 16, 1.008, 1.049, 1.135, 1.314, 1.016, 1.094, 1.140, 1.404),
     (4096, 4096, 64, 1.031, 1.062, 1.136, 1.316, 1.063, 1.109, 1.155, 1.404),
@@ -89,9 +90,10 @@ def test_the_roofline_table(row: tuple[float, ...]) -> None:
     k, n, r = (int(size) for size in row[:3])
     p, of = problem(k, n, r), ratios(k, n, r)
     per_byte = 1 / H200.bytes_per_s / gemm_seconds(p)
-    second_read = of["serial", "backward"] + p.moved(y=1) * per_byte
-    ours = [theory(shape(k, n, r), "forward"), *(of[name, "forward"] for name in ("serial", "addmm", "plain"))]
-    ours += [theory(shape(k, n, r), "backward"), of["serial", "backward"], second_read, of["plain", "backward"]]
+    serial = of["serial-ideal", "backward"]
+    second_read = serial + p.moved(y=1) * per_byte
+    ours = [case(k, n, r).theory("forward"), *(of[name, "forward"] for name in ("serial-ideal", "library", "plain"))]
+    ours += [case(k, n, r).theory("backward"), serial, second_read, of["plain", "backward"]]
     small = 3 * p.moved(z=1, a=1, b=1) * per_byte
     for column, (mine, table) in enumerate(zip(ours, row[3:], strict=True)):
         assert abs(mine - table) <= 0.00051 + (0 if column in (0, 4) else small), column
@@ -112,22 +114,22 @@ def test_the_roofline_table(row: tuple[float, ...]) -> None:
 )
 def test_the_step_table(k: int, n: int, r: int, least: float, serial: float, plain: float) -> None:
     step = ratios(k, n, r)
-    assert round(theory(shape(k, n, r), "step"), 3) == least
-    assert round(step["serial", "step"], 3) == serial
+    assert round(case(k, n, r).theory("step"), 3) == least
+    assert round(step["serial-ideal", "step"], 3) == serial
     assert step["plain", "step"] == pytest.approx(plain, abs=0.0025)
 
 
 def test_theory_by_hand() -> None:
-    case = shape(512, 2048, 8)
-    assert theory(case, "forward") == 1 + 8 / 512 + 8 / 2048
-    assert theory(case, "backward") == 1 + 16 / 512 + 16 / 2048
-    assert theory(case, "step") == (theory(case, "forward") + theory(case, "backward")) / 2
+    theory = case(512, 2048, 8).theory
+    assert theory("forward") == 1 + 8 / 512 + 8 / 2048
+    assert theory("backward") == 1 + 16 / 512 + 16 / 2048
+    assert theory("step") == (theory("forward") + theory("backward")) / 2
 
 
 @pytest.mark.parametrize("mode", ["forward", "backward"])
 def test_theory_is_the_minimum_over_the_frozen_gemm(mode: str) -> None:
     p = problem(4096, 1024, 24)
-    assert cost.minimum(p)[mode].flops / cost.gemm(p).flops == pytest.approx(theory(shape(4096, 1024, 24), mode))
+    assert cost.minimum(p)[mode].flops / cost.gemm(p).flops == pytest.approx(case(4096, 1024, 24).theory(mode))
 
 
 def test_bytes_by_hand() -> None:
@@ -137,22 +139,22 @@ def test_bytes_by_hand() -> None:
     forward = {
         "frozen": [x + w + y],
         "plain": [x + w + y, x + a + z, z + b + y, 2 * y, 3 * y],
-        "addmm": [x + a + z, x + w + y, z + b + 2 * y],
-        "serial": [x + a + z, x + w + y + z + b],
-        "serial-built": [x + a + z, x + w + y + z + b],
-        "one-launch": [x + w + y + 2 * z + a + b],
-        "z_jobs": [2 * x + w + y + 2 * z + a + b],
+        "library": [x + a + z, x + w + y, z + b + 2 * y],
+        "serial-ideal": [x + a + z, x + w + y + z + b],
+        "triton-serial": [x + a + z, x + w + y + z + b],
+        "cuda-serial": [x + a + z, x + w + y + z + b],
+        "cuda-z_jobs": [2 * x + w + y + 2 * z + a + b],
         "full": [x + w + y],
     }
     partial = {width: 2 * 4 * 8 * width for width in (k, n)}
     backward = {
         "frozen": [y + w + x],
         "plain": [y + w + x, 2 * y, y + b + z, y + z + b, z + a + x, x + z + a, 3 * x],
-        "addmm": [y + b + z, y + w + x, z + a + 2 * x, x + z + a, y + z + b],
-        "serial": [y + b + z + z + b, y + w + x + z + a, x + z + a],
-        "serial-built": [y + b + z, y + w + x + z + a, x + z + a, y + z + b],
-        "one-launch": [y + w + x + 2 * z + a + b, x + z + a, y + z + b],
-        "z_jobs": [2 * y + w + x + 2 * z + a + b, x + z + a + partial[k], y + z + b + partial[n]],
+        "library": [y + b + z, y + w + x, z + a + 2 * x, x + z + a, y + z + b],
+        "serial-ideal": [y + b + z + z + b, y + w + x + z + a, x + z + a],
+        "triton-serial": [y + b + z, y + w + x + z + a, x + z + a, y + z + b],
+        "cuda-serial": [y + b + z, y + w + x + z + a, x + z + a + partial[k], y + z + b + partial[n]],
+        "cuda-z_jobs": [2 * y + w + x + 2 * z + a + b, x + z + a + partial[k], y + z + b + partial[n]],
         "full": [y + w + x, x + w + y],
     }
     for design in DESIGNS:
@@ -188,57 +190,36 @@ def test_serial_as_built_adds_a_read_of_dy_and_the_partial_sums() -> None:
     assert splits == 4
     extra = p.moved(y=1) + 2 * (2 * 4 * splits * p.r * p.k)
     of = ratios(4096, 4096, 16)
-    difference = of["serial-built", "backward"] - of["serial", "backward"]
+    difference = of["triton-serial", "backward"] - of["serial-ideal", "backward"]
     assert difference == pytest.approx(extra / H200.bytes_per_s / gemm_seconds(p))
 
 
 def test_small_ranks_pay_for_sixteen_and_large_ones_as_built_read_x_again() -> None:
     one, sixteen, large = (problem(4096, 4096, r) for r in (1, 16, 128))
     assert cost.extended(one).flops == cost.extended(sixteen).flops
-    assert cost.one_launch_makespan(one) == cost.one_launch_makespan(sixteen)
-    built, paper = (cost.kernels(design, large)["forward"][0] for design in ("serial-built", "serial"))
+    assert cost.z_jobs_makespan(one) == cost.z_jobs_makespan(sixteen)
+    built, paper = (cost.kernels(design, large)["forward"][0] for design in ("triton-serial", "serial-ideal"))
     assert built.bytes - paper.bytes == large.moved(x=1)
 
 
-def test_the_kernels_are_built_as_the_model_says() -> None:
+def test_rank_grad_is_built_as_the_model_says() -> None:
     pytest.importorskip("triton")
-    from fastlora.kernels import rank_grad, tiles
+    from fastlora.kernels import rank_grad
 
-    assert (*tiles.TMA[0][:2], tiles.GROUP_M) == (cost.TILE_M, cost.TILE_N, cost.GROUP_M)
     for m, k, r in product((100, 2048, 8192), (512, 4096, 28672), (16, 64, 128)):
         wide, narrow = (torch.empty(m, size, dtype=torch.bfloat16, device="meta") for size in (k, r))
         _, launches = rank_grad.launches(narrow, wide, dtype=torch.bfloat16, precision="ieee")
         p = problem(k, k, r, m)
         assert launches[0].grid[1:] == (cost.grad_splits(p), cost.rank_blocks(p))
-        assert len(launches) == len(cost.rank_grad_built(p))
+        assert len(launches) == len(cost.rank_grad_triton(p))
 
 
-SCHEDULES = [
-    problem(k, n, r, m, sms)
-    for (k, n), r, m, sms in product(
-        ((4096, 4096), (4096, 1024), (768, 256), (100, 700)), (8, 16, 64, 128), (1, 2048, 8192), (1, 7, 132)
-    )
-]
-
-
-@pytest.mark.parametrize("p", SCHEDULES, ids=lambda p: f"{p.k}x{p.n}-R{p.r}-M{p.m}-{p.sms}")
-def test_the_schedule_keeps_its_laws(p: Problem) -> None:
-    turns = list(cost.one_launch_schedule(p))
-    rows, columns = -(-p.m // 128), -(-p.n // 256)
-    assert sorted((turn.row, turn.column) for turn in turns) == sorted(product(range(rows), range(columns)))
-    # Producers come first, so whoever waits does so for a tile that is already held.
-    assert [turn.column == 0 for turn in turns] == [True] * rows + [False] * (rows * (columns - 1))
-    assert [turn.start for turn in turns] == sorted(turn.start for turn in turns)
-    last_trip = p.trip / p.k
-    released = {turn.row: turn.end - last_trip for turn in turns[:rows]}
-    for turn in turns:
-        assert turn.waited >= 0
-        assert turn.end - last_trip >= released[turn.row] - 1e-9
-        assert turn.end - turn.start - turn.waited >= 1 + last_trip - 1e-9
-        assert turn.column or turn.waited == 0
-    busy = sum(turn.end - turn.start for turn in turns)
-    assert max(turn.end for turn in turns) >= max(busy / p.sms, cost.waves(p) * (1 + last_trip)) - 1e-9
-    assert most_at_once(turns) <= p.sms
+def test_the_constants_of_csrc_are_read_from_its_header(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert (cost.TILE_M, cost.GROUP) == (128, 8)
+    monkeypatch.setattr(cost, "SCHEDULE", tmp_path / "schedule.cuh")
+    cost.SCHEDULE.write_text("constexpr int TILE_K = 64;\n")
+    with pytest.raises(ValueError, match=r"^schedule.cuh: expected a line `constexpr … TILE_M = <integer>;`$"):
+        cost._constant("TILE_M")
 
 
 # csrc/README.md quotes these.
@@ -266,24 +247,6 @@ def test_z_jobs_by_hand() -> None:
     assert cost.z_jobs_makespan(p) == pytest.approx((2 + 2 * 0.01) / 2)
 
 
-def most_at_once(turns: list[Turn]) -> int:
-    events = sorted([(turn.end, -1) for turn in turns] + [(turn.start, 1) for turn in turns])
-    running = most = 0
-    for _, change in events:
-        running += change
-        most = max(most, running)
-    return most
-
-
-def test_two_rows_on_two_sms_by_hand() -> None:
-    """The third column's tiles find z ready; with four SMs the second column's wait an eighth of a tile for it."""
-    p = problem(1600, 768, 16, m=256, sms=2)
-    assert [turn.end for turn in cost.one_launch_schedule(p)] == pytest.approx([1.135] * 2 + [2.145] * 2 + [3.155] * 2)
-    turns = list(cost.one_launch_schedule(p._replace(sms=4)))
-    assert [turn.waited for turn in turns] == [0, 0, 0.125, 0.125, 0, 0]
-    assert cost.one_launch_makespan(p._replace(sms=4)) == pytest.approx(2.145 / 2)
-
-
 def test_the_default_shapes_print(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: pytest.fail("a prediction needs no GPU"))
     assert run() == 0
@@ -297,7 +260,7 @@ def test_the_default_shapes_print(capsys: pytest.CaptureFixture[str], monkeypatc
         rows = ratios(LAYERS[name].k, LAYERS[name].n, rank)
         for design in DESIGNS:
             assert block[design][1:4] == [f"{rows[design, mode]:.3f}" for mode in MODES]
-    assert "serial 1.053, one-launch 1.020" in printed
+    assert "triton-serial 1.053, cuda-z_jobs 1.004" in printed
 
 
 def test_json_has_a_row_for_each_shape_design_and_mode(tmp_path: Path) -> None:
@@ -312,7 +275,7 @@ def test_json_has_a_row_for_each_shape_design_and_mode(tmp_path: Path) -> None:
     for row in rows:
         assert all(getattr(row, field.name) is not None for field in fields(row))
         assert (row.r, row.dtype, row.device, row.flops_per_s, row.bytes_per_s) == (8, "fp16", "h200", 790e12, 4.3e12)
-        assert row.theory == theory(row, row.mode)
+        assert row.theory == Case(row.layer, row.m, row.r, row.dtype, 0.0).theory(row.mode)
         assert row.arithmetic_ms == pytest.approx(1e3 * row.flops / row.flops_per_s)
         assert row.bandwidth_ms == pytest.approx(1e3 * row.bytes / row.bytes_per_s)
         assert row.ms >= (1 - 1e-9) * max(row.arithmetic_ms, row.bandwidth_ms)
@@ -332,7 +295,7 @@ def test_a_device_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize("name", DEVICES)
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_every_device_predicts(name: str, dtype: str) -> None:
-    rows = list(predict.predict(shape(4096, 4096, 16, dtype=dtype), DEVICES[name]))
+    rows = list(predict.predict(case(4096, 4096, 16, dtype=dtype), DEVICES[name]))
     assert all(row.ratio >= 1 and row.ms > 0 for row in rows)
 
 
