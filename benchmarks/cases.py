@@ -17,7 +17,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MODES = ("forward", "backward", "step")
 HOST_LAYER = "host"
 
-# The provider that every time is compared with: the base layer alone.
+# The arm that every time is compared with: the base layer alone.
 FLOOR = "frozen"
 
 SCALE = 1.7
@@ -75,7 +75,7 @@ def layer_named(name: str) -> Layer:
 
 
 class Case(NamedTuple):
-    """One layer at one size: every provider runs this, in every mode."""
+    """One layer at one size: every arm runs this, in every mode."""
 
     layer: str
     m: int
@@ -123,7 +123,7 @@ class Case(NamedTuple):
 
 
 class ModelCase(NamedTuple):
-    """One architecture at one size: every provider trains this. ``sequence`` is in tokens."""
+    """One architecture at one size: every arm trains this. ``sequence`` is in tokens."""
 
     model: str
     batch: int
@@ -154,7 +154,7 @@ Sweep = Mapping[str, Sequence[Any]]
 class Profile(Generic[C]):
     """A named selection of cases: the products of each sweep's axes, which are the fields of the case.
 
-    ``rounds`` is how often every provider of a case is timed, ``seconds`` after how long that may stop short: a busy
+    ``rounds`` is how often every arm of a case is timed, ``seconds`` after how long that may stop short: a busy
     machine ends with fewer rounds, not later.
     """
 

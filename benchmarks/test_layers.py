@@ -1,6 +1,6 @@
 """pytest-benchmark cases for regressions: ``pytest benchmarks``, then ``pytest-benchmark compare``.
 
-Tiny layers on a CPU, real ones where there is a GPU. Each provider passes the accuracy gate first. The clock stops when
+Tiny layers on a CPU, real ones where there is a GPU. Each arm passes the accuracy gate first. The clock stops when
 the device is done; ``extra_info`` holds the device's own time and the environment. No time is asserted.
 """
 
@@ -15,9 +15,9 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from .cases import MODES, Case
+from .layers.arms import arms
 from .layers.gate import Gate
 from .layers.operands import make_operands
-from .layers.providers import providers
 from .layers.work import broken, prepare
 from .measure.clocks import Clock, Work
 from .measure.failures import AbsentError
@@ -33,7 +33,7 @@ CASES = (
 )
 ROUNDS = 31 if ON_GPU else 5
 WARM_UP = 3
-ARMS = [name for name, provider in providers().items() if not provider.by_name_only]
+ARMS = [name for name, arm in arms().items() if not arm.by_name_only]
 
 
 @functools.cache
@@ -55,8 +55,8 @@ def _synchronised(work: Work) -> None:
 @pytest.mark.parametrize("name", ARMS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_layer(case: Case, name: str, mode: str, benchmark: BenchmarkFixture) -> None:
-    """One provider in one mode of one case."""
-    arm, operands, clock = providers()[name], make_operands(case, DEVICE), Clock(DEVICE)
+    """One arm in one mode of one case."""
+    arm, operands, clock = arms()[name], make_operands(case, DEVICE), Clock(DEVICE)
     calls = itertools.count()
     with arm.turn():
         try:
@@ -82,7 +82,7 @@ def test_layer(case: Case, name: str, mode: str, benchmark: BenchmarkFixture) ->
         samples = [clock.device(prepare(mode, built, operands, next(calls))) for _ in range(ROUNDS)]
     times = [ms for ms in samples if ms is not None]
     benchmark.extra_info.update(
-        backend=built.backend,
+        kernel=built.kernel,
         device_ms=Spread.of(times)._asdict() if times else None,
         environment=_environment(),
     )

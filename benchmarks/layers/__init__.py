@@ -1,1 +1,1 @@
-"""Single layers: every provider beside the frozen floor."""
+"""Single layers: every arm beside the frozen floor."""

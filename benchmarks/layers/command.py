@@ -1,4 +1,4 @@
-"""``python -m benchmarks layers``: one LoRA layer at a time, every provider beside the frozen base layer."""
+"""``python -m benchmarks layers``: one LoRA layer at a time, every arm beside the frozen base layer."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ..measure.failures import AbsentError
 from ..measure.runner import Doing, layer_name, positive, probability
 from ..records import plots
 from ..records.rows import LayerRow
-from .arms import Built, Provider
+from .arm import Arm, Built
+from .arms import arms
 from .contest import run_case
-from .providers import providers
 from .table import render_case, render_summary
 
 HELP = "time LoRA layers of real models beside the frozen layer, PEFT and others"
@@ -33,30 +33,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     axes.add_argument("--rank", dest="r", nargs="+", type=positive, metavar="R", help="ranks")
     axes.add_argument("--dtype", nargs="+", choices=DTYPES, help="dtypes of the base")
     axes.add_argument("--dropout", nargs="+", type=probability, metavar="P", help="dropout")
-    parser.add_argument(
-        "--provider", nargs="+", choices=providers(), metavar="NAME", help="only these; the floor always runs"
-    )
+    runner.add_arm_option(parser, "only these; the floor always runs", choices=arms())
     parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES, help="only these modes")
-    parser.add_argument("--rounds", type=positive, metavar="N", help="timings of each provider in each mode")
-    parser.add_argument("--list", action="store_true", help="list profiles, layers and providers, and stop")
+    parser.add_argument("--rounds", type=positive, metavar="N", help="timings of each arm in each mode")
+    parser.add_argument("--list", action="store_true", help="list profiles, layers and arms, and stop")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the subcommand; returns the exit status: 1 where a provider was wrong or failed."""
+    """Runs the subcommand; returns the exit status: 1 where an arm was wrong or failed."""
     if args.list:
         print(_listing())
         return 0
-    named = (FLOOR, *args.provider) if args.provider else tuple(providers())
-    arms = [_unless_named(arm, args.provider or ()) for name, arm in providers().items() if name in named]
-    settings = {"providers": [arm.name for arm in arms], "modes": list(args.mode), "rounds": args.rounds}
+    named = (FLOOR, *args.arm) if args.arm else tuple(arms())
+    chosen = [_unless_named(arm, args.arm or ()) for name, arm in arms().items() if name in named]
+    settings = {"arms": [arm.name for arm in chosen], "modes": list(args.mode), "rounds": args.rounds}
     axes = {axis: getattr(args, axis) for axis in Case._fields}
-    whole = not (args.provider or args.rounds or tuple(args.mode) != MODES)
+    whole = not (args.arm or args.rounds or tuple(args.mode) != MODES)
     job = runner.start("layers", args, PROFILES, axes, settings, whole)
     clock, profile = Clock(job.device), job.profile
     rounds = args.rounds or profile.rounds
 
     def case_rows(case: Case, before: Sequence[LayerRow], doing: Doing) -> list[LayerRow]:
-        return run_case(case, arms, args.mode, rounds, profile.seconds, clock, job.device, doing)
+        return run_case(case, chosen, args.mode, rounds, profile.seconds, clock, job.device, doing)
 
     rows = job.measure(case_rows, render_case, lambda case: case.m * case.k * case.n + _FIXED_WORK)
     print(render_summary(rows))
@@ -64,11 +62,11 @@ def run(args: argparse.Namespace) -> int:
     return 1 if any(row.status in ("wrong", "error") for row in rows) else 0
 
 
-def _unless_named(arm: Provider, named: Sequence[str]) -> Provider:
+def _unless_named(arm: Arm, named: Sequence[str]) -> Arm:
     """An arm that takes part only by name is absent where it was not named."""
 
     def build(*_: object) -> Built:
-        raise AbsentError(f"takes part only where it is named: --provider {arm.name}")
+        raise AbsentError(f"takes part only where it is named: --arm {arm.name}")
 
     return replace(arm, build=build) if arm.by_name_only and arm.name not in named else arm
 
@@ -77,6 +75,6 @@ def _listing() -> str:
     lines = runner.listing(PROFILES)
     lines += ["layers (or KxN)"]
     lines += [f"  {name:<20} K={v.k} N={v.n}{' with bias' if v.bias else ''}" for name, v in LAYERS.items()]
-    lines += ["providers"]
-    lines += [f"  {name:<20} {provider.about}" for name, provider in providers().items()]
+    lines += ["arms"]
+    lines += [f"  {name:<20} {arm.about}" for name, arm in arms().items()]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""One case, start to end: admit each provider through the gate, then time those admitted, round by round."""
+"""One case, start to end: admit each arm through the gate, then time those admitted, round by round."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..cases import FLOOR, Case
 from ..measure.clocks import Clock, no_garbage_collection, shuffled
 from ..measure.failures import failures_into
 from ..records.rows import LayerRow, Spread
-from .arms import Built, Provider
+from .arm import Arm, Built
 from .gate import Gate
 from .operands import Operands, make_operands
 from .work import broken, kept_bytes, peak_bytes, prepare
@@ -29,9 +29,9 @@ HOST_ROUNDS = 20
 
 @dataclass
 class _Entrant:
-    """A provider past the gate, its row in this mode, and its samples in milliseconds."""
+    """An arm past the gate, its row in this mode, and its samples in milliseconds."""
 
-    provider: Provider
+    arm: Arm
     built: Built
     row: LayerRow
     wall: list[float] = field(default_factory=list)
@@ -39,7 +39,7 @@ class _Entrant:
 
     def sample(self, clock: Clock, operands: Operands, calls: Iterator[int]) -> None:
         """Times one call; on CUDA a second one for the device's time. A failure ends up in the row."""
-        with self.provider.turn(), failures_into([self.row]):
+        with self.arm.turn(), failures_into([self.row]):
             mode = self.row.mode
             self.wall.append(clock.wall(prepare(mode, self.built, operands, next(calls))))
             if (ms := clock.device(prepare(mode, self.built, operands, next(calls)))) is not None:
@@ -47,7 +47,7 @@ class _Entrant:
 
     def warm_up(self, clock: Clock, operands: Operands, calls: Iterator[int]) -> None:
         """Calls often enough for lazy set-up and compilation to be over, each until the device is done."""
-        with self.provider.turn(), failures_into([self.row]):
+        with self.arm.turn(), failures_into([self.row]):
             for _ in range(WARM_UP):
                 clock.wall(prepare(self.row.mode, self.built, operands, next(calls)))
 
@@ -59,7 +59,7 @@ class _Entrant:
 
 def run_case(
     case: Case,
-    arms: Sequence[Provider],
+    arms: Sequence[Arm],
     modes: Sequence[str],
     rounds: int,
     seconds: float,
@@ -91,11 +91,11 @@ def run_case(
 
 def _admit(
     case: Case,
-    arms: Sequence[Provider],
+    arms: Sequence[Arm],
     rows: dict[str, list[LayerRow]],
     operands: Operands,
     progress: Callable[[str], None],
-) -> list[tuple[Provider, Built]]:
+) -> list[tuple[Arm, Built]]:
     """Builds each arm and holds it to the oracle; returns those that may be timed."""
     gate = Gate(case, operands)
     admitted = []
@@ -112,7 +112,7 @@ def _admit(
             built = arm.build(case, operands, case.dropout)
             wrong = broken(built, operands)
             for row in group:
-                row.backend, row.tile = built.backend, built.tile
+                row.kernel, row.tile = built.kernel, built.tile
                 if wrong is not None:
                     row.fail("wrong", wrong)
             if wrong is None:
@@ -120,7 +120,7 @@ def _admit(
     return admitted
 
 
-def _weigh(arm: Provider, built: Built, group: Sequence[LayerRow], operands: Operands) -> None:
+def _weigh(arm: Arm, built: Built, group: Sequence[LayerRow], operands: Operands) -> None:
     """Memory, once the timing is over: in the first calls of a process Python itself frees a temporary later."""
     measured = [row for row in group if row.status == "ok"]
     with arm.turn(), failures_into(measured):
@@ -131,8 +131,8 @@ def _weigh(arm: Provider, built: Built, group: Sequence[LayerRow], operands: Ope
 
 def _time(entrants: list[_Entrant], rounds: int, seconds: float, clock: Clock, operands: Operands) -> None:
     """Times all entrants in turn and writes times, ratios and noise into their rows. The floor runs twice a round."""
-    floor = next((e for e in entrants if e.provider.name == FLOOR), None)
-    again = None if floor is None else _Entrant(floor.provider, floor.built, floor.row)
+    floor = next((e for e in entrants if e.arm.name == FLOOR), None)
+    again = None if floor is None else _Entrant(floor.arm, floor.built, floor.row)
     arms = [*entrants, *([] if again is None else [again])]
     calls = itertools.count()
     for arm in arms:

@@ -1,4 +1,4 @@
-"""The accuracy gate: what a provider computes is held to ``fastlora.accuracy`` before its speed is printed."""
+"""The accuracy gate: what an arm computes is held to ``fastlora.accuracy`` before its speed is printed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastlora.backends.dropout import draw_seed
 from fastlora.backends.request import Product
 
 from ..cases import Case
-from .arms import Built, Provider
+from .arm import Arm, Built
 from .operands import Operands
 
 _SEED = 20
@@ -22,7 +22,7 @@ Products = dict[str, Tensor]
 class Gate:
     """Oracle and baseline of one case, made on first use.
 
-    A foreign provider's dropout mask cannot be known, so it is checked with dropout off; fastlora's own is replayed
+    A foreign arm's dropout mask cannot be known, so it is checked with dropout off; fastlora's own is replayed
     from the generator.
     """
 
@@ -30,18 +30,18 @@ class Gate:
         self._case, self._operands = case, operands
         self._expected: dict[tuple[bool, float], tuple[Products, Products]] = {}
 
-    def dropout_of(self, provider: Provider) -> float:
-        """The probability the provider is checked at: the case's own, or 0."""
-        return self._case.dropout if provider.own_mask else 0.0
+    def dropout_of(self, arm: Arm) -> float:
+        """The probability the arm is checked at: the case's own, or 0."""
+        return self._case.dropout if arm.own_mask else 0.0
 
-    def check(self, provider: Provider) -> dict[str, Errors]:
-        """Runs one step of the provider and measures y, dx and every gradient it trains against the oracle.
+    def check(self, arm: Arm) -> dict[str, Errors]:
+        """Runs one step of the arm and measures y, dx and every gradient it trains against the oracle.
 
         A gradient that never arrives is an error in words.
         """
-        p = self.dropout_of(provider)
+        p = self.dropout_of(arm)
         o = self._operands
-        built = provider.build(self._case, o, p)
+        built = arm.build(self._case, o, p)
         torch.manual_seed(_SEED)
         y = built.layer(o.xs[0])
         got: dict[str, Tensor | None] = {"y": y}

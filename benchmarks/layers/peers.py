@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..cases import Case
 from ..measure.failures import AbsentError
-from .arms import Built, Provider, adapters, imported, linear_over
+from .arm import Arm, Built, adapters, imported, linear_over
 from .operands import Operands
 
 # Dropout that drops nothing and scales by one in float32, for a kernel that cannot go without.
@@ -96,15 +96,15 @@ def _check_cuda(o: Operands) -> None:
 
 
 PEERS = (
-    Provider("lorafusion", "LoRAFusion's fused_linear_lora", _lorafusion),
-    Provider(
+    Arm("lorafusion", "LoRAFusion's fused_linear_lora", _lorafusion),
+    Arm(
         "unsloth",
         "unsloth's LoRA_W; only by name, since its import patches transformers and PEFT under the other arms",
         _unsloth,
         by_name_only=True,
     ),
-    Provider("freesolo-chalk", "nn.Linear plus chalk's LoRA delta for this GPU, PEFT unpatched", _chalk),
-    Provider(
+    Arm("freesolo-chalk", "nn.Linear plus chalk's LoRA delta for this GPU, PEFT unpatched", _chalk),
+    Arm(
         "lycoris",
         "LyCORIS LoConModule in bypass mode, which keeps the low rank; its default builds all of b @ a",
         _lycoris,

@@ -1,4 +1,4 @@
-"""The table on the screen: one block a case, one line a provider, and the summary at the end."""
+"""The table on the screen: one block a case, one line an arm, and the summary at the end."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def render_case(rows: Sequence[LayerRow]) -> str:
     the least ratio that the FLOPs allow on any device.
     """
     modes = list(dict.fromkeys(row.mode for row in rows))
-    noise = [f"{row.mode} {row.noise:.1%}" for row in rows if row.provider == FLOOR and row.noise is not None]
-    arms = {name: [row for row in rows if row.provider == name] for name in dict.fromkeys(row.provider for row in rows)}
+    noise = [f"{row.mode} {row.noise:.1%}" for row in rows if row.arm == FLOOR and row.noise is not None]
+    arms = {name: [row for row in rows if row.arm == name] for name in dict.fromkeys(row.arm for row in rows)}
     width = max(map(len, (*arms, "(arithmetic)")))
     lines = [str(rows[0].case) + (f"   noise: {', '.join(noise)}" if noise else "")]
     heads = "".join(f"{mode + ' ms':>{_TIME}}{'× floor':>{_RATIO}}" for mode in modes)
     heads += "".join(f"{mode + ' wall':>{_WALL}}" for mode in modes if _on_gpu(rows))
     lines.append(f"  {'':{width}}{heads}{'kept':>{_BYTES}}{'peak':>{_BYTES}}{'error':>{_RATIO}}")
     least = "".join(f"{'':{_TIME}}{row.theory:>{_RATIO}.3f}" for row in next(iter(arms.values())) if row.theory)
-    lines += [f"  {name:<{width}}{_provider_line(group, wall=_on_gpu(rows))}" for name, group in arms.items()]
+    lines += [f"  {name:<{width}}{_arm_line(group, wall=_on_gpu(rows))}" for name, group in arms.items()]
     lines.append(f"  {'(arithmetic)':<{width}}{least}")
     return "\n".join(lines)
 
@@ -51,7 +51,7 @@ def render_summary(rows: Sequence[LayerRow]) -> str:
 
 def step_speedups(rows: Sequence[LayerRow], ours: str, theirs: str) -> list[float]:
     """Step time of ``theirs`` over that of ``ours``, for each case that has both."""
-    steps = {(row.case, row.provider): row.ms.p50 for row in rows if row.mode == "step" and row.ms is not None}
+    steps = {(row.case, row.arm): row.ms.p50 for row in rows if row.mode == "step" and row.ms is not None}
     return [steps[case, theirs] / ms for (case, name), ms in steps.items() if name == ours and (case, theirs) in steps]
 
 
@@ -59,7 +59,7 @@ def _on_gpu(rows: Sequence[LayerRow]) -> bool:
     return any(row.device_ms is not None for row in rows)
 
 
-def _provider_line(group: list[LayerRow], wall: bool) -> str:
+def _arm_line(group: list[LayerRow], wall: bool) -> str:
     first = group[0]
     if all(row.status != "ok" for row in group):
         return f"  {first.status}: {first.reason}"
@@ -68,7 +68,7 @@ def _provider_line(group: list[LayerRow], wall: bool) -> str:
     line += "".join(f"{_three_digits(row.wall_ms):>{_WALL}}" for row in group if wall)
     line += f"{readable_bytes(first.kept_bytes):>{_BYTES}}{readable_bytes(first.peak_bytes):>{_BYTES}}"
     line += f"{_two_digits(error):>{_RATIO}}"
-    return line + (f"  -> {first.backend}" if first.backend else "")
+    return line + (f"  -> {first.kernel}" if first.kernel else "")
 
 
 def _timing(row: LayerRow) -> str:

@@ -1,4 +1,4 @@
-"""The calls that are timed and weighed: a provider's forward, backward or step on a case's operands."""
+"""The calls that are timed and weighed: an arm's forward, backward or step on a case's operands."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from ..cases import COPIES
 from ..measure.clocks import Work
 from ..measure.memory import allocation
-from .arms import Built
+from .arm import Built
 from .operands import Operands
 
 

@@ -1,4 +1,4 @@
-"""Failures as rows: what a provider raises is written down, and the others go on."""
+"""Failures as rows: what an arm raises is written down, and the others go on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class DeviceLostError(Exception):
 
 
 class AbsentError(Exception):
-    """This provider cannot run this case here, by its own word: no failure."""
+    """This arm cannot run this case here, by its own word: no failure."""
 
 
 @contextmanager
@@ -48,8 +48,8 @@ def _check_device(rows: Sequence[Measured], reason: str) -> None:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
     except RuntimeError:
-        provider = rows[0].provider if rows else "a provider"
-        raise DeviceLostError(f"the GPU is lost to this process after {provider}: {reason}") from None
+        arm = rows[0].arm if rows else "an arm"
+        raise DeviceLostError(f"the GPU is lost to this process after {arm}: {reason}") from None
 
 
 def _verdict(error: Exception) -> tuple[str, str]:

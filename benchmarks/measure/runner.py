@@ -7,7 +7,7 @@ import math
 import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
@@ -44,6 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiv
     )
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same options")
     return where
+
+
+def add_arm_option(parser: argparse.ArgumentParser, about: str, choices: Iterable[str] | None = None) -> None:
+    """``--arm NAME ...``, and its former name ``--provider``."""
+    for option, text in (("--arm", about), ("--provider", argparse.SUPPRESS)):
+        parser.add_argument(option, dest="arm", nargs="+", choices=choices, metavar="NAME", help=text)
 
 
 @dataclass

@@ -120,24 +120,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     axes.add_argument("--dtype", nargs="+", choices=DTYPES, help="dtypes of the base")
     axes.add_argument("--dropout", nargs="+", type=probability, metavar="P", help="dropout of the adapters")
     axes.add_argument("--checkpointing", nargs="+", choices=_SWITCH, help="activation checkpointing")
-    parser.add_argument("--provider", nargs="+", choices=arms(), metavar="NAME", help="only these")
-    parser.add_argument("--rounds", type=positive, metavar="N", help="timings of each provider")
-    parser.add_argument("--list", action="store_true", help="list profiles, models and providers, and stop")
+    runner.add_arm_option(parser, "only these", choices=arms())
+    parser.add_argument("--rounds", type=positive, metavar="N", help="timings of each arm")
+    parser.add_argument("--list", action="store_true", help="list profiles, models and arms, and stop")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the subcommand; returns the exit status: 1 where a provider was wrong or failed."""
+    """Runs the subcommand; returns the exit status: 1 where an arm was wrong or failed."""
     if args.list:
         print(_listing())
         return 0
     if importlib.util.find_spec("transformers") is None:
         raise StopError(2, "the models come from transformers, which is not installed: pip install transformers peft")
-    chosen = [arm for name, arm in arms().items() if name in (args.provider or arms())]
+    chosen = [arm for name, arm in arms().items() if name in (args.arm or arms())]
     axes = {axis: getattr(args, axis) for axis in ModelCase._fields}
     axes |= {axis: axes[axis] and sorted(axes[axis]) for axis in ("batch", "sequence")}
     axes["checkpointing"] = args.checkpointing and [_SWITCH[word] for word in args.checkpointing]
-    settings = {"providers": [arm.name for arm in chosen], "rounds": args.rounds}
-    job = runner.start("model", args, MODEL_PROFILES, axes, settings, whole=not (args.provider or args.rounds))
+    settings = {"arms": [arm.name for arm in chosen], "rounds": args.rounds}
+    job = runner.start("model", args, MODEL_PROFILES, axes, settings, whole=not (args.arm or args.rounds))
     gate, clock, profile = ModelGate(job.device), Clock(job.device), job.profile
     keep_imports({case.model for case in job.cases})
     rounds = args.rounds or profile.rounds
@@ -168,6 +168,6 @@ def _listing() -> str:
     lines = runner.listing(MODEL_PROFILES)
     lines += ["models (NAME-Nlayers: the first N layers alone)"]
     lines += [f"  {name:<20} {v.about}, {v.layers} layers" for name, v in ARCHITECTURES.items()]
-    lines += ["providers"]
+    lines += ["arms"]
     lines += [f"  {name:<20} {arm.about}" for name, arm in arms().items()]
     return "\n".join(lines)

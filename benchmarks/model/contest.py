@@ -81,7 +81,7 @@ def _out_of_memory(row: ModelRow, earlier: Sequence[ModelRow]) -> ModelRow | Non
     """The first row of the same arm and sweep that ran out of memory at no greater a size."""
     sweep = row.case._replace(batch=0, sequence=0)
     for other in earlier:
-        same = other.provider == row.provider and other.case._replace(batch=0, sequence=0) == sweep
+        same = other.arm == row.arm and other.case._replace(batch=0, sequence=0) == sweep
         if same and other.status == "oom" and other.batch <= row.batch and other.sequence <= row.sequence:
             return other
     return None
@@ -104,7 +104,7 @@ def _admit(case: ModelCase, arm: Arm, row: ModelRow, gate: ModelGate, device: to
         memory = training.memory()
         for name, value in memory._asdict().items():
             setattr(row, name, value)
-        row.backend = training.backend
+        row.kernel = training.kernel
         return [_Entrant(arm, row, memory)]
     return []
 

@@ -1,4 +1,4 @@
-"""The model benchmark on the screen: one block a case, one line a provider, and the summary at the end."""
+"""The model benchmark on the screen: one block a case, one line an arm, and the summary at the end."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _TIME, _SPEED, _RATIO, _SIZE = 24, 11, 8, 12
 def render_case(rows: Sequence[ModelRow]) -> str:
     """One case: milliseconds a step (p20-p80), tokens a second, bytes, and the worst error over its bound."""
     noise = next((f"   noise {row.noise:.1%}" for row in rows if row.noise is not None), "")
-    width = max(len(row.provider) for row in rows)
+    width = max(len(row.arm) for row in rows)
     sizes = "".join(f"{name:>{_SIZE}}" for name in _BYTES)
     lines = [f"{rows[0].case}{_parameters(rows)}{noise}"]
     lines.append(
         f"  {'':{width}}{'step ms':>{_TIME}}{'tokens/s':>{_SPEED}}{'× full':>{_RATIO}}{sizes}{'error':>{_RATIO}}"
     )
-    full = next((row.tokens_per_second for row in rows if row.provider == FULL), None)
-    return "\n".join([*lines, *(f"  {row.provider:<{width}}{_line(row, full)}" for row in rows)])
+    full = next((row.tokens_per_second for row in rows if row.arm == FULL), None)
+    return "\n".join([*lines, *(f"  {row.arm:<{width}}{_line(row, full)}" for row in rows)])
 
 
 def render_summary(rows: Sequence[ModelRow]) -> str:
@@ -58,18 +58,16 @@ def quotients(
     rows: Sequence[ModelRow], ours: str, theirs: str, value: Callable[[ModelRow], float | None]
 ) -> list[float]:
     """A value of ``ours`` over that of ``theirs``, for each case that has both."""
-    known = {(row.case, row.provider): number for row in rows if row.status == "ok" and (number := value(row))}
+    known = {(row.case, row.arm): number for row in rows if row.status == "ok" and (number := value(row))}
     return [
-        number / known[case, theirs]
-        for (case, provider), number in known.items()
-        if provider == ours and (case, theirs) in known
+        number / known[case, theirs] for (case, arm), number in known.items() if arm == ours and (case, theirs) in known
     ]
 
 
 def _parameters(rows: Sequence[ModelRow]) -> str:
     """How many the base has, and how many of an adapted model are trained."""
-    whole = next((row.parameters for row in rows if row.provider == FULL and row.parameters), None)
-    adapted = next((row.trained_parameters for row in rows if row.provider != FULL and row.trained_parameters), None)
+    whole = next((row.parameters for row in rows if row.arm == FULL and row.parameters), None)
+    adapted = next((row.trained_parameters for row in rows if row.arm != FULL and row.trained_parameters), None)
     named = [
         f"{count / 1e6:,.1f} M {what}" for count, what in ((whole, "parameters"), (adapted, "of adapters")) if count
     ]
@@ -84,7 +82,7 @@ def _line(row: ModelRow, full: float | None) -> str:
     error = row.worst_error
     return (
         f"{_milliseconds(row.step_ms):>{_TIME}}{row.tokens_per_second:>{_SPEED},.0f}{ratio:>{_RATIO}}{sizes}"
-        f"{'-' if error is None else f'{error:.2f}':>{_RATIO}}{f'  -> {row.backend}' if row.backend else ''}"
+        f"{'-' if error is None else f'{error:.2f}':>{_RATIO}}{f'  -> {row.kernel}' if row.kernel else ''}"
     )
 
 

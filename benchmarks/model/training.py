@@ -103,8 +103,8 @@ class Training:
         return Memory(weights, gradients, optimizer, activations, weights + optimizer + step)
 
     @property
-    def backend(self) -> str | None:
-        """What fastlora chose for its layers; None where there is none."""
+    def kernel(self) -> str | None:
+        """The kernels that fastlora runs in its layers, such as ``library``; None where it has no layer."""
         chosen = set()
         for layer in self.subject.model.modules():
             if isinstance(layer, fastlora.LoRALinear):

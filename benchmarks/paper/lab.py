@@ -12,9 +12,9 @@ import fastlora
 from fastlora.accuracy import Errors
 
 from ..cases import DTYPES, Case
+from ..layers.arms import arms
 from ..layers.gate import Gate
 from ..layers.operands import make_operands
-from ..layers.providers import providers
 from ..measure.clocks import Clock, Work, no_garbage_collection, shuffled
 from ..records.rows import Spread
 from .claims import Lab
@@ -44,7 +44,7 @@ def require_accurate(lab: Lab, width: int, tokens: int) -> None:
     """
     dtype = next(name for name, dtype in DTYPES.items() if dtype is lab.dtype)
     case = Case(f"{width}x{width}", tokens, RANK, dtype, 0.0)
-    ours = providers()["fastlora"]
+    ours = arms()["fastlora"]
     with ours.turn():
         require_ok(Gate(case, make_operands(case, lab.device)).check(ours))
 

@@ -86,16 +86,16 @@ def digest(path: Path) -> str:
 
 def ratio_by_layer(rows: Sequence[LayerRow]) -> Any:
     """Time over the frozen floor, one panel a mode, one line of dots a case, and the least by arithmetic as a tick."""
-    timed = [row for row in rows if row.ratio is not None and row.provider != FLOOR and not row.case.is_host]
+    timed = [row for row in rows if row.ratio is not None and row.arm != FLOOR and not row.case.is_host]
     if not timed:
         return None
     cases, modes = _distinct(row.case for row in timed), _distinct(row.mode for row in timed)
-    arms = _distinct(row.provider for row in timed)
+    arms = _distinct(row.arm for row in timed)
     figure = _figure(3 + 4 * len(modes), 1.6 + 0.36 * len(cases))
     panels = figure.subplots(1, len(modes), sharex=True, sharey=True, squeeze=False)[0]
     for panel, mode in zip(panels, modes, strict=True):
         for arm in sorted(arms, key=lambda name: name == "fastlora"):
-            points = [(row.ratio, cases.index(row.case)) for row in timed if (row.mode, row.provider) == (mode, arm)]
+            points = [(row.ratio, cases.index(row.case)) for row in timed if (row.mode, row.arm) == (mode, arm)]
             _draw(panel, arm, points, linestyle="none")
         least = [(row.theory, cases.index(row.case)) for row in timed if row.mode == mode and row.theory is not None]
         if least:
@@ -113,16 +113,16 @@ def ratio_by_layer(rows: Sequence[LayerRow]) -> Any:
 
 def time_by_tokens(rows: Sequence[LayerRow]) -> Any:
     """A step's time over the frozen layer's by M, one panel for each layer that ran at several M."""
-    timed = [row for row in rows if row.mode == "step" and row.ratio is not None and row.provider != FLOOR]
+    timed = [row for row in rows if row.mode == "step" and row.ratio is not None and row.arm != FLOOR]
     groups = _groups(timed, lambda row: row.case._replace(m=0), lambda row: row.m)
     if not groups:
         return None
-    arms = _largest_first(row.provider for row in timed)
+    arms = _largest_first(row.arm for row in timed)
     figure = _figure(3 + 4 * len(groups), 4.5)
     panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
     for panel, (case, group) in zip(panels, groups.items(), strict=True):
         for arm in arms:
-            points = sorted((row.m, row.ratio) for row in group if row.provider == arm and row.ratio is not None)
+            points = sorted((row.m, row.ratio) for row in group if row.arm == arm and row.ratio is not None)
             _draw(panel, arm, points)
         least = sorted({(row.m, row.theory) for row in group if row.theory is not None})
         if least:
@@ -153,7 +153,7 @@ def throughput(rows: Sequence[ModelRow]) -> Any:
         ticks.append(y + (len(group) - 1) / 2)
         for row in group:
             tokens = row.tokens_per_second or 0
-            panel.barh(y, tokens / best, 0.9, color=_STYLES.get(row.provider, _OTHER).colour, label=row.provider)
+            panel.barh(y, tokens / best, 0.9, color=_STYLES.get(row.arm, _OTHER).colour, label=row.arm)
             panel.annotate(f"{tokens:,.0f}", (0.005, y), va="center", fontsize=7, color="white")
             y += 1
         y += 1.5
@@ -172,13 +172,13 @@ def memory_by_sequence(rows: Sequence[ModelRow]) -> Any:
     groups = _groups(known, lambda row: row.case._replace(sequence=0), lambda row: row.sequence)
     if not groups:
         return None
-    arms = _largest_first(row.provider for row in known)
+    arms = _largest_first(row.arm for row in known)
     figure = _figure(3 + 4 * len(groups), 4.5)
     panels = figure.subplots(1, len(groups), squeeze=False)[0]
     for panel, (case, group) in zip(panels, groups.items(), strict=True):
         top = max(row.peak_bytes or 0 for row in group) / 2**30
         for arm in arms:
-            mine = sorted((row for row in group if row.provider == arm), key=lambda row: row.sequence)
+            mine = sorted((row for row in group if row.arm == arm), key=lambda row: row.sequence)
             _draw(panel, arm, [(row.sequence, row.peak_bytes / 2**30) for row in mine if row.peak_bytes is not None])
             first = next((row.sequence for row in mine if row.status == "oom"), None)
             if first is not None:

@@ -56,17 +56,17 @@ class Measured(Row):
 
     Attributes:
         status: one of STATUSES; ``reason`` says why it is not ``ok``.
-        backend: what fastlora chose; None for anybody else.
-        tile: the design and tile of that backend's kernel in the forward, where it has one; of layers alone.
+        kernel: the kernel that fastlora ran; None for anybody else.
+        tile: the text of its tile in the forward, where it has one; of layers alone.
         errors: for each result that was checked, rms and max error with their bounds.
         rounds: how many samples the times are of.
-        noise: how far the second timing of the same provider lay from its first, relative; one number a case and mode.
+        noise: how far the second timing of the same arm lay from its first, relative; one number a case and mode.
     """
 
-    provider: str
+    arm: str
     status: str = "ok"
     reason: str | None = None
-    backend: str | None = None
+    kernel: str | None = None
     tile: str | None = None
     errors: Numbers | None = None
     rounds: int | None = None
@@ -113,7 +113,7 @@ class Measured(Row):
 
 @dataclass
 class LayerRow(Measured):
-    """One provider in one mode of one layer's case.
+    """One arm in one mode of one layer's case.
 
     Attributes:
         layer, m, k, n, r, bias, dtype, dropout: the case.
@@ -146,9 +146,9 @@ class LayerRow(Measured):
     gate_dropout: float | None = None
 
     @staticmethod
-    def of(case: Case, provider: str, mode: str) -> LayerRow:
+    def of(case: Case, arm: str, mode: str) -> LayerRow:
         """A row that says only what was asked."""
-        row = LayerRow(provider, mode=mode, **case._asdict())
+        row = LayerRow(arm, mode=mode, **case._asdict())
         row.k, row.n, row.bias, row.theory = case.k, case.n, case.bias, case.theory(mode)
         return row
 
@@ -164,13 +164,13 @@ class LayerRow(Measured):
 
     @property
     def is_forced(self) -> bool:
-        """Whether the provider is one of fastlora's backends, or of their designs, by force."""
-        return self.provider.startswith("fastlora-") and self.provider != "fastlora-fp32"
+        """Whether the arm forces one of fastlora's kernels."""
+        return self.arm.startswith("fastlora-") and self.arm != "fastlora-fp32"
 
     @property
     def key(self) -> tuple[object, ...]:
-        """Case, provider and mode."""
-        return (*self.case, self.provider, self.mode)
+        """Case, arm and mode."""
+        return (*self.case, self.arm, self.mode)
 
     @property
     def ms(self) -> Spread | None:
@@ -180,7 +180,7 @@ class LayerRow(Measured):
 
 @dataclass
 class ModelRow(Measured):
-    """One provider training one architecture at one size: whole steps, optimiser included.
+    """One arm training one architecture at one size: whole steps, optimiser included.
 
     Attributes:
         model, batch, sequence, r, dtype, dropout, checkpointing: the case; ``sequence`` in tokens.
@@ -213,9 +213,9 @@ class ModelRow(Measured):
     peak_bytes: int | None = None
 
     @staticmethod
-    def of(case: ModelCase, provider: str) -> ModelRow:
+    def of(case: ModelCase, arm: str) -> ModelRow:
         """A row that says only what was asked."""
-        return ModelRow(provider, **case._asdict())
+        return ModelRow(arm, **case._asdict())
 
     @property
     def case(self) -> ModelCase:
@@ -224,8 +224,8 @@ class ModelRow(Measured):
 
     @property
     def key(self) -> tuple[object, ...]:
-        """Case and provider."""
-        return (*self.case, self.provider)
+        """Case and arm."""
+        return (*self.case, self.arm)
 
     @property
     def ms(self) -> Spread | None:
@@ -260,14 +260,17 @@ class ClaimRow(Row):
 
 def shown(rows: Sequence[LayerRow]) -> list[LayerRow]:
     """Rows without the forced arms that ran nothing but what ``fastlora`` chose by itself."""
-    chosen = {row.case: (row.backend, row.tile) for row in rows if row.provider == "fastlora"}
+    chosen = {row.case: (row.kernel, row.tile) for row in rows if row.arm == "fastlora"}
     differing = {
-        row.provider
+        row.arm
         for row in rows
-        if row.is_forced and row.status == "ok" and (row.backend, row.tile) != chosen.get(row.case)
+        if row.is_forced and row.status == "ok" and (row.kernel, row.tile) != chosen.get(row.case)
     }
-    return [row for row in rows if not row.is_forced or row.provider in differing]
+    return [row for row in rows if not row.is_forced or row.arm in differing]
 
+
+# Fields of older rows, by the names they have now.
+_RENAMED = {"provider": "arm", "backend": "kernel"}
 
 KINDS: dict[str, type[Row]] = {kind.KIND: kind for kind in (LayerRow, ModelRow, ClaimRow)}
 
@@ -278,7 +281,7 @@ def from_json(record: dict[str, Any]) -> Row:
     Raises:
         ValueError: an unknown kind, a field missing, unknown, or of another type; the message names it.
     """
-    values = dict(record)
+    values = {_RENAMED.get(name, name): value for name, value in record.items()}
     kind = KINDS.get(values.pop("record", ""))
     if kind is None:
         raise ValueError(f"unknown record {record.get('record')!r}: expected {', '.join(KINDS)}")

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..cases import FLOOR, MODES, Case
-from ..measure.runner import StopError, number, positive
+from ..measure.runner import StopError, add_arm_option, number, positive
 from ..records.environment import Environment, differences
 from ..records.files import parse
 from ..records.rows import LayerRow, Measured, Spread
@@ -61,7 +61,7 @@ class Pair:
 
     case: str
     mode: str
-    provider: str
+    arm: str
     status: tuple[str, str]
     before: Spread | None
     after: Spread | None
@@ -100,7 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--layer", nargs="+", metavar="NAME", help="only these, or these models")
     parser.add_argument("--rank", nargs="+", type=positive, metavar="R", help="only these")
-    parser.add_argument("--provider", nargs="+", metavar="NAME", help="only these")
+    add_arm_option(parser, "only these")
     parser.add_argument("--mode", nargs="+", choices=MODES, help="only these; what a model does is a step")
     parser.add_argument("--only-changes", action="store_true", help="print regressions and improvements alone")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the comparison here (JSON Lines)")
@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
     layers = all(isinstance(row, LayerRow) for row in rows)
     if args.by == "ratio" and not layers:
         raise StopError(2, "--by ratio: only layers have a frozen floor; leave it out to compare models by time")
-    floor = [pair for pair in _pairs(*whole, "time", args.threshold) if layers and pair.provider == FLOOR]
+    floor = [pair for pair in _pairs(*whole, "time", args.threshold) if layers and pair.arm == FLOOR]
     before, after = (_select(side, args) for side in whole)
     pairs = _pairs(before, after, args.by, args.threshold, floor if args.by == "ratio" else ())
     if not pairs:
@@ -201,7 +201,7 @@ def _mode(row: Measured) -> str:
 _FACETS: dict[str, Callable[[Measured], Any]] = {
     "layer": lambda row: row.case.layer if isinstance(row.case, Case) else row.case.model,
     "rank": lambda row: row.case.r,
-    "provider": lambda row: row.provider,
+    "arm": lambda row: row.arm,
 }
 
 
@@ -215,7 +215,7 @@ def _pairs(before: Side, after: Side, by: str, threshold: float, floor: Sequence
             noise = max(before.noise, after.noise, old.noise or 0.0, new.noise or 0.0)
             band = max(threshold, 2 * noise, drift.get((case, _mode(new)), 0.0))
             spreads = _spread(old, new, by), _spread(new, old, by)
-            pairs.append(Pair(case, _mode(new), new.provider, (old.status, new.status), *spreads, band))
+            pairs.append(Pair(case, _mode(new), new.arm, (old.status, new.status), *spreads, band))
             _judge(pairs[-1], old, new)
     return pairs
 
@@ -251,16 +251,16 @@ def _judge(pair: Pair, old: Measured, new: Measured) -> None:
 
 
 def _speedups(pairs: Sequence[Pair]) -> dict[str, float]:
-    """Each provider's geometric mean, of the rows that were measured in both."""
+    """Each arm's geometric mean, of the rows that were measured in both."""
     groups: dict[str, list[float]] = {}
     for pair in pairs:
         if pair.speedup is not None:
-            groups.setdefault(pair.provider, []).append(pair.speedup)
+            groups.setdefault(pair.arm, []).append(pair.speedup)
     return {name: geometric_mean(group) for name, group in groups.items()}
 
 
 def _write(args: argparse.Namespace, before: Side, after: Side, pairs: Sequence[Pair]) -> None:
-    """The comparison as JSON Lines: what was compared, a record a row, and the speed-up of each provider."""
+    """The comparison as JSON Lines: what was compared, a record a row, and the speed-up of each arm."""
     if args.json.resolve() in (Path(args.before).resolve(), Path(args.after).resolve()):
         raise StopError(2, f"--json {args.json} is one of the two that are compared: expected another path")
     header = {"before": before.name, "after": after.name, "by": args.by, "threshold": args.threshold}
@@ -271,7 +271,7 @@ def _write(args: argparse.Namespace, before: Side, after: Side, pairs: Sequence[
         records.append({"record": "pair", **vars(pair), **spreads, **derived})
     for which, side, other in (("before", before, after), ("after", after, before)):
         for case, row in side.without(other):
-            only = {"case": case, "mode": _mode(row), "provider": row.provider, "status": row.status}
+            only = {"case": case, "mode": _mode(row), "arm": row.arm, "status": row.status}
             records.append({"record": "only", "in": which, **only})
     records.append({"record": "speedups", **_speedups(pairs)})
     try:
@@ -289,23 +289,21 @@ def _heading(which: str, side: Side) -> str:
 
 def _table(pairs: Sequence[Pair], by: str) -> list[str]:
     unit = "ms" if by == "time" else "× floor"
-    lines: list[tuple[str, ...]] = [
-        ("case", "mode", "provider", f"before {unit}", f"after {unit}", "speed-up", "band", "")
-    ]
+    lines: list[tuple[str, ...]] = [("case", "mode", "arm", f"before {unit}", f"after {unit}", "speed-up", "band", "")]
     for pair in pairs:
         spreads = ("-" if spread is None else f"{spread.p50:.4f}" for spread in (pair.before, pair.after))
         speedup = "-" if pair.speedup is None else f"{pair.speedup:.2f}"
         found = "; ".join(what for _, what in sorted(pair.found, key=lambda item: item[0] == NOTE))
         mark = f"{pair.verdict.upper()}: {found}" if pair.verdict else found
-        lines.append((pair.case, pair.mode, pair.provider, *spreads, speedup, f"±{pair.band:.1%}", mark))
+        lines.append((pair.case, pair.mode, pair.arm, *spreads, speedup, f"±{pair.band:.1%}", mark))
     formats = [f"{a}{max(map(len, cells))}" for a, cells in zip("<<<>>>><", zip(*lines, strict=True), strict=True)]
     return ["", *("  ".join(map(format, line, formats)).rstrip() for line in lines), ""] if pairs else []
 
 
 def _alone(which: str, side: Side, other: Side) -> list[str]:
-    """How many rows only one run has: by case where the other has nothing of it, else by provider."""
+    """How many rows only one run has: by case where the other has nothing of it, else by arm."""
     common = {case for case, _ in other.rows.values()}
-    names = Counter(row.provider if case in common else case for case, row in side.without(other))
+    names = Counter(row.arm if case in common else case for case, row in side.without(other))
     named = [f"{name} ({count})" for name, count in names.items()]
     return [f"rows only {which}: {names.total()}: {_first(named, 5)}"] if names else []
 

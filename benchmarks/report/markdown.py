@@ -37,8 +37,8 @@ def layers(rows: Sequence[LayerRow]) -> str:
     Each number is time over the frozen layer's own step, or the word for why there is none; ``arithmetic`` is the least
     the FLOPs allow; ``kept`` is what fastlora and PEFT (adapters in the base's dtype) keep for the backward beyond x.
     """
-    steps = {(row.case, row.provider): row for row in rows if row.mode == "step"}
-    arms = _arms([row for row in shown(rows) if row.ms is not None and row.provider != FLOOR])
+    steps = {(row.case, row.arm): row for row in rows if row.mode == "step"}
+    arms = _arms([row for row in shown(rows) if row.ms is not None and row.arm != FLOOR])
     heads = ["layer", "M", "K → N", "R", "dtype", "dropout", "frozen, ms", "arithmetic", *arms, "kept: ours / PEFT"]
     lines = [_line(heads), _line(["---"] * 3 + ["--:"] * (len(heads) - 3))]
     for case in dict.fromkeys(row.case for row in rows if not row.case.is_host):
@@ -60,7 +60,7 @@ def models(rows: Sequence[ModelRow]) -> str:
     heads += [f"{arm}, tokens/s" for arm in arms] + ["noise", "peak memory: " + " / ".join(arms)]
     lines = [_line(heads), _line(["---"] * 2 + ["--:"] * (len(heads) - 2))]
     for case in dict.fromkeys(row.case for row in rows):
-        group = {row.provider: row for row in rows if row.case == case}
+        group = {row.arm: row for row in rows if row.case == case}
         cells = [case.model, f"{case.batch} × {case.sequence}", str(case.r), case.dtype, f"{case.dropout:g}"]
         cells.append("on" if case.checkpointing else "off")
         cells += [_tokens(group.get(arm), bold=arm == OURS) for arm in arms]
@@ -72,38 +72,38 @@ def models(rows: Sequence[ModelRow]) -> str:
 
 
 def memory(rows: Sequence[ModelRow]) -> str:
-    """What the peak consists of, a line a case and provider."""
-    heads = ["model", "batch × tokens", "dtype", "checkpointing", "provider", "trained"]
+    """What the peak consists of, a line a case and arm."""
+    heads = ["model", "batch × tokens", "dtype", "checkpointing", "arm", "trained"]
     heads += ["weights", "gradients", "optimiser", "activations", "peak"]
     lines = [_line(heads), _line(["---"] * 2 + ["--:"] * (len(heads) - 2))]
     for row in rows:
         if row.peak_bytes is not None:
             sizes = (row.weight_bytes, row.gradient_bytes, row.optimizer_bytes, row.activation_bytes, row.peak_bytes)
             cells = [row.model, f"{row.batch} × {row.sequence}", row.dtype, "on" if row.checkpointing else "off"]
-            cells += [row.provider, f"{row.trained_parameters:,}", *map(readable_bytes, sizes)]
+            cells += [row.arm, f"{row.trained_parameters:,}", *map(readable_bytes, sizes)]
             lines.append(_line(cells))
     return "\n".join(lines)
 
 
 def absences(rows: Sequence[Measured]) -> str:
     """Who was not there, and why, each reason once."""
-    reasons = dict.fromkeys((row.provider, row.reason) for row in rows if row.status == "absent")
-    return "\n".join(f"- `{provider}` absent: {reason}" for provider, reason in reasons)
+    reasons = dict.fromkeys((row.arm, row.reason) for row in rows if row.status == "absent")
+    return "\n".join(f"- `{arm}` absent: {reason}" for arm, reason in reasons)
 
 
 def _noise(rows: Sequence[LayerRow]) -> list[str]:
     steps = [row for row in rows if row.mode == "step" and not row.case.is_host]
-    noise = [row.noise for row in steps if row.provider == FLOOR and row.noise is not None]
+    noise = [row.noise for row in steps if row.arm == FLOOR and row.noise is not None]
     lines = [f"- noise: the frozen layer's second timing lay within {max(noise):.1%} of its first"] if noise else []
-    ours = {row.case: row for row in steps if row.provider == OURS and row.ms is not None}
+    ours = {row.case: row for row in steps if row.arm == OURS and row.ms is not None}
     twins = [
         abs(row.ms.p50 / chosen.ms.p50 - 1)
         for row in steps
         if row.is_forced and row.ms is not None and (chosen := ours.get(row.case)) is not None
-        if chosen.ms is not None and (row.backend, row.tile) == (chosen.backend, chosen.tile)
+        if chosen.ms is not None and (row.kernel, row.tile) == (chosen.kernel, chosen.tile)
     ]
     if twins:
-        lines.append(f"- and fastlora's own, the same backend by choice and by force: within {max(twins):.1%}")
+        lines.append(f"- and fastlora's own, the same kernel chosen and forced: within {max(twins):.1%}")
     return lines
 
 
@@ -124,7 +124,7 @@ def _wall(rows: Sequence[LayerRow]) -> list[str]:
     quotients: dict[str, list[float]] = {}
     for row in shown(rows):
         if row.mode == "step" and row.wall_ms and row.device_ms and not row.case.is_host:
-            quotients.setdefault(row.provider, []).append(row.wall_ms.p50 / row.device_ms.p50)
+            quotients.setdefault(row.arm, []).append(row.wall_ms.p50 / row.device_ms.p50)
     if not quotients:
         return []
     means = ", ".join(f"{name} {geometric_mean(group):.2f}" for name, group in quotients.items())
@@ -135,14 +135,14 @@ def _host_overhead(rows: Sequence[LayerRow]) -> list[str]:
     lines = []
     for case in dict.fromkeys(row.case for row in rows if row.case.is_host):
         steps = [row for row in shown(rows) if row.case == case and row.mode == "step"]
-        times = ", ".join(f"{row.provider} {1e3 * row.wall_ms.p50:.0f}" for row in steps if row.wall_ms)
+        times = ", ".join(f"{row.arm} {1e3 * row.wall_ms.p50:.0f}" for row in steps if row.wall_ms)
         lines.append(f"- host overhead of a step (M = {case.m}, K = N = {case.k}, {case.dtype}), µs: {times}")
     return lines
 
 
 def _arms(rows: Sequence[Measured]) -> list[str]:
-    """Their providers in the order of the rows, fastlora itself last."""
-    return sorted(dict.fromkeys(row.provider for row in rows), key=lambda name: name == OURS)
+    """Their arms in the order of the rows, fastlora itself last."""
+    return sorted(dict.fromkeys(row.arm for row in rows), key=lambda name: name == OURS)
 
 
 def _ratio(row: LayerRow | None, bold: bool) -> str:

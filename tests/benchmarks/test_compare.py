@@ -50,22 +50,22 @@ def model_rows() -> list[ModelRow]:
     ]
 
 
-def slowed(rows: Iterable[LayerRow], factor: float, *providers: str) -> list[LayerRow]:
-    """The named providers' times, or everybody's, multiplied; ratios follow unless the floor moved alike."""
+def slowed(rows: Iterable[LayerRow], factor: float, *arms: str) -> list[LayerRow]:
+    """The named arms' times, or everybody's, multiplied; ratios follow unless the floor moved alike."""
     return [
         replace(
             row,
             wall_ms=Spread(*(factor * ms for ms in row.wall_ms)),
-            ratio=row.ratio * factor if providers else row.ratio,
+            ratio=row.ratio * factor if arms else row.ratio,
         )
-        if row.wall_ms and row.ratio and row.provider in (providers or MS)
+        if row.wall_ms and row.ratio and row.arm in (arms or MS)
         else row
         for row in rows
     ]
 
 
-def changed(rows: Iterable[Measured], provider: str, **changes: Any) -> list[Measured]:
-    return [replace(row, **changes) if row.provider == provider else row for row in rows]
+def changed(rows: Iterable[Measured], arm: str, **changes: Any) -> list[Measured]:
+    return [replace(row, **changes) if row.arm == arm else row for row in rows]
 
 
 def write(path: Path, rows: Iterable[Row], cases: int | None = None, **changes: Any) -> Path:
@@ -115,7 +115,7 @@ def test_a_run_beside_itself_flags_nothing(rows: list[Measured], tmp_path: Path,
 
 
 @pytest.mark.parametrize("by", ["time", "ratio"])
-def test_a_slowed_provider_is_flagged_and_nobody_else(by: str, before: Path, tmp_path: Path, capsys: Any) -> None:
+def test_a_slowed_arm_is_flagged_and_nobody_else(by: str, before: Path, tmp_path: Path, capsys: Any) -> None:
     after = write(tmp_path / "after.jsonl", slowed(layer_rows(), 1.2, "fastlora"))
     assert run(before, after, "--by", by) == 1
     lines = flagged(out := capsys.readouterr().out)
@@ -153,7 +153,7 @@ def test_a_change_within_twice_the_noise_of_either_run_is_not_flagged(
     noisy: str, loud: set[str], tmp_path: Path
 ) -> None:
     def written(which: str, factor: float) -> Path:
-        rows = [replace(row, noise=0.11 if which == noisy and row.provider in loud else 0.0) for row in layer_rows()]
+        rows = [replace(row, noise=0.11 if which == noisy and row.arm in loud else 0.0) for row in layer_rows()]
         return write(tmp_path / which, slowed(rows, factor, "fastlora"))
 
     assert run(written("before", 1.0), written("after", 1.2)) == 0
@@ -249,11 +249,11 @@ def test_device_time_counts_where_both_have_it(tmp_path: Path) -> None:
 
 
 def test_rows_of_one_run_alone_are_counted_and_named(before: Path, tmp_path: Path, capsys: Any) -> None:
-    rows = [row for row in layer_rows() if row.case == SMALL and row.provider != "plain"]
+    rows = [row for row in layer_rows() if row.case == SMALL and row.arm != "plain"]
     after = write(tmp_path / "after.jsonl", rows)
     assert run(before, after) == 0
     assert f"rows only before: 12: plain (3); {LARGE} (9)" in capsys.readouterr().out
-    assert run(after, before, "--provider", "fastlora", "--mode", "step") == 0
+    assert run(after, before, "--arm", "fastlora", "--mode", "step") == 0
     assert f"rows only after: 1: {LARGE} (1)" in capsys.readouterr().out
 
 
@@ -269,13 +269,14 @@ def test_an_interrupted_run_is_compared_as_far_as_it_got(before: Path, tmp_path:
 
 def test_options_select(before: Path, tmp_path: Path, capsys: Any) -> None:
     after = write(tmp_path / "after.jsonl", slowed(layer_rows(), 1.2, "plain"))
-    assert run(before, after, "--provider", FLOOR, "fastlora") == 0
+    assert run(before, after, "--arm", FLOOR, "fastlora") == 0
     capsys.readouterr()
-    assert run(before, after, "--provider", "plain", "--mode", "backward", "--only-changes") == 1
+    assert run(before, after, "--arm", "plain", "--mode", "backward", "--only-changes") == 1
     out = capsys.readouterr().out
     assert len(flagged(out)) == 2
     assert ", rows: 2; " in out
-    assert "expected of frozen, plain, fastlora" in refused(before, after, "--provider", "nonsense")
+    assert "expected of frozen, plain, fastlora" in refused(before, after, "--arm", "nonsense")
+    assert run(before, after, "--provider", "fastlora") == 0
 
 
 def test_options_select_layers_models_and_ranks(before: Path, tmp_path: Path, capsys: Any) -> None:
@@ -316,7 +317,7 @@ def test_json_holds_the_comparison(before: Path, tmp_path: Path) -> None:
     assert (first["record"], first["by"], first["before"]) == ("comparison", "time", str(before))
     pairs = [record for record in records if record["record"] == "pair"]
     assert len(pairs) == len(rows)
-    assert {pair["provider"] for pair in pairs if pair["verdict"] == "regression"} == {"plain"}
+    assert {pair["arm"] for pair in pairs if pair["verdict"] == "regression"} == {"plain"}
     assert pairs[0]["before"]["p50"] == 2.0
     assert len([record for record in records if record["record"] == "only"]) == len(rows)
     assert last["plain"] == pytest.approx(1 / 1.2)
@@ -394,6 +395,16 @@ def test_a_revision_is_the_file_as_committed(
     assert f"after   {name} at older, " in capsys.readouterr().out
 
 
+def test_a_revision_from_before_the_fields_had_their_names_is_read(repository: Path, capsys: Any) -> None:
+    now = repository.read_text(encoding="utf-8")
+    then = now.replace('"arm": ', '"provider": ').replace('"kernel": ', '"backend": ')
+    repository.write_text(then, encoding="utf-8")
+    subprocess.run([*GIT, "commit", "--quiet", "--all", "--message", "then"], cwd=repository.parent, check=True)
+    repository.write_text(now, encoding="utf-8")
+    assert run("HEAD", repository) == 0
+    assert f"regressions: 0, improvements: 0, rows: {2 * len(MS) * len(MODES)}" in capsys.readouterr().out
+
+
 def test_a_revision_without_the_file_is_refused(repository: Path) -> None:
     other = write(repository.with_name("other.jsonl"), layer_rows())
     said = refused("older", other)
@@ -412,7 +423,7 @@ def test_a_real_run(tmp_path: Path) -> None:
     parser = argparse.ArgumentParser()
     layers.add_arguments(parser)
     axes = ["--layer", "32x48", "--tokens", "8", "--rank", "4", "--dtype", "fp32", "--dropout", "0", "--rounds", "2"]
-    options = ["--device", "cpu", "--provider", "plain", "--json", str(path)]
+    options = ["--device", "cpu", "--arm", "plain", "--json", str(path)]
     assert layers.run(parser.parse_args([*axes, *options])) == 0
     assert run(path, path) == 0
     results = read(path)

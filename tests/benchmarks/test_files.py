@@ -27,7 +27,7 @@ COMMITTED = sorted(path for path in RESULTS.glob("*/*.jsonl") if path.parent.nam
 
 LAYER = replace(
     LayerRow.of(Case("gpt2.attn", 256, 8, "bf16", 0.1), "fastlora", "step"),
-    backend="library",
+    kernel="library",
     errors={"y": {"rms": 0.5, "rms_bound": 1.0, "max": None, "max_bound": 2.0}},
     rounds=3,
     noise=0.01,
@@ -52,6 +52,11 @@ def described(**changes):
 def test_a_row_survives_json(row):
     assert from_json(json.loads(json.dumps(row.to_json()))) == row
     assert set(row.to_json()) == {"record", *(field.name for field in fields(row))}
+
+
+def test_rows_under_their_former_names_are_read():
+    former = {"arm": "provider", "kernel": "backend"}
+    assert from_json({former.get(name, name): value for name, value in LAYER.to_json().items()}) == LAYER
 
 
 def test_every_kind_is_covered_above():
@@ -240,7 +245,7 @@ def test_a_killed_run_is_resumed_without_loss_or_doubling(tmp_path):
     path = tmp_path / "rows.jsonl"
     command = [sys.executable, "-m", "benchmarks", "layers", "--device", "cpu", "--json", str(path)]
     command += ["--layer", "64x48", "--tokens", "16", "24", "40", "--rank", "4", "--dtype", "fp32", "--dropout", "0"]
-    command += ["--provider", "plain", "--rounds", "5"]
+    command += ["--arm", "plain", "--rounds", "5"]
     variables = {**os.environ, "PYTHONPATH": str(ROOT)}
     run = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while run.poll() is None and not (path.exists() and b'"done"' in path.read_bytes()):
@@ -256,7 +261,7 @@ def test_a_killed_run_is_resumed_without_loss_or_doubling(tmp_path):
     after = read(path)
     assert after.complete
     assert {case: after.cases[case] for case in before.cases} == before.cases
-    found = [(row.m, row.provider, row.mode) for row in after.rows if isinstance(row, LayerRow)]
+    found = [(row.m, row.arm, row.mode) for row in after.rows if isinstance(row, LayerRow)]
     assert found == [(m, name, mode) for m in (16, 24, 40) for name in ("frozen", "plain") for mode in MODES]
 
 

@@ -12,9 +12,11 @@ import torch
 
 from benchmarks.__main__ import main
 from benchmarks.cases import FLOOR, LAYERS, MODES, PROFILES, Case
-from benchmarks.layers import arms, contest, providers
+from benchmarks.layers import arm as layer_arm
 from benchmarks.layers import command as layers
-from benchmarks.layers.arms import Provider
+from benchmarks.layers import contest
+from benchmarks.layers.arm import Arm
+from benchmarks.layers.arms import arms
 from benchmarks.layers.operands import make_operands
 from benchmarks.layers.table import render_case, step_speedups
 from benchmarks.layers.work import kept_bytes, peak_bytes
@@ -42,7 +44,7 @@ def no_interpreter():
 
 
 def contestants(*names):
-    known = providers.providers()
+    known = arms()
     return [known[name] for name in names]
 
 
@@ -52,12 +54,12 @@ def run_tiny(arms, modes=MODES, dropout=0.0, dtype="fp32", rounds=1):
 
 
 def broken(name, **changes):
-    """A provider that builds plain LoRA and then breaks it."""
+    """An arm that builds plain LoRA and then breaks it."""
 
     def build(case, operands, p):
         return replace(contestants("plain")[0].build(case, operands, p), **changes)
 
-    return Provider(name, "broken", build)
+    return Arm(name, "broken", build)
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +70,10 @@ def published(tmp_path_factory):
     return path
 
 
-def test_every_provider_has_a_row_in_every_mode_and_case(published):
+def test_every_arm_has_a_row_in_every_mode_and_case(published):
     header, rows = read(published).environment, read(published).rows
-    names = list(providers.providers())
-    assert {(row.dtype, row.dropout, row.provider, row.mode) for row in rows} == {
+    names = list(arms())
+    assert {(row.dtype, row.dropout, row.arm, row.mode) for row in rows} == {
         (dtype, p, name, mode) for dtype in ("fp32", "bf16") for p in (0.0, 0.1) for name in names for mode in MODES
     }
     assert header["device"] == "cpu"
@@ -94,40 +96,40 @@ def test_every_provider_has_a_row_in_every_mode_and_case(published):
         for numbers in row.errors.values():
             assert numbers["rms"] <= numbers["rms_bound"]
             assert numbers["max"] <= numbers["max_bound"]
-    assert all(row.ratio == 1 for row in rows if row.provider == FLOOR)
+    assert all(row.ratio == 1 for row in rows if row.arm == FLOOR)
 
 
 def test_lora_rows_check_all_four_tensors_and_dropout_where_the_mask_is_known(published):
     rows = read(published).rows
     for row in rows:
-        if row.provider.startswith("fastlora") and row.status == "ok":
+        if row.arm.startswith("fastlora") and row.status == "ok":
             assert set(row.errors) == {"y", "dx", "da", "db"}
             assert row.gate_dropout == row.dropout
         elif row.status == "ok":
             assert row.gate_dropout == 0
-    assert {row.backend for row in rows if row.provider == "fastlora"} == {"library"}
+    assert {row.kernel for row in rows if row.arm == "fastlora"} == {"library"}
 
 
 def test_absent_rows_say_why(published):
     rows = read(published).rows
-    absent = {(row.provider, row.dtype, row.dropout): row.reason for row in rows if row.status == "absent"}
+    absent = {(row.arm, row.dtype, row.dropout): row.reason for row in rows if row.status == "absent"}
     assert absent["addmm", "fp32", 0.1] == "takes no dropout"
     assert absent["peft-fp32", "fp32", 0.0] == "the base is float32 already"
 
 
 def test_absent_peft_is_listed_as_absent(monkeypatch):
-    monkeypatch.setattr(arms.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(layer_arm.importlib.util, "find_spec", lambda name: None)
     rows = run_tiny(contestants(FLOOR, "peft-same"), modes=["forward"])
     assert [(row.status, row.reason) for row in rows] == [("ok", None), ("absent", "peft is not installed")]
 
 
-def test_a_wrong_provider_gets_no_speed():
+def test_a_wrong_arm_gets_no_speed():
     def doubled_update(case, operands, p):
         built = contestants("plain")[0].build(case, operands, p)
         return replace(built, layer=lambda x: 1.01 * built.layer(x))
 
-    rows = run_tiny([*contestants(FLOOR), Provider("wrong", "1 % too large", doubled_update)])
-    wrong = [row for row in rows if row.provider == "wrong"]
+    rows = run_tiny([*contestants(FLOOR), Arm("wrong", "1 % too large", doubled_update)])
+    wrong = [row for row in rows if row.arm == "wrong"]
     assert [row.status for row in wrong] == ["wrong"] * 3
     assert all(row.ms is None and row.ratio is None and row.rounds is None for row in wrong)
     assert all(name in wrong[0].reason for name in ("y: rms error", "dx: rms error", "bound"))
@@ -164,7 +166,7 @@ def test_what_is_zero_or_not_finite_gets_no_speed(factor, found, where, dropout)
             case, operands, p
         )
 
-    rows = run_tiny([*contestants(FLOOR), Provider("spoilt", "at one dropout alone", build)], ["step"], dropout=dropout)
+    rows = run_tiny([*contestants(FLOOR), Arm("spoilt", "at one dropout alone", build)], ["step"], dropout=dropout)
     assert (rows[1].status, rows[1].ms, rows[1].rounds) == ("wrong", None, None)
     assert any(words in rows[1].reason for words in found)
     assert ("db: " if where is spoil_gradient else "y: ") in rows[1].reason
@@ -175,7 +177,7 @@ def test_a_gradient_that_never_arrives_is_wrong():
         built = contestants("plain")[0].build(case, operands, p)
         return replace(built, trained={**built.trained, "db": built.trained["db"].detach().clone().requires_grad_()})
 
-    rows = run_tiny([*contestants(FLOOR), Provider("detached", "db is another tensor", detached)], modes=["step"])
+    rows = run_tiny([*contestants(FLOOR), Arm("detached", "db is another tensor", detached)], modes=["step"])
     assert (rows[1].status, rows[1].reason) == ("wrong", "db: no gradient arrived")
 
 
@@ -191,7 +193,7 @@ def test_a_gradient_that_never_arrives_is_wrong():
         (ZeroDivisionError("no luck"), "error"),
     ],
 )
-def test_a_provider_that_raises_is_a_row_and_the_others_go_on(error, status):
+def test_an_arm_that_raises_is_a_row_and_the_others_go_on(error, status):
     def fail(x):
         raise error
 
@@ -200,7 +202,7 @@ def test_a_provider_that_raises_is_a_row_and_the_others_go_on(error, status):
     assert rows[1].reason.startswith(type(error).__name__)
 
 
-def test_a_provider_that_raises_inside_the_clock_is_a_row():
+def test_an_arm_that_raises_inside_the_clock_is_a_row():
     calls = []
 
     def build(case, operands, p):
@@ -214,7 +216,7 @@ def test_a_provider_that_raises_inside_the_clock_is_a_row():
 
         return replace(built, layer=layer)
 
-    rows = run_tiny([*contestants(FLOOR), Provider("late", "fails on its sixth call", build)], ["step"], rounds=3)
+    rows = run_tiny([*contestants(FLOOR), Arm("late", "fails on its sixth call", build)], ["step"], rounds=3)
     assert [row.status for row in rows] == ["ok", "error"]
     assert rows[1].ms is None
 
@@ -255,7 +257,7 @@ def test_peak_of_the_floor_is_y_and_dx():
     assert peak_bytes(floor, operands) == 4 * 40 * (768 + 2304)
 
 
-def test_providers_take_turns_in_ever_other_order():
+def test_arms_take_turns_in_ever_other_order():
     orders = [shuffled("abcde", turn) for turn in range(200)]
     assert all(sorted(order) == list("abcde") for order in orders)
     assert orders == [shuffled("abcde", turn) for turn in range(200)]
@@ -268,7 +270,7 @@ def test_rounds_are_interleaved(monkeypatch):
     sample = contest._Entrant.sample
 
     def spy(entrant, clock, operands, calls):
-        order.append(entrant.provider.name)
+        order.append(entrant.arm.name)
         sample(entrant, clock, operands, calls)
 
     monkeypatch.setattr(contest._Entrant, "sample", spy)
@@ -329,10 +331,10 @@ def test_wall_time_stands_beside_the_device_s():
     assert "wall" not in render_case([timed(FLOOR, 2.0)])
 
 
-def test_a_provider_by_name_only_is_listed_and_told_how(published):
-    rows = [row for row in read(published).rows if row.provider == "unsloth"]
+def test_an_arm_by_name_only_is_listed_and_told_how(published):
+    rows = [row for row in read(published).rows if row.arm == "unsloth"]
     assert {(row.status, row.reason) for row in rows} == {
-        ("absent", "takes part only where it is named: --provider unsloth")
+        ("absent", "takes part only where it is named: --arm unsloth")
     }
 
 
@@ -353,12 +355,12 @@ def test_a_turn_forces_the_backend_and_restores_the_variable(monkeypatch):
     assert "FASTLORA_BACKEND" not in os.environ
 
 
-@pytest.mark.parametrize("option", ["--layer", "--provider", "--profile", "--mode", "--dtype"])
+@pytest.mark.parametrize("option", ["--layer", "--arm", "--profile", "--mode", "--dtype"])
 def test_unknown_names_list_the_known_ones(option, capsys):
     with pytest.raises(SystemExit) as stop:
         main([option, "nonsense"])
     assert stop.value.code == 2
-    known = {"--layer": LAYERS, "--provider": providers.providers(), "--profile": PROFILES["cpu"], "--mode": MODES}
+    known = {"--layer": LAYERS, "--arm": arms(), "--profile": PROFILES["cpu"], "--mode": MODES}
     message = capsys.readouterr().err
     assert all(name in message for name in known.get(option, ("bf16", "fp16", "fp32")))
 
@@ -400,7 +402,7 @@ def test_publish_copies_a_finished_run(tmp_path, monkeypatch):
     assert written.read_bytes() == (tmp_path / "local" / "cpu" / "layers-quick.jsonl").read_bytes()
 
 
-SHORT = [*TINY, "--dtype", "fp32", "bf16", "--dropout", "0", "--provider", "plain", "--mode", "step"]
+SHORT = [*TINY, "--dtype", "fp32", "bf16", "--dropout", "0", "--arm", "plain", "--mode", "step"]
 
 
 def interrupt_at(monkeypatch, dtype):
@@ -425,14 +427,14 @@ def test_an_interrupted_run_keeps_finished_cases_and_is_resumed(tmp_path, monkey
     assert "1 of 2 cases are in" in capsys.readouterr().err
     before = read(path)
     assert not before.complete
-    assert [row.provider for row in before.rows] == [FLOOR, "plain"]
+    assert [row.arm for row in before.rows] == [FLOOR, "plain"]
     ran = interrupt_at(monkeypatch, "none")
     assert main([*SHORT, "--json", str(path), "--resume"]) == 0
     assert [case.dtype for case in ran] == ["bf16"]
     after = read(path)
     assert after.complete
     assert after.rows[:2] == before.rows
-    assert [(row.dtype, row.provider) for row in after.rows] == [
+    assert [(row.dtype, row.arm) for row in after.rows] == [
         (dtype, name) for dtype in ("fp32", "bf16") for name in (FLOOR, "plain")
     ]
 
@@ -460,7 +462,23 @@ def test_a_wrong_row_makes_the_run_fail(tmp_path, monkeypatch):
 def test_list_names_everything(capsys):
     assert main(["layers", "--list"]) == 0
     listed = capsys.readouterr().out
-    assert all(name in listed for name in (*PROFILES["cpu"], *LAYERS, *providers.providers()))
+    assert all(name in listed for name in (*PROFILES["cpu"], *LAYERS, *arms()))
+
+
+@pytest.mark.parametrize("command", ["layers", "model", "compare"])
+def test_the_former_name_of_the_option_is_not_shown(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert "--arm" in text
+    assert "provider" not in text
+
+
+def test_the_former_option_selects(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    options = ["--dtype", "fp32", "--dropout", "0", "--mode", "step", "--provider", "plain", "--json", str(path)]
+    assert main([*TINY, *options]) == 0
+    assert [row.arm for row in read(path).rows] == [FLOOR, "plain"]
 
 
 def test_percentiles_and_geometric_mean():
@@ -469,8 +487,8 @@ def test_percentiles_and_geometric_mean():
     assert geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
 
 
-def timed(provider, p50, **changes):
-    row = LayerRow.of(Case("gpt2.attn", 256, 8, "bf16", 0.0), provider, "step")
+def timed(arm, p50, **changes):
+    row = LayerRow.of(Case("gpt2.attn", 256, 8, "bf16", 0.0), arm, "step")
     return replace(row, wall_ms=Spread(p50, p50, p50), ratio=p50 / 2, **changes)
 
 

@@ -178,7 +178,7 @@ def test_a_step_without_gradients_is_noticed():
 @pytest.mark.parametrize(("kind", "dtype"), [("llama", "fp32"), ("gpt2", "bf16"), ("roberta", "fp32")])
 def test_bytes_and_parameters_are_exact(kind, dtype):
     case = micro(kind, dtype=dtype)
-    rows = {row.provider: row for row in run_micro(arms(), case) if row.status == "ok"}
+    rows = {row.arm: row for row in run_micro(arms(), case) if row.status == "ok"}
     assert rows.keys() == ({FULL, "peft-same", "fastlora"} if dtype == "fp32" else set(ON_CPU))
     base = build(MICRO[kind], case.torch_dtype, CPU, False)
     base_parameters, itemsize = parameter_count(case.model), case.torch_dtype.itemsize
@@ -298,7 +298,7 @@ def test_the_gate_runs_once_for_a_sweep(monkeypatch):
 
 
 def test_absent_arms_say_why(monkeypatch):
-    rows = {row.provider: row for row in run_micro(arms())}
+    rows = {row.arm: row for row in run_micro(arms())}
     assert rows.keys() - {name for name, row in rows.items() if row.status == "ok"} == {
         "peft-fp32",
         "fastlora-fp32",
@@ -341,13 +341,13 @@ SWEEP = ("--model", "llama-micro", "--batch", "2", "1", "--sequence", "32", "8",
 
 
 def statuses(rows, name):
-    return {(row.batch, row.sequence): row.status for row in rows if row.provider == name}
+    return {(row.batch, row.sequence): row.status for row in rows if row.arm == name}
 
 
 def test_out_of_memory_ends_the_sweep_of_that_arm_alone(tmp_path, monkeypatch):
     built = short_of_memory(monkeypatch, "peft-same", 32)
     path = tmp_path / "rows.jsonl"
-    assert main(path, *SWEEP, "--provider", "peft-same", "fastlora") == 0
+    assert main(path, *SWEEP, "--arm", "peft-same", "fastlora") == 0
     rows = read(path).rows
     assert [(row.batch, row.sequence) for row in rows[::2]] == [(1, 8), (1, 16), (1, 32), (2, 8), (2, 16), (2, 32)]
     assert set(statuses(rows, "fastlora").values()) == {"ok"}
@@ -365,7 +365,7 @@ def test_out_of_memory_ends_the_sweep_of_that_arm_alone(tmp_path, monkeypatch):
 
 def test_a_resumed_sweep_remembers_where_memory_ended(tmp_path, monkeypatch, capsys):
     built = short_of_memory(monkeypatch, "fastlora", 16)
-    path, run, options = tmp_path / "rows.jsonl", model.run_case, (*SWEEP, "--provider", "fastlora", "--batch", "1")
+    path, run, options = tmp_path / "rows.jsonl", model.run_case, (*SWEEP, "--arm", "fastlora", "--batch", "1")
 
     def interrupted(case, *rest):
         if case.sequence == 32:
@@ -397,13 +397,13 @@ def test_rows_survive_the_file_and_are_printed(tmp_path, capsys):
     options = ("--model", "gpt2-micro", "--batch", "2", "--sequence", "16", "--dtype", "bf16")
     assert main(path, *options, "--checkpointing", "off", "on") == 0
     rows = read(path).rows
-    assert [row.provider for row in rows] == 2 * list(arms())
+    assert [row.arm for row in rows] == 2 * list(arms())
     assert [row.checkpointing for row in rows] == [False] * len(arms()) + [True] * len(arms())
-    assert {row.backend for row in rows} == {None, "library"}
+    assert {row.kernel for row in rows} == {None, "library"}
     assert all(from_json(row.to_json()) == row for row in rows)
     for row in rows:
         if row.status != "ok":
-            assert row.provider in ("fastlora-triton", "fastlora-cuda")
+            assert row.arm in ("fastlora-triton", "fastlora-cuda")
             assert row.step_ms is None
             continue
         assert row.tokens_per_second == pytest.approx(32e3 / row.step_ms.p50)
@@ -416,16 +416,16 @@ def test_a_wrong_arm_makes_the_run_fail(tmp_path, monkeypatch):
     assert main(tmp_path / "rows.jsonl", *SWEEP) == 1
 
 
-def timed(provider, tokens_per_second, peak, **changes):
+def timed(arm, tokens_per_second, peak, **changes):
     numbers = {"step_ms": Spread(1.0, 2.0, 3.0), "tokens_per_second": tokens_per_second, "peak_bytes": peak}
-    return replace(ModelRow.of(micro(), provider), **numbers, **changes)
+    return replace(ModelRow.of(micro(), arm), **numbers, **changes)
 
 
 def test_the_table_and_the_summary_hold_the_numbers():
     rows = [
         timed(FULL, 1000.0, 4096, parameters=2_000_000),
         timed("peft-same", 1500.0, 2048, trained_parameters=100_000, noise=0.012),
-        timed("fastlora", 3000.0, 1024, backend="library"),
+        timed("fastlora", 3000.0, 1024, kernel="library"),
         replace(ModelRow.of(micro(), "peft-fp32"), status="oom", reason="no more"),
     ]
     lines = render_case(rows).splitlines()
@@ -477,7 +477,7 @@ def test_unknown_models_list_the_known_ones(name, capsys):
 
 
 @pytest.mark.parametrize(
-    ("option", "known"), [("--provider", arms()), ("--checkpointing", ("on", "off")), ("--dtype", ("bf16", "fp32"))]
+    ("option", "known"), [("--arm", arms()), ("--checkpointing", ("on", "off")), ("--dtype", ("bf16", "fp32"))]
 )
 def test_unknown_options_list_the_known_ones(option, known, capsys):
     with pytest.raises(SystemExit) as stop:

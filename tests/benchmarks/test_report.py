@@ -22,14 +22,14 @@ CASE = Case("gpt2.attn", 256, 8, "bf16", 0.0)
 MODEL = ModelCase("gpt2", 2, 128, 8, "fp32", 0.0, False)
 
 
-def layer(provider, p50, case=CASE, **changes):
-    row = LayerRow.of(case, provider, "step")
+def layer(arm, p50, case=CASE, **changes):
+    row = LayerRow.of(case, arm, "step")
     return replace(row, wall_ms=Spread(p50, p50, p50), ratio=p50 / 2, **changes)
 
 
-def model(provider, tokens, case=MODEL, **changes):
+def model(arm, tokens, case=MODEL, **changes):
     return replace(
-        ModelRow.of(case, provider),
+        ModelRow.of(case, arm),
         step_ms=Spread(1.0, 1.0, 1.0),
         tokens_per_second=tokens,
         parameters=1000,
@@ -47,8 +47,8 @@ LAYERS = [
     layer(FLOOR, 2.0, noise=0.01),
     layer("plain", 3.0),
     layer("peft-same", 6.0, kept_bytes=2048),
-    layer("fastlora", 2.5, kept_bytes=1024, backend="library"),
-    layer("fastlora-library", 2.5, backend="library"),
+    layer("fastlora", 2.5, kept_bytes=1024, kernel="library"),
+    layer("fastlora-library", 2.5, kernel="library"),
     replace(LayerRow.of(CASE, "addmm", "step"), status="absent", reason="takes no dropout"),
 ]
 
@@ -101,14 +101,14 @@ def test_a_model_table_names_the_best_and_who_ran_out():
 
 
 def test_forced_arms_are_shown_where_they_ran_something_else():
-    forced = [layer("fastlora-triton", 2.2, backend="triton", tile="serial 128x256x64, 8 warps, 3 stages")]
+    forced = [layer("fastlora-triton", 2.2, kernel="triton", tile="serial 128x256x64, 8 warps, 3 stages")]
     heads = markdown.layers([*LAYERS, *forced]).splitlines()[0].split(" | ")
     assert heads[8:-1] == ["plain", "peft-same", "fastlora-triton", "fastlora"]
 
 
 def test_noise_tells_the_same_code_apart_from_itself():
-    rows = [*LAYERS[:-2], layer("fastlora-library", 2.6, backend="library")]
-    assert "- and fastlora's own, the same backend by choice and by force: within 4.0%" in markdown.layers(rows)
+    rows = [*LAYERS[:-2], layer("fastlora-library", 2.6, kernel="library")]
+    assert "- and fastlora's own, the same kernel chosen and forced: within 4.0%" in markdown.layers(rows)
 
 
 def test_the_host_is_seen_where_wall_and_device_were_timed():

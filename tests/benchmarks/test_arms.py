@@ -11,9 +11,9 @@ import torch
 
 from benchmarks.cases import FLOOR, Case
 from benchmarks.layers import contest, peers
-from benchmarks.layers.arms import imported
+from benchmarks.layers.arm import imported
+from benchmarks.layers.arms import arms
 from benchmarks.layers.operands import make_operands
-from benchmarks.layers.providers import providers
 from benchmarks.measure.clocks import Clock
 from benchmarks.measure.failures import AbsentError
 from fastlora.backends import dispatch
@@ -132,10 +132,10 @@ def any_device(monkeypatch):
 
 def run(*names, layer="gpt2.proj", m=24, r=4, dtype="fp32", dropout=0.0, modes=("step",)):
     """The rows of one small case, the floor's left out."""
-    arms = [providers()[name] for name in (FLOOR, *names)]
-    rows = contest.run_case(Case(layer, m, r, dtype, dropout), arms, modes, 1, 60.0, Clock(CPU), CPU)
+    chosen = [arms()[name] for name in (FLOOR, *names)]
+    rows = contest.run_case(Case(layer, m, r, dtype, dropout), chosen, modes, 1, 60.0, Clock(CPU), CPU)
     assert rows[0].status == "ok", rows[0].reason
-    return [row for row in rows if row.provider != FLOOR]
+    return [row for row in rows if row.arm != FLOOR]
 
 
 def outcome(row):
@@ -143,7 +143,7 @@ def outcome(row):
 
 
 def test_the_floor_is_first_and_fastlora_last():
-    names = list(providers())
+    names = list(arms())
     assert names[0] == FLOOR
     start = names.index("full") + 1
     assert names[start : start + len(PEERS)] == PEERS
@@ -152,12 +152,12 @@ def test_the_floor_is_first_and_fastlora_last():
 
 
 @pytest.mark.parametrize(("dtype", "dropout"), [("fp32", 0.0), ("bf16", 0.1)])
-def test_every_provider_is_right_or_says_why_it_is_absent(dtype, dropout):
-    names = [name for name, provider in providers().items() if name != FLOOR and not provider.by_name_only]
-    rows = {row.provider: row for row in run(*names, dtype=dtype, dropout=dropout)}
+def test_every_arm_is_right_or_says_why_it_is_absent(dtype, dropout):
+    names = [name for name, arm in arms().items() if name != FLOOR and not arm.by_name_only]
+    rows = {row.arm: row for row in run(*names, dtype=dtype, dropout=dropout)}
     assert set(rows) == set(names)
     for row in rows.values():
-        assert row.status in ("ok", "absent"), f"{row.provider}: {row.reason}"
+        assert row.status in ("ok", "absent"), f"{row.arm}: {row.reason}"
         assert (row.status == "absent") == bool(row.reason)
     for name, excuse in {"compiled": "no C++ compiler", "loralib": "not installed"}.items():
         if rows[name].status == "absent":
@@ -166,9 +166,9 @@ def test_every_provider_is_right_or_says_why_it_is_absent(dtype, dropout):
             assert set(rows[name].errors) == {"y", "dx", "da", "db"}
 
 
-def test_providers_import_nothing_optional():
+def test_arms_import_nothing_optional():
     optional = {"peft", "transformers", "loralib", "lorafusion", "unsloth", "chalk", "lycoris"}
-    code = "import sys; from benchmarks.layers.providers import providers; providers(); "
+    code = "import sys; from benchmarks.layers.arms import arms; arms(); "
     code += f"print({optional} & sys.modules.keys())"
     root = Path(__file__).resolve().parents[2]
     printed = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
@@ -179,7 +179,7 @@ def test_loralib_shares_the_base():
     pytest.importorskip("loralib")
     case = Case("gpt2.proj", 24, 4, "bf16", 0.1)
     operands = make_operands(case, CPU)
-    built = providers()["loralib"].build(case, operands, 0.1)
+    built = arms()["loralib"].build(case, operands, 0.1)
     assert built.layer.weight.data_ptr() == operands.w.data_ptr()
     assert built.layer.bias.data_ptr() == operands.bias.data_ptr()
     assert {name for name, q in built.layer.named_parameters() if q.requires_grad} == {"lora_A", "lora_B"}
@@ -191,7 +191,7 @@ def test_loralib_shares_the_base():
 def build_compiled(case):
     operands = make_operands(case, CPU)
     try:
-        return providers()["compiled"].build(case, operands, 0.0), operands
+        return arms()["compiled"].build(case, operands, 0.0), operands
     except AbsentError as absent:
         pytest.skip(str(absent))
 
@@ -303,7 +303,7 @@ def test_a_cpu_is_not_for_kernels_of_a_gpu(name, install):
 
 
 def test_a_peer_that_changes_others_runs_by_name_only():
-    assert [name for name, provider in providers().items() if provider.by_name_only] == ["unsloth"]
+    assert [name for name, arm in arms().items() if arm.by_name_only] == ["unsloth"]
 
 
 def test_an_import_is_told_by_the_name_pip_knows():
