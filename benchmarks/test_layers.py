@@ -57,6 +57,8 @@ def _synchronised(work: Work) -> None:
 def test_layer(case: Case, name: str, mode: str, benchmark: BenchmarkFixture) -> None:
     """One arm in one mode of one case."""
     arm, operands, clock = arms()[name], make_operands(case, DEVICE), Clock(DEVICE)
+    if reason := arm.absence(DEVICE):
+        pytest.skip(reason)
     calls = itertools.count()
     with arm.turn():
         try:

@@ -1,21 +1,68 @@
-"""An arm of the layer benchmark, and the parts that arms are built from."""
+"""Arms, the ways to train LoRA that are compared: their common part, a layer's own, and the kernels they force."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+import fastlora
+from fastlora.backends import cuda, triton
+from fastlora.backends.dropout import Dropout, draw_seed
 
 from ..cases import Case
 from ..measure.failures import AbsentError
 from ..records.environment import variables_set
 from .operands import Operands
+
+# The package's kernels: each may be forced.
+KERNELS = ("library", "triton-portable", "triton-serial", "cuda-serial", "cuda-z_jobs")
+
+# FASTLORA_CUDA_DESIGN has another name for this one.
+_DESIGNS = {"z_jobs": "one_launch"}
+
+Require = Callable[[torch.device], object]
+
+
+def anywhere(device: torch.device) -> None:
+    """Requires nothing of a device."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One arm of a comparison.
+
+    Attributes:
+        name, about: for tables and lists.
+        kernel: the kernel of fastlora that it forces; None leaves the choice to fastlora.
+        require: raises :class:`AbsentError` where the arm can take part in no case on the device.
+    """
+
+    name: str
+    about: str
+    kernel: str | None = field(default=None, kw_only=True)
+    require: Require = field(default=anywhere, kw_only=True)
+
+    def turn(self) -> AbstractContextManager[None]:
+        """Forces the kernel for a while; entered and left outside every clock."""
+        return variables_set(forcing(self.kernel))
+
+    def absence(self, device: torch.device) -> str | None:
+        """The reason why the arm takes part in no case on the device; None where it may."""
+        try:
+            with self.turn():
+                self.require(device)
+        except AbsentError as absent:
+            return str(absent)
+        return None
 
 
 @dataclass(frozen=True)
@@ -34,32 +81,96 @@ class Built:
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One arm.
+class LayerArm(Arm):
+    """An arm that builds a layer over a case's operands, with dropout of this probability.
 
-    ``build`` raises :class:`AbsentError` where the arm has nothing to offer. ``own_mask`` says that its dropout mask is
-    fastlora's, so that it can be checked with dropout on. ``variables`` of the environment hold meanwhile; None unsets.
-    ``by_name_only`` keeps it out of runs that do not name it: its import changes other libraries in the whole process,
-    so that the arms beside it would no longer be what they claim.
+    ``build`` raises :class:`AbsentError` where it declines the case. ``own_mask`` says that its dropout mask is
+    fastlora's, so that it can be checked with dropout on. ``by_name_only`` keeps it out of runs that do not name it:
+    its import changes other libraries in the whole process, and the arms beside it would no longer be themselves.
     """
 
-    name: str
-    about: str
     build: Callable[[Case, Operands, float], Built]
     own_mask: bool = False
-    variables: Mapping[str, str | None] = field(default_factory=dict)
     by_name_only: bool = False
 
-    def turn(self) -> AbstractContextManager[None]:
-        """Sets the arm's variables for a while; entered and left outside every clock."""
-        return variables_set(self.variables)
+
+def forcing(kernel: str | None) -> dict[str, str | None]:
+    """The environment variables that make fastlora run this kernel, or choose by itself; None unsets."""
+    backend, _, design = (kernel or "auto").partition("-")
+    variables: dict[str, str | None] = {"FASTLORA_BACKEND": backend}
+    variables |= {"FASTLORA_TRITON_DESIGN": None, "FASTLORA_CUDA_DESIGN": None}
+    if design:
+        variables[f"FASTLORA_{backend.upper()}_DESIGN"] = _DESIGNS.get(design, design)
+    return variables
+
+
+class Choice(NamedTuple):
+    """The kernel that fastlora would run, with the text of its tile; or the refusal of the one that is forced."""
+
+    kernel: str | None
+    tile: str | None = None
+    refusal: str | None = None
+
+
+def choice(x: Tensor, w: Tensor, a: Tensor, b: Tensor, *, bias: Tensor | None = None, dropout_p: float = 0.0) -> Choice:
+    """Asks fastlora about a call in the present environment."""
+    explanation = fastlora.explain(x, w, a, b, bias=bias, dropout_p=dropout_p)
+    chosen = explanation.chosen
+    if chosen is None:
+        return Choice(None, refusal=dict(explanation.verdicts)[os.environ["FASTLORA_BACKEND"]])
+    if chosen == "cuda":
+        design = cuda.design()
+        return Choice(f"cuda-{next((ours for ours, theirs in _DESIGNS.items() if theirs == design), design)}")
+    if chosen == "triton":
+        dropout = Dropout(dropout_p, draw_seed(x.device)) if dropout_p else None
+        try:
+            design, _, tile = triton.plan(x.detach(), w, a.detach(), b.detach(), dropout=dropout).partition(" ")
+        except RuntimeError as refusal:
+            return Choice(None, refusal=str(refusal))
+        return Choice(f"triton-{design}", tile)
+    return Choice(chosen)
+
+
+def refusal(dtype: torch.dtype, device: torch.device) -> str | None:
+    """The reason why the forced kernel runs no layer of this dtype, however well shaped; None where it may."""
+    square = torch.empty(16, 16, dtype=dtype, device=device)
+    return choice(square, square, square, square).refusal
+
+
+def needs_kernel(kernel: str) -> Require:
+    """Requires that the forced kernel runs on the device at all."""
+
+    def require(device: torch.device) -> None:
+        if kernel != "library":
+            require_gpu(device)
+        if reason := refusal(torch.bfloat16, device):
+            raise AbsentError(reason)
+
+    return require
+
+
+def needs_module(module: str, distribution: str | None = None, gpu: bool = False) -> Require:
+    """Requires a module of a package that may be missing, and for ``gpu`` a CUDA device."""
+
+    def require(device: torch.device) -> None:
+        imported(module, distribution)
+        if gpu:
+            require_gpu(device)
+
+    return require
+
+
+def require_gpu(device: torch.device) -> None:
+    """Raises :class:`AbsentError` on anything but CUDA: an interpreter's time, or a host model's, means nothing."""
+    if device.type != "cuda":
+        raise AbsentError("needs a CUDA GPU")
 
 
 def imported(module: str, distribution: str | None = None) -> ModuleType:
-    """A module of a package that may be missing; ``distribution`` is what pip calls it where that is another name.
+    """A module of a package that may be missing; ``distribution`` is its name for pip where that is another one.
 
     Raises:
-        AbsentError: it is not installed, or its import raises, in the words of the exception.
+        AbsentError: it is not installed, or its import raises; the message is the exception's.
     """
     package = module.partition(".")[0]
     if importlib.util.find_spec(package) is None:
@@ -69,18 +180,3 @@ def imported(module: str, distribution: str | None = None) -> ModuleType:
     except Exception as error:
         words = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
         raise AbsentError(f"import {module} raises {words}") from error
-
-
-def linear_over(o: Operands, trained: bool = False) -> nn.Linear:
-    """``nn.Linear`` over the operands' own storage."""
-    linear = nn.Linear(o.w.shape[1], o.w.shape[0], bias=o.bias is not None, device="meta")
-    linear.weight = nn.Parameter(o.w, requires_grad=trained)
-    if o.bias is not None:
-        linear.bias = nn.Parameter(o.bias, requires_grad=trained)
-    return linear
-
-
-def adapters(o: Operands, dtype: torch.dtype | None = None) -> tuple[nn.Parameter, nn.Parameter]:
-    """Copies of a and b to train, in their own dtype unless told."""
-    a, b = (nn.Parameter(tensor.to(dtype or tensor.dtype, copy=True)) for tensor in (o.a, o.b))
-    return a, b

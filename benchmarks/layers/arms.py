@@ -16,29 +16,27 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 import fastlora
-from fastlora.backends import cuda, dispatch, triton
-from fastlora.backends.dropout import Dropout, draw_seed
 
 from ..cases import FLOOR, Case
 from ..measure.failures import AbsentError
-from .arm import Arm, Built, adapters, imported, linear_over
+from .arm import KERNELS, Built, LayerArm, choice, imported, needs_kernel, needs_module
 from .operands import Operands
 from .peers import PEERS
 
 
 def _frozen(case: Case, o: Operands, p: float) -> Built:
-    return Built(linear_over(o), {}, base=True)
+    return Built(o.linear(), {}, base=True)
 
 
 def _full(case: Case, o: Operands, p: float) -> Built:
-    linear = linear_over(o, trained=True)
+    linear = o.linear(trained=True)
     return Built(
         linear, {f"d{'w' if name == 'weight' else name}": q for name, q in linear.named_parameters()}, base=True
     )
 
 
 def _plain(case: Case, o: Operands, p: float) -> Built:
-    a, b = adapters(o)
+    a, b = o.adapters()
 
     def layer(x: Tensor) -> Tensor:
         return F.linear(x, o.w, o.bias) + o.scale * ((F.dropout(x, p) @ a.T) @ b.T)
@@ -47,14 +45,13 @@ def _plain(case: Case, o: Operands, p: float) -> Built:
 
 
 def _compiled(case: Case, o: Operands, p: float) -> Built:
-    _check_inductor(o.w.device)
     # All builds share one code object: past dynamo's limit on its recompilations the next would fail.
     torch._dynamo.reset()
     plain = _plain(case, o, p)
     return replace(plain, layer=torch.compile(plain.layer, fullgraph=True, dynamic=False))
 
 
-def _check_inductor(device: torch.device) -> None:
+def _needs_inductor(device: torch.device) -> None:
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch.utils._triton import has_triton
 
@@ -92,7 +89,7 @@ class _AddmmLoRA(torch.autograd.Function):
 def _addmm(case: Case, o: Operands, p: float) -> Built:
     if case.dropout:
         raise AbsentError("takes no dropout")
-    a, b = adapters(o)
+    a, b = o.adapters()
 
     def layer(x: Tensor) -> Tensor:
         y: Tensor = _AddmmLoRA.apply(x, o.w, o.bias, a, b, o.scale)  # type: ignore[no-untyped-call]
@@ -112,9 +109,9 @@ def _peft(wide: bool) -> Callable[[Case, Operands, float], Built]:
         dtype = _adapter_dtype(case, wide)
         peft = imported("peft")
         config = peft.LoraConfig(r=case.r, lora_dropout=p)
-        layer = peft.tuners.lora.Linear(linear_over(o), "default", config=config, r=case.r)
+        layer = peft.tuners.lora.Linear(o.linear(), "default", config=config, r=case.r)
         layer.scaling["default"] = o.scale
-        a, b = adapters(o, dtype)
+        a, b = o.adapters(dtype)
         layer.lora_A["default"].weight, layer.lora_B["default"].weight = a, b
         return Built(layer, {"da": a, "db": b})
 
@@ -125,78 +122,50 @@ def _loralib(case: Case, o: Operands, p: float) -> Built:
     layer = imported("loralib").Linear(
         case.k, case.n, r=case.r, lora_dropout=p, merge_weights=False, bias=case.bias, device="meta"
     )
-    base = linear_over(o)
+    base = o.linear()
     layer.weight, layer.bias = base.weight, base.bias
-    layer.lora_A, layer.lora_B = adapters(o)
+    layer.lora_A, layer.lora_B = o.adapters()
     layer.scaling = o.scale
     return Built(layer, {"da": layer.lora_A, "db": layer.lora_B})
 
 
-def _fastlora(backend: str, wide: bool = False) -> Callable[[Case, Operands, float], Built]:
+def _fastlora(wide: bool = False) -> Callable[[Case, Operands, float], Built]:
     def build(case: Case, o: Operands, p: float) -> Built:
         dtype = _adapter_dtype(case, wide)
         layer = fastlora.LoRALinear.from_linear(
-            linear_over(o), r=case.r, lora_alpha=o.scale * case.r, lora_dropout=p, adapter_dtype=dtype
+            o.linear(), r=case.r, lora_alpha=o.scale * case.r, lora_dropout=p, adapter_dtype=dtype
         )
-        layer.lora_A, layer.lora_B = adapters(o, dtype)
-        chosen = fastlora.explain(
-            o.xs[0], layer.weight, layer.lora_A, layer.lora_B, scale=o.scale, bias=layer.bias, dropout_p=p
-        )
-        if chosen.chosen is None:
-            raise AbsentError(dict(chosen.verdicts)[backend] or "refused")
-        if chosen.chosen == "triton" and not o.w.is_cuda:
-            raise AbsentError("runs here in Triton's interpreter, whose time means nothing")
-        if chosen.chosen == "cuda" and not o.w.is_cuda:
-            raise AbsentError("runs here in the host model, whose time means nothing")
-        tile = _tile(chosen.chosen, o, layer, p)
-        return Built(layer, {"da": layer.lora_A, "db": layer.lora_B}, kernel=chosen.chosen, tile=tile)
+        a, b = layer.lora_A, layer.lora_B = o.adapters(dtype)
+        forward = choice(o.xs[0], layer.weight, a, b, bias=layer.bias, dropout_p=p)
+        backward = choice(o.dys[0], o.w.T, b.T, a.T)
+        if refusal := forward.refusal or backward.refusal:
+            raise AbsentError(refusal)
+        kernels = dict.fromkeys(each.kernel or "" for each in (forward, backward))
+        return Built(layer, {"da": a, "db": b}, kernel="+".join(kernels), tile=forward.tile)
 
     return build
 
 
-def _tile(backend: str, o: Operands, layer: fastlora.LoRALinear, p: float) -> str | None:
-    """The design and tile of the forward, of a backend that has several. A forced one may be impossible."""
-    if backend == "cuda":
-        return cuda.design()
-    if backend != "triton":
-        return None
-    a, b = layer.lora_A.detach(), layer.lora_B.detach()
-    try:
-        triton.plan(o.dys[0], o.w.T, b.T, a.T)
-        return triton.plan(o.xs[0].detach(), o.w, a, b, dropout=Dropout(p, draw_seed(o.w.device)) if p else None)
-    except RuntimeError as refusal:
-        raise AbsentError(str(refusal)) from refusal
-
-
-def arms() -> dict[str, Arm]:
+def arms() -> dict[str, LayerArm]:
     """Every arm by name, the floor first; fastlora's kernels are forced one by one."""
+    peft = needs_module("peft")
     known = [
-        Arm(FLOOR, "the frozen base layer alone: the floor", _frozen),
-        Arm("plain", "F.linear(x, w, bias) + scale * ((dropout(x) @ a.T) @ b.T)", _plain),
-        Arm("addmm", "hand-written autograd Function over addmm_", _addmm),
-        Arm("compiled", "plain under torch.compile, static shapes", _compiled),
-        Arm("peft-fp32", "PEFT as shipped: float32 adapters on a half-precision base", _peft(wide=True)),
-        Arm("peft-same", "PEFT, adapters in the base's dtype", _peft(wide=False)),
-        Arm("loralib", "microsoft's loralib.Linear, adapters in the base's dtype", _loralib),
-        Arm("full", "full fine-tuning: nn.Linear with its weight trained", _full),
+        LayerArm(FLOOR, "the frozen base layer alone: the floor", _frozen),
+        LayerArm("plain", "F.linear(x, w, bias) + scale * ((dropout(x) @ a.T) @ b.T)", _plain),
+        LayerArm("addmm", "hand-written autograd Function over addmm_", _addmm),
+        LayerArm("compiled", "plain under torch.compile, static shapes", _compiled, require=_needs_inductor),
+        LayerArm("peft-fp32", "PEFT as shipped: float32 adapters on a half-precision base", _peft(True), require=peft),
+        LayerArm("peft-same", "PEFT, adapters in the base's dtype", _peft(False), require=peft),
+        LayerArm("loralib", "loralib.Linear, adapters in the base's dtype", _loralib, require=needs_module("loralib")),
+        LayerArm("full", "full fine-tuning: nn.Linear with its weight trained", _full),
         *PEERS,
-        _ours("fastlora", "fastlora, backend chosen by itself", "auto"),
-        _ours("fastlora-fp32", "the same with float32 adapters", "auto", wide=True),
-    ]
-    known += [
-        _ours(f"fastlora-{name}", f"fastlora forced to {name}", name)
-        for name in dispatch.BACKENDS
-        if name != "reference"
-    ]
-    known += [
-        _ours(f"fastlora-{name}-{design}", f"fastlora forced to {name}'s {design} design", name, design=design)
-        for name, design in (("triton", "portable"), ("triton", "one_launch"), ("cuda", "serial"))
+        LayerArm("fastlora", "fastlora, kernel chosen by itself", _fastlora(), own_mask=True),
+        LayerArm("fastlora-fp32", "the same with float32 adapters", _fastlora(wide=True), own_mask=True),
+        *map(_forced, KERNELS),
     ]
     return {arm.name: arm for arm in known}
 
 
-def _ours(name: str, about: str, backend: str, wide: bool = False, design: str | None = None) -> Arm:
-    variables = {"FASTLORA_BACKEND": backend, "FASTLORA_TRITON_DESIGN": None, "FASTLORA_CUDA_DESIGN": None}
-    if design is not None:
-        variables[f"FASTLORA_{backend.upper()}_DESIGN"] = design
-    return Arm(name, about, _fastlora(backend, wide), own_mask=True, variables=variables)
+def _forced(kernel: str) -> LayerArm:
+    name, about = f"fastlora-{kernel}", f"fastlora forced to {kernel}"
+    return LayerArm(name, about, _fastlora(), own_mask=True, kernel=kernel, require=needs_kernel(kernel))

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+
 from ..cases import DTYPES, FLOOR, LAYERS, MODES, PROFILES, Case
 from ..measure import runner
 from ..measure.clocks import Clock
@@ -13,9 +15,9 @@ from ..measure.failures import AbsentError
 from ..measure.runner import Doing, layer_name, positive, probability
 from ..records import plots
 from ..records.rows import LayerRow
-from .arm import Arm, Built
+from .arm import LayerArm
 from .arms import arms
-from .contest import run_case
+from .case import run_case
 from .table import render_case, render_summary
 
 HELP = "time LoRA layers of real models beside the frozen layer, PEFT and others"
@@ -42,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the subcommand; returns the exit status: 1 where an arm was wrong or failed."""
     if args.list:
-        print(_listing())
+        about = {name: arm.about for name, arm in arms().items()}
+        print(runner.listing(PROFILES, {"layers (or KxN)": _layers(), "arms": about}))
         return 0
     named = (FLOOR, *args.arm) if args.arm else tuple(arms())
     chosen = [_unless_named(arm, args.arm or ()) for name, arm in arms().items() if name in named]
@@ -62,19 +65,14 @@ def run(args: argparse.Namespace) -> int:
     return 1 if any(row.status in ("wrong", "error") for row in rows) else 0
 
 
-def _unless_named(arm: Arm, named: Sequence[str]) -> Arm:
+def _unless_named(arm: LayerArm, named: Sequence[str]) -> LayerArm:
     """An arm that takes part only by name is absent where it was not named."""
 
-    def build(*_: object) -> Built:
+    def require(device: torch.device) -> None:
         raise AbsentError(f"takes part only where it is named: --arm {arm.name}")
 
-    return replace(arm, build=build) if arm.by_name_only and arm.name not in named else arm
+    return replace(arm, require=require) if arm.by_name_only and arm.name not in named else arm
 
 
-def _listing() -> str:
-    lines = runner.listing(PROFILES)
-    lines += ["layers (or KxN)"]
-    lines += [f"  {name:<20} K={v.k} N={v.n}{' with bias' if v.bias else ''}" for name, v in LAYERS.items()]
-    lines += ["arms"]
-    lines += [f"  {name:<20} {arm.about}" for name, arm in arms().items()]
-    return "\n".join(lines)
+def _layers() -> dict[str, str]:
+    return {name: f"K={layer.k} N={layer.n}{' with bias' if layer.bias else ''}" for name, layer in LAYERS.items()}

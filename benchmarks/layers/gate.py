@@ -1,4 +1,4 @@
-"""The accuracy gate: what an arm computes is held to ``fastlora.accuracy`` before its speed is printed."""
+"""The accuracy gate: holds an arm's results to ``fastlora.accuracy`` before its speed is printed."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import torch
 from torch import Tensor
 
 from fastlora.accuracy import Errors, compare, oracle_step, reference_step
-from fastlora.backends import reference
-from fastlora.backends.dropout import draw_seed
-from fastlora.backends.request import Product
+from fastlora.backends.dropout import Dropout, draw_seed
 
 from ..cases import Case
-from .arm import Arm, Built
+from .arm import Built, LayerArm
 from .operands import Operands
 
 _SEED = 20
@@ -27,21 +25,21 @@ class Gate:
     """
 
     def __init__(self, case: Case, operands: Operands) -> None:
-        self._case, self._operands = case, operands
+        self.case, self._operands = case, operands
         self._expected: dict[tuple[bool, float], tuple[Products, Products]] = {}
 
-    def dropout_of(self, arm: Arm) -> float:
+    def dropout_of(self, arm: LayerArm) -> float:
         """The probability the arm is checked at: the case's own, or 0."""
-        return self._case.dropout if arm.own_mask else 0.0
+        return self.case.dropout if arm.own_mask else 0.0
 
-    def check(self, arm: Arm) -> dict[str, Errors]:
+    def check(self, arm: LayerArm) -> dict[str, Errors]:
         """Runs one step of the arm and measures y, dx and every gradient it trains against the oracle.
 
         A gradient that never arrives is an error in words.
         """
         p = self.dropout_of(arm)
         o = self._operands
-        built = arm.build(self._case, o, p)
+        built = arm.build(self.case, o, p)
         torch.manual_seed(_SEED)
         y = built.layer(o.xs[0])
         got: dict[str, Tensor | None] = {"y": y}
@@ -85,6 +83,6 @@ def _base_products(x: Tensor, dy: Tensor, o: Operands) -> Products:
     return {
         "y": y if o.bias is None else y + o.bias.to(x.dtype),
         "dx": dy @ o.w.to(x.dtype),
-        "dw": reference.rank_grad(dy, x, dtype=x.dtype),
+        "dw": dy.T @ x,
         "dbias": dy.sum(0),
     }

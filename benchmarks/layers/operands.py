@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..cases import COPIES, SCALE, Case
 
@@ -24,6 +24,19 @@ class Operands:
     a: Tensor
     b: Tensor
     scale: float = SCALE
+
+    def linear(self, trained: bool = False) -> nn.Linear:
+        """``nn.Linear`` over the storage of w and bias."""
+        linear = nn.Linear(self.w.shape[1], self.w.shape[0], bias=self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(self.w, requires_grad=trained)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias, requires_grad=trained)
+        return linear
+
+    def adapters(self, dtype: torch.dtype | None = None) -> tuple[nn.Parameter, nn.Parameter]:
+        """Copies of a and b to train, in their own dtype unless another is given."""
+        a, b = (nn.Parameter(tensor.to(dtype or tensor.dtype, copy=True)) for tensor in (self.a, self.b))
+        return a, b
 
 
 def make_operands(case: Case, device: torch.device) -> Operands:

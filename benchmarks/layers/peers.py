@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..cases import Case
 from ..measure.failures import AbsentError
-from .arm import Arm, Built, adapters, imported, linear_over
+from .arm import Built, LayerArm, imported, needs_module
 from .operands import Operands
 
 # Dropout that drops nothing and scales by one in float32, for a kernel that cannot go without.
@@ -24,7 +24,6 @@ _TINY = 1e-9
 
 def _lorafusion(case: Case, o: Operands, p: float) -> Built:
     lora = imported("lorafusion.ops.lora_v1")
-    _check_cuda(o)
     if case.dtype == "fp32":
         raise AbsentError("multiplies float32 in TF32")
     if case.r < 16 or case.r & (case.r - 1):
@@ -33,7 +32,7 @@ def _lorafusion(case: Case, o: Operands, p: float) -> Built:
         raise AbsentError(f"its dx kernel reads past in_features that are no multiple of 256, got {case.k}")
     if not case.dropout:
         raise AbsentError("its backward fails without dropout")
-    a, b = adapters(o)
+    a, b = o.adapters()
 
     def layer(x: Tensor) -> Tensor:
         y: Tensor = lora.fused_linear_lora(x.unsqueeze(0), o.w, a, b, o.scale, dropout_p=p or _TINY, linear_bias=o.bias)
@@ -46,7 +45,7 @@ def _unsloth(case: Case, o: Operands, p: float) -> Built:
     function = imported("unsloth.kernels.fast_lora").LoRA_W
     if case.bias:
         raise AbsentError("its autograd Function takes no bias of the base")
-    a, b = adapters(o)
+    a, b = o.adapters()
     # Releases that know no dropout know no such argument.
     dropout = [p] if p else []
 
@@ -58,8 +57,7 @@ def _unsloth(case: Case, o: Operands, p: float) -> Built:
 
 
 def _chalk(case: Case, o: Operands, p: float) -> Built:
-    lora = imported("chalk.ops.lora", "freesolo-chalk")
-    _check_cuda(o)
+    lora = imported("chalk.ops.lora")
     if case.dropout:
         raise AbsentError("leaves layers with dropout to PEFT")
     if case.m < lora._FUSE_MIN_TOKENS:
@@ -67,8 +65,8 @@ def _chalk(case: Case, o: Operands, p: float) -> Built:
     delta = _chalk_delta(lora)
     if delta is None:
         raise AbsentError("its self-test fails on this GPU, where it leaves everything to PEFT")
-    base = linear_over(o)
-    a, b = adapters(o)
+    base = o.linear()
+    a, b = o.adapters()
     return Built(lambda x: base(x) + delta(x, a, b, o.scale), {"da": a, "db": b})
 
 
@@ -80,33 +78,40 @@ def _chalk_delta(lora: ModuleType) -> Callable[..., Tensor] | None:
 
 
 def _lycoris(case: Case, o: Operands, p: float) -> Built:
-    lycoris = imported("lycoris", "lycoris-lora")
+    lycoris = imported("lycoris")
     if case.dropout:
         raise AbsentError("drops the adapter's output, not its input")
-    base = linear_over(o)
+    base = o.linear()
     layer = lycoris.LoConModule("lora", base, lora_dim=case.r, alpha=o.scale * case.r, bypass_mode=True).to(o.w)
-    a, b = adapters(o)
+    a, b = o.adapters()
     layer.lora_down.weight, layer.lora_up.weight = a, b
     return Built(layer, {"da": a, "db": b})
 
 
-def _check_cuda(o: Operands) -> None:
-    if not o.w.is_cuda:
-        raise AbsentError("runs on CUDA tensors alone")
-
-
 PEERS = (
-    Arm("lorafusion", "LoRAFusion's fused_linear_lora", _lorafusion),
-    Arm(
+    LayerArm(
+        "lorafusion",
+        "LoRAFusion's fused_linear_lora",
+        _lorafusion,
+        require=needs_module("lorafusion.ops.lora_v1", gpu=True),
+    ),
+    LayerArm(
         "unsloth",
         "unsloth's LoRA_W; only by name, since its import patches transformers and PEFT under the other arms",
         _unsloth,
+        require=needs_module("unsloth.kernels.fast_lora"),
         by_name_only=True,
     ),
-    Arm("freesolo-chalk", "nn.Linear plus chalk's LoRA delta for this GPU, PEFT unpatched", _chalk),
-    Arm(
+    LayerArm(
+        "freesolo-chalk",
+        "nn.Linear plus chalk's LoRA delta for this GPU, PEFT unpatched",
+        _chalk,
+        require=needs_module("chalk.ops.lora", "freesolo-chalk", gpu=True),
+    ),
+    LayerArm(
         "lycoris",
         "LyCORIS LoConModule in bypass mode, which keeps the low rank; its default builds all of b @ a",
         _lycoris,
+        require=needs_module("lycoris", "lycoris-lora"),
     ),
 )

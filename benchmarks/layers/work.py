@@ -1,4 +1,4 @@
-"""The calls that are timed and weighed: an arm's forward, backward or step on a case's operands."""
+"""An arm's forward, backward or step on a case's operands: the calls to time, and the memory they take."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .operands import Operands
 
 
 def prepare(mode: str, built: Built, operands: Operands, call: int) -> Work:
-    """The call to be timed: all it needs exists, and for ``backward`` the forward has run.
+    """Makes a call to be timed: its tensors exist, and for ``backward`` the forward has run.
 
     ``call`` picks the copy of x and dy: with one more each time, no call finds its x where the last one left it.
     """
@@ -29,9 +29,9 @@ def prepare(mode: str, built: Built, operands: Operands, call: int) -> Work:
 
 
 def broken(built: Built, operands: Operands) -> str | None:
-    """What is missing, not finite or all zero in one step of the very layer that is timed; None where all is there.
+    """Names a result of one step of the timed layer that is missing, not finite or all zero; None where all are sound.
 
-    The gate knows no mask but fastlora's, and checks the others without dropout: this looks at what it could not.
+    The gate knows no mask but fastlora's and checks other arms without dropout: this check runs with it.
     """
     x, dy = operands.xs[0], operands.dys[0]
     y = built.layer(x)

@@ -1,4 +1,4 @@
-"""Failures as rows: what an arm raises is written down, and the others go on."""
+"""Failures as rows: an exception of an arm is written down, and the others go on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class DeviceLostError(Exception):
 
 
 class AbsentError(Exception):
-    """This arm cannot run this case here, by its own word: no failure."""
+    """The arm declines the case, or cannot run here: no failure."""
 
 
 @contextmanager

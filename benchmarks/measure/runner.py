@@ -155,13 +155,16 @@ def start(
     return Run(command, args, device, profile, profile.cases(**axes), dict(settings))
 
 
-def listing(profiles: Mapping[str, Mapping[str, Profile[C]]]) -> list[str]:
-    """The lines of ``--list`` that say what the profiles hold."""
-    return ["profiles"] + [
-        f"  --device {device:<5} --profile {name:<6} {profile.about}: {len(profile.cases())} cases"
-        for device, group in profiles.items()
-        for name, profile in group.items()
-    ]
+def listing(profiles: Mapping[str, Mapping[str, Profile[C]]], sections: Mapping[str, Mapping[str, str]]) -> str:
+    """The text of ``--list``: the profiles, and names with their descriptions under each title."""
+    lines = ["profiles"]
+    for device, group in profiles.items():
+        for name, profile in group.items():
+            lines.append(f"  --device {device:<5} --profile {name:<6} {profile.about}: {len(profile.cases())} cases")
+    for title, known in sections.items():
+        width = max(map(len, known))
+        lines += [title, *(f"  {name:<{width}}  {about}" for name, about in known.items())]
+    return "\n".join(lines)
 
 
 def positive(text: str) -> int:

@@ -5,10 +5,8 @@ An arm changes the model in place, in the way its users would.
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +17,7 @@ from torch import Tensor, nn
 import fastlora
 
 from ..cases import SCALE, ModelCase
-from ..records.environment import variables_set
+from ..layers.arm import KERNELS, Arm, needs_kernel, needs_module, refusal
 from .architectures import Architecture, architecture_named, as_linear, targets
 
 FULL = "full"
@@ -34,7 +32,7 @@ class Adapted:
 
     @property
     def trained(self) -> list[nn.Parameter]:
-        """What the optimiser gets."""
+        """The parameters of the optimiser."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
 
@@ -42,43 +40,23 @@ Adapt = Callable[[nn.Module, Architecture, ModelCase], Adapted]
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One arm: ``wide`` says that its adapters are float32 whatever the base is; ``backend`` is forced meanwhile."""
+class ModelArm(Arm):
+    """An arm that adapts a model in place; ``wide`` says that its adapters are float32 whatever the base is."""
 
-    name: str
-    about: str
     adapt: Adapt
     wide: bool = False
-    needs: str | None = None
-    backend: str = "auto"
-
-    def turn(self) -> AbstractContextManager[None]:
-        """Forces the backend for a while; entered and left outside every clock."""
-        return variables_set({"FASTLORA_BACKEND": self.backend})
 
     def refuses(self, case: ModelCase, device: torch.device) -> str | None:
-        """Why it has nothing to offer for the case; None where it has."""
-        if self.backend in ("triton", "cuda") and device.type != "cuda":
-            return "the kernels need a CUDA GPU"
+        """The reason why it declines the case; None where it takes it."""
+        if reason := self.absence(device):
+            return reason
         longest = architecture_named(case.model).longest
         if longest is not None and case.sequence > longest:
             return f"{case.model} takes at most {longest} tokens"
-        if self.needs is not None and importlib.util.find_spec(self.needs) is None:
-            return f"{self.needs} is not installed"
         if self.wide and case.dtype == "fp32":
             return "the base is float32 already"
-        return self._refusal(case, device)
-
-    def _refusal(self, case: ModelCase, device: torch.device) -> str | None:
-        """Why the forced backend takes no layer here, however well shaped."""
-        if self.backend == "auto":
-            return None
-        square = torch.empty(16, 16, dtype=case.torch_dtype, device=device)
         with self.turn():
-            explanation = fastlora.explain(square, square, square, square)
-        if explanation.chosen is not None:
-            return None
-        return next(verdict.reason for verdict in explanation.verdicts if verdict.kernel.startswith(self.backend))
+            return refusal(case.torch_dtype, device) if self.kernel else None
 
 
 def _full(model: nn.Module, architecture: Architecture, case: ModelCase) -> Adapted:
@@ -147,7 +125,7 @@ class PlainLoRA(nn.Module):
 
 
 def plain(model: nn.Module, architecture: Architecture, case: ModelCase) -> Adapted:
-    """What every arm is held to, in float64 and in the tested dtype. The adapters' values are yet to be set."""
+    """Plain LoRA, which judges every arm, in float64 and in the tested dtype. The caller sets its a and b."""
     model.requires_grad_(False)
     adapters = {}
     for name, module in targets(model, architecture):
@@ -157,15 +135,21 @@ def plain(model: nn.Module, architecture: Architecture, case: ModelCase) -> Adap
     return Adapted(model, adapters)
 
 
-def arms() -> dict[str, Arm]:
+def arms() -> dict[str, ModelArm]:
     """Every arm by name."""
+    peft = needs_module("peft")
+    shipped = "PEFT as shipped: float32 adapters on a half-precision base"
     known = (
-        Arm(FULL, "full fine-tuning: every weight trained", _full),
-        Arm("peft-fp32", "PEFT as shipped: float32 adapters on a half-precision base", _peft(True), True, "peft"),
-        Arm("peft-same", "PEFT, adapters in the base's dtype", _peft(False), needs="peft"),
-        Arm("fastlora", "fastlora, backend chosen by itself", _fastlora(False)),
-        Arm("fastlora-fp32", "the same with float32 adapters", _fastlora(True), wide=True),
-        Arm("fastlora-triton", "fastlora forced to triton", _fastlora(False), backend="triton"),
-        Arm("fastlora-cuda", "fastlora forced to cuda", _fastlora(False), backend="cuda"),
+        ModelArm(FULL, "full fine-tuning: every weight trained", _full),
+        ModelArm("peft-fp32", shipped, _peft(True), wide=True, require=peft),
+        ModelArm("peft-same", "PEFT, adapters in the base's dtype", _peft(False), require=peft),
+        ModelArm("fastlora", "fastlora, kernel chosen by itself", _fastlora(False)),
+        ModelArm("fastlora-fp32", "the same with float32 adapters", _fastlora(True), wide=True),
+        *map(_forced, KERNELS),
     )
     return {arm.name: arm for arm in known}
+
+
+def _forced(kernel: str) -> ModelArm:
+    name, about = f"fastlora-{kernel}", f"fastlora forced to {kernel}"
+    return ModelArm(name, about, _fastlora(False), kernel=kernel, require=needs_kernel(kernel))

@@ -14,7 +14,7 @@ from ..records import plots
 from ..records.rows import ModelRow
 from .architectures import ARCHITECTURES, architecture_named, parameter_count
 from .arms import arms
-from .contest import run_case
+from .case import run_case
 from .gate import ModelGate
 from .table import render_case, render_summary
 from .training import keep_imports
@@ -128,7 +128,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the subcommand; returns the exit status: 1 where an arm was wrong or failed."""
     if args.list:
-        print(_listing())
+        about = {name: arm.about for name, arm in arms().items()}
+        models = {"models (NAME-Nlayers: the first N layers alone)": _models()}
+        print(runner.listing(MODEL_PROFILES, {**models, "arms": about}))
         return 0
     if importlib.util.find_spec("transformers") is None:
         raise StopError(2, "the models come from transformers, which is not installed: pip install transformers peft")
@@ -164,10 +166,5 @@ def _work(case: ModelCase) -> float:
     return case.batch * case.sequence * parameter_count(case.model) + _FIXED_WORK
 
 
-def _listing() -> str:
-    lines = runner.listing(MODEL_PROFILES)
-    lines += ["models (NAME-Nlayers: the first N layers alone)"]
-    lines += [f"  {name:<20} {v.about}, {v.layers} layers" for name, v in ARCHITECTURES.items()]
-    lines += ["arms"]
-    lines += [f"  {name:<20} {arm.about}" for name, arm in arms().items()]
-    return "\n".join(lines)
+def _models() -> dict[str, str]:
+    return {name: f"{model.about}, {model.layers} layers" for name, model in ARCHITECTURES.items()}

@@ -23,7 +23,7 @@ from fastlora.accuracy import Errors, compare
 
 from ..cases import ModelCase
 from .architectures import Architecture, architecture_named, build, random_batch
-from .arms import FULL, Adapted, Arm, plain
+from .arms import FULL, Adapted, ModelArm, plain
 
 _BATCH, _SEQUENCE, _SEED = 3, 24, 20
 
@@ -46,14 +46,14 @@ class ModelGate:
         self._expected: dict[ModelCase, tuple[Products, Products]] = {}
         self._errors: dict[tuple[ModelCase, str], dict[str, Errors]] = {}
 
-    def check(self, arm: Arm, case: ModelCase) -> dict[str, Errors]:
+    def check(self, arm: ModelArm, case: ModelCase) -> dict[str, Errors]:
         """The errors of logits and gradients: da and db of all adapters, or dw of all weights where there are none."""
         small = case._replace(batch=_BATCH, sequence=_SEQUENCE, dropout=0.0)
         if (small, arm.name) not in self._errors:
             self._errors[small, arm.name] = self._check(arm, small)
         return self._errors[small, arm.name]
 
-    def _check(self, arm: Arm, case: ModelCase) -> dict[str, Errors]:
+    def _check(self, arm: ModelArm, case: ModelCase) -> dict[str, Errors]:
         if arm.name == FULL:
             # Gradients of all weights, and one arm alone that wants them: not kept.
             (oracle, wanted), (baseline, rounded) = self._references(case, adapted=False)
@@ -133,7 +133,7 @@ def _float64(model: nn.Module) -> nn.Module:
 
 
 def _compare_all(got: Gradients, oracle: Gradients, baseline: Gradients) -> Errors:
-    """All tensors of a kind as one. A gradient that never arrived, or that nobody expected, is an error in words."""
+    """Compares all tensors of a kind as one. A gradient that is missing or unexpected is an error with a message."""
     if unexpected := set(got) - set(oracle):
         return Errors.mismatched(f"a gradient that nobody expected, of {min(unexpected)}")
     columns: tuple[list[Tensor], ...] = ([], [], [])

@@ -15,10 +15,11 @@ from torch import Tensor
 import fastlora
 
 from ..cases import COPIES, ModelCase
+from ..layers.arm import choice
 from ..measure.clocks import Work
 from ..measure.memory import allocation, stored_bytes
 from .architectures import architecture_named, build, parameter_count, random_batch
-from .arms import FULL, Arm
+from .arms import FULL, ModelArm
 
 # The optimiser's state exists after one step, a gradient of every a after two: b starts at zero.
 WARM_UP = 2
@@ -49,7 +50,7 @@ class Memory(NamedTuple):
 class Training:
     """An arm of one case, resident on the device and warmed up."""
 
-    def __init__(self, case: ModelCase, arm: Arm, device: torch.device) -> None:
+    def __init__(self, case: ModelCase, arm: ModelArm, device: torch.device) -> None:
         architecture = architecture_named(case.model)
         base = build(architecture, case.torch_dtype, device, case.checkpointing)
         self.subject = arm.adapt(base, architecture, case)
@@ -79,7 +80,7 @@ class Training:
         return lambda: self.step(turn)
 
     def broken(self) -> str | None:
-        """What the last step left undone, in words: a gradient that is missing, not finite, or zero throughout."""
+        """Names a gradient that the last step left missing, not finite or all zero; None where all are sound."""
         # Vectors aside: a key's bias has no gradient but rounding noise.
         for name, parameter in self.subject.model.named_parameters():
             if parameter.requires_grad and parameter.dim() == 2:
@@ -109,14 +110,12 @@ class Training:
         for layer in self.subject.model.modules():
             if isinstance(layer, fastlora.LoRALinear):
                 x = layer.weight.new_empty(self._tokens, layer.in_features)
-                plan = fastlora.explain(
-                    x, layer.weight, layer.lora_A, layer.lora_B, bias=layer.bias, dropout_p=layer.lora_dropout
-                )
-                chosen.add(plan.chosen or "none")
+                a, b, p = layer.lora_A, layer.lora_B, layer.lora_dropout
+                chosen.add(choice(x, layer.weight, a, b, bias=layer.bias, dropout_p=p).kernel or "none")
         return "+".join(sorted(chosen)) or None
 
 
-def require_room(case: ModelCase, arm: Arm, device: torch.device) -> None:
+def require_room(case: ModelCase, arm: ModelArm, device: torch.device) -> None:
     """Raises MemoryError where weights, gradients and states alone are more than a CPU has.
 
     A GPU's allocator says so itself; Linux hands out memory that it lacks, and then kills.
@@ -137,14 +136,14 @@ def keep_imports(models: Iterable[str]) -> None:
 
 
 def release(device: torch.device) -> None:
-    """Gives back what nobody holds any more; models and their hooks are cycles."""
+    """Frees memory that nobody refers to any more; models and their hooks are cycles."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def capacity(device: torch.device) -> int:
-    """The device's whole memory; of a CPU's what the machine has, or a container may use."""
+    """The device's whole memory; on a CPU the machine's, or the part that a container may use."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

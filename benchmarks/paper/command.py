@@ -68,7 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the subcommand; returns the exit status: 1 where a claim ended in an error, whatever the verdicts."""
     if args.list:
-        print(_listing())
+        claims = {name: f"{claim.how}: {claim.claim} ({claim.source})" for name, claim in CLAIMS.items()}
+        print(runner.listing(PROFILES, {"claims": claims}))
         return 0
     job = runner.start("paper", args, PROFILES, {"claim": args.claim}, {}, whole=True)
     scale = SCALES[job.device.type][args.profile]
@@ -124,10 +125,3 @@ def _how(row: ClaimRow) -> str:
 
 def _cells(*cells: str) -> str:
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
-
-
-def _listing() -> str:
-    width = max(map(len, CLAIMS))
-    lines = [*runner.listing(PROFILES), "claims"]
-    lines += [f"  {name:<{width}}  {claim.how}: {claim.claim} ({claim.source})" for name, claim in CLAIMS.items()]
-    return "\n".join(lines)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +15,14 @@ from ..cases import DTYPES, Case
 from ..layers.arms import arms
 from ..layers.gate import Gate
 from ..layers.operands import make_operands
-from ..measure.clocks import Clock, Work, no_garbage_collection, shuffled
+from ..measure.clocks import Clock, Work
+from ..measure.contest import Subject, compete
 from ..records.rows import Spread
 from .claims import Lab
 from .models import DECODERS, Decoder, adapt
 
 # The paper's rank for GPT-2, and for the checkpoint of GPT-3.
 RANK = 4
-
-# However little time there is, so many rounds are run.
-MIN_ROUNDS = 5
 
 
 def decoder(lab: Lab, name: str, dtype: torch.dtype, r: int | None = None) -> Decoder:
@@ -68,18 +66,13 @@ def tokens_for(model: Decoder, batch: int, sequence: int) -> Tensor:
 
 def interleaved(contenders: Mapping[str, Work], lab: Lab) -> dict[str, Spread]:
     """Wall time of each contender."""
-    clock, scale = Clock(lab.device), lab.scale
-    samples: dict[str, list[float]] = {name: [] for name in contenders}
-    for work in contenders.values():
-        work()
-    deadline = time.perf_counter() + scale.seconds
-    with no_garbage_collection():
-        for turn in range(scale.rounds):
-            if turn >= MIN_ROUNDS and time.perf_counter() > deadline:
-                break
-            for name in shuffled(list(contenders), turn):
-                samples[name].append(clock.wall(contenders[name]))
-    return {name: Spread.of(times) for name, times in samples.items()}
+    subjects = {name: Subject(partial(_same, work)) for name, work in contenders.items()}
+    compete(list(subjects.values()), Clock(lab.device), lab.scale.rounds, lab.scale.seconds, warm_up=1)
+    return {name: Spread.of(subject.wall) for name, subject in subjects.items()}
+
+
+def _same(work: Work, number: int) -> Work:
+    return work
 
 
 def milliseconds(spread: Spread) -> str:

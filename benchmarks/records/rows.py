@@ -17,7 +17,7 @@ from fastlora.accuracy import Errors
 
 from ..cases import Case, ModelCase
 
-# What happened to a row: measured; refused by its own word; inaccurate, hence without speed; out of memory; raised.
+# Outcomes: measured; the arm declined; inaccurate, hence without speed; out of memory; raised.
 STATUSES = ("ok", "absent", "wrong", "oom", "error")
 
 Numbers = dict[str, dict[str, float | None]]
@@ -83,6 +83,16 @@ class Measured(Row):
     def fail(self, status: str, reason: str) -> None:
         """Takes a status other than ``ok``, with its reason."""
         self.status, self.reason = status, reason
+
+    def record_times(self, wall: Sequence[float], device: Sequence[float]) -> None:
+        """Keeps the spread of the samples, in milliseconds; ``device`` is empty where the GPU's own time is unknown."""
+        raise NotImplementedError
+
+    @property
+    def median(self) -> float:
+        """The median of the time that comparisons use, of a row that has one."""
+        assert self.ms is not None
+        return self.ms.p50
 
     @property
     def worst_error(self) -> float | None:
@@ -157,6 +167,11 @@ class LayerRow(Measured):
         super().fail(status, reason)
         self.wall_ms = self.device_ms = self.ratio = self.noise = self.rounds = None
 
+    def record_times(self, wall: Sequence[float], device: Sequence[float]) -> None:
+        """Keeps the spread of both; there is a device's time on CUDA alone."""
+        self.rounds = len(wall)
+        self.wall_ms, self.device_ms = Spread.of(wall), Spread.of(device) if device else None
+
     @property
     def case(self) -> Case:
         """The case it belongs to."""
@@ -216,6 +231,11 @@ class ModelRow(Measured):
     def of(case: ModelCase, arm: str) -> ModelRow:
         """A row that says only what was asked."""
         return ModelRow(arm, **case._asdict())
+
+    def record_times(self, wall: Sequence[float], device: Sequence[float]) -> None:
+        """Keeps the spread of wall time, and the throughput at its median."""
+        self.rounds, self.step_ms = len(wall), Spread.of(wall)
+        self.tokens_per_second = self.batch * self.sequence / (1e-3 * self.step_ms.p50)
 
     @property
     def case(self) -> ModelCase:

@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from benchmarks.cases import FLOOR, Case
-from benchmarks.layers import contest, peers
+from benchmarks.layers import arm as layers_arm
 from benchmarks.layers.arm import imported
 from benchmarks.layers.arms import arms
+from benchmarks.layers.case import run_case
 from benchmarks.layers.operands import make_operands
 from benchmarks.measure.clocks import Clock
 from benchmarks.measure.failures import AbsentError
-from fastlora.backends import dispatch
+
+pytestmark = pytest.mark.usefixtures("no_interpreter")
 
 CPU = torch.device("cpu")
 PEERS = ["lorafusion", "unsloth", "freesolo-chalk", "lycoris"]
@@ -90,16 +92,6 @@ TAKEN = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_interpreter():
-    """A benchmark is what a user runs: no kernel under Triton's interpreter, which the other tests switch on."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("TRITON_INTERPRET", raising=False)
-        dispatch._choose.cache_clear()
-        yield
-    dispatch._choose.cache_clear()
-
-
 @pytest.fixture
 def install(tmp_path, monkeypatch):
     """Puts a module of the given source first on the path, as if its package were installed."""
@@ -127,13 +119,13 @@ def install(tmp_path, monkeypatch):
 @pytest.fixture
 def any_device(monkeypatch):
     """Lets the kernels of a GPU run here, their fakes being torch."""
-    monkeypatch.setattr(peers, "_check_cuda", lambda operands: None)
+    monkeypatch.setattr(layers_arm, "require_gpu", lambda device: None)
 
 
 def run(*names, layer="gpt2.proj", m=24, r=4, dtype="fp32", dropout=0.0, modes=("step",)):
     """The rows of one small case, the floor's left out."""
     chosen = [arms()[name] for name in (FLOOR, *names)]
-    rows = contest.run_case(Case(layer, m, r, dtype, dropout), chosen, modes, 1, 60.0, Clock(CPU), CPU)
+    rows = run_case(Case(layer, m, r, dtype, dropout), chosen, modes, 1, 60.0, Clock(CPU), CPU)
     assert rows[0].status == "ok", rows[0].reason
     return [row for row in rows if row.arm != FLOOR]
 
@@ -189,11 +181,10 @@ def test_loralib_shares_the_base():
 
 
 def build_compiled(case):
-    operands = make_operands(case, CPU)
-    try:
-        return arms()["compiled"].build(case, operands, 0.0), operands
-    except AbsentError as absent:
-        pytest.skip(str(absent))
+    operands, arm = make_operands(case, CPU), arms()["compiled"]
+    if reason := arm.absence(CPU):
+        pytest.skip(reason)
+    return arm.build(case, operands, 0.0), operands
 
 
 def test_a_case_never_meets_the_recompilations_of_the_last():
@@ -299,7 +290,7 @@ def test_chalk_is_absent_where_its_self_test_fails(install):
 def test_a_cpu_is_not_for_kernels_of_a_gpu(name, install):
     install(*FAKES[name])
     (row,) = run(name, r=16, dtype="bf16", **TAKEN[name])
-    assert outcome(row) == ("absent", "runs on CUDA tensors alone")
+    assert outcome(row) == ("absent", "needs a CUDA GPU")
 
 
 def test_a_peer_that_changes_others_runs_by_name_only():

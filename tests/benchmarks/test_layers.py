@@ -12,35 +12,26 @@ import torch
 
 from benchmarks.__main__ import main
 from benchmarks.cases import FLOOR, LAYERS, MODES, PROFILES, Case
-from benchmarks.layers import arm as layer_arm
+from benchmarks.layers import arm as layers_arm
+from benchmarks.layers import case as layers_case
 from benchmarks.layers import command as layers
-from benchmarks.layers import contest
-from benchmarks.layers.arm import Arm
+from benchmarks.layers.arm import KERNELS, LayerArm, forcing
 from benchmarks.layers.arms import arms
 from benchmarks.layers.operands import make_operands
 from benchmarks.layers.table import render_case, step_speedups
 from benchmarks.layers.work import kept_bytes, peak_bytes
-from benchmarks.measure import runner
+from benchmarks.measure import contest, runner
 from benchmarks.measure.clocks import Clock, shuffled
 from benchmarks.measure.failures import failures_into
 from benchmarks.records import environment
 from benchmarks.records.files import read
 from benchmarks.records.rows import STATUSES, LayerRow, Spread
 from benchmarks.records.units import geometric_mean
-from fastlora.backends import dispatch
+
+pytestmark = pytest.mark.usefixtures("no_interpreter")
 
 CPU = torch.device("cpu")
 TINY = ["--layer", "host", "--tokens", "24", "--rank", "4", "--rounds", "2"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_interpreter():
-    """A benchmark is what a user runs: no kernel under Triton's interpreter, which the other tests switch on."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("TRITON_INTERPRET", raising=False)
-        dispatch._choose.cache_clear()
-        yield
-    dispatch._choose.cache_clear()
 
 
 def contestants(*names):
@@ -50,7 +41,7 @@ def contestants(*names):
 
 def run_tiny(arms, modes=MODES, dropout=0.0, dtype="fp32", rounds=1):
     case = Case("gpt2.proj", 24, 4, dtype, dropout)
-    return contest.run_case(case, arms, modes, rounds, 60.0, Clock(CPU), CPU)
+    return layers_case.run_case(case, arms, modes, rounds, 60.0, Clock(CPU), CPU)
 
 
 def broken(name, **changes):
@@ -59,7 +50,7 @@ def broken(name, **changes):
     def build(case, operands, p):
         return replace(contestants("plain")[0].build(case, operands, p), **changes)
 
-    return Arm(name, "broken", build)
+    return LayerArm(name, "broken", build)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +81,7 @@ def test_every_arm_has_a_row_in_every_mode_and_case(published):
         assert row.device_ms is None
         assert row.ratio > 0
         assert row.noise >= 0
-        assert contest.MIN_ROUNDS <= row.rounds <= 2 * contest.HOST_ROUNDS
+        assert contest.MIN_ROUNDS <= row.rounds <= 2 * layers_case.HOST_ROUNDS
         assert row.kept_bytes >= 0
         assert row.peak_bytes > 0
         for numbers in row.errors.values():
@@ -118,7 +109,7 @@ def test_absent_rows_say_why(published):
 
 
 def test_absent_peft_is_listed_as_absent(monkeypatch):
-    monkeypatch.setattr(layer_arm.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(layers_arm.importlib.util, "find_spec", lambda name: None)
     rows = run_tiny(contestants(FLOOR, "peft-same"), modes=["forward"])
     assert [(row.status, row.reason) for row in rows] == [("ok", None), ("absent", "peft is not installed")]
 
@@ -128,7 +119,7 @@ def test_a_wrong_arm_gets_no_speed():
         built = contestants("plain")[0].build(case, operands, p)
         return replace(built, layer=lambda x: 1.01 * built.layer(x))
 
-    rows = run_tiny([*contestants(FLOOR), Arm("wrong", "1 % too large", doubled_update)])
+    rows = run_tiny([*contestants(FLOOR), LayerArm("wrong", "1 % too large", doubled_update)])
     wrong = [row for row in rows if row.arm == "wrong"]
     assert [row.status for row in wrong] == ["wrong"] * 3
     assert all(row.ms is None and row.ratio is None and row.rounds is None for row in wrong)
@@ -166,7 +157,7 @@ def test_what_is_zero_or_not_finite_gets_no_speed(factor, found, where, dropout)
             case, operands, p
         )
 
-    rows = run_tiny([*contestants(FLOOR), Arm("spoilt", "at one dropout alone", build)], ["step"], dropout=dropout)
+    rows = run_tiny([*contestants(FLOOR), LayerArm("spoilt", "at one dropout alone", build)], ["step"], dropout=dropout)
     assert (rows[1].status, rows[1].ms, rows[1].rounds) == ("wrong", None, None)
     assert any(words in rows[1].reason for words in found)
     assert ("db: " if where is spoil_gradient else "y: ") in rows[1].reason
@@ -177,7 +168,7 @@ def test_a_gradient_that_never_arrives_is_wrong():
         built = contestants("plain")[0].build(case, operands, p)
         return replace(built, trained={**built.trained, "db": built.trained["db"].detach().clone().requires_grad_()})
 
-    rows = run_tiny([*contestants(FLOOR), Arm("detached", "db is another tensor", detached)], modes=["step"])
+    rows = run_tiny([*contestants(FLOOR), LayerArm("detached", "db is another tensor", detached)], modes=["step"])
     assert (rows[1].status, rows[1].reason) == ("wrong", "db: no gradient arrived")
 
 
@@ -216,7 +207,7 @@ def test_an_arm_that_raises_inside_the_clock_is_a_row():
 
         return replace(built, layer=layer)
 
-    rows = run_tiny([*contestants(FLOOR), Arm("late", "fails on its sixth call", build)], ["step"], rounds=3)
+    rows = run_tiny([*contestants(FLOOR), LayerArm("late", "fails on its sixth call", build)], ["step"], rounds=3)
     assert [row.status for row in rows] == ["ok", "error"]
     assert rows[1].ms is None
 
@@ -225,7 +216,7 @@ def test_operands_out_of_memory_fail_every_row(monkeypatch):
     def out_of_memory(case, device):
         raise torch.OutOfMemoryError("too large")
 
-    monkeypatch.setattr(contest, "make_operands", out_of_memory)
+    monkeypatch.setattr(layers_case, "make_operands", out_of_memory)
     assert [row.status for row in run_tiny(contestants(FLOOR, "plain"), ["step"])] == ["oom", "oom"]
 
 
@@ -267,27 +258,28 @@ def test_arms_take_turns_in_ever_other_order():
 
 def test_rounds_are_interleaved(monkeypatch):
     order = []
-    sample = contest._Entrant.sample
+    sample = contest.Subject.sample
 
-    def spy(entrant, clock, operands, calls):
-        order.append(entrant.arm.name)
-        sample(entrant, clock, operands, calls)
+    def spy(subject, *rest):
+        order.append(subject.row.arm)
+        sample(subject, *rest)
 
-    monkeypatch.setattr(contest._Entrant, "sample", spy)
+    monkeypatch.setattr(contest.Subject, "sample", spy)
     run_tiny(contestants(FLOOR, "plain", "addmm"), ["forward"], rounds=2)
-    assert len(order) == 8
-    for round_ in (order[:4], order[4:]):
+    # A warm-up and two rounds.
+    assert len(order) == 12
+    for round_ in (order[:4], order[4:8], order[8:]):
         assert sorted(round_) == sorted([FLOOR, FLOOR, "plain", "addmm"])
 
 
 def test_no_call_finds_its_input_where_the_last_one_left_it(monkeypatch):
-    copies, prepare = [], contest.prepare
+    copies, prepare = [], layers_case.prepare
 
     def spy(mode, built, operands, call):
         copies.append(call % len(operands.xs))
         return prepare(mode, built, operands, call)
 
-    monkeypatch.setattr(contest, "prepare", spy)
+    monkeypatch.setattr(layers_case, "prepare", spy)
     run_tiny(contestants(FLOOR, "plain"), ["step"], rounds=3)
     assert len(copies) > 9
     assert all(one != two for one, two in pairwise(copies))
@@ -340,11 +332,17 @@ def test_an_arm_by_name_only_is_listed_and_told_how(published):
 
 def test_a_mode_stops_at_its_time_but_not_before_the_least_rounds():
     case = Case("host", 4, 4, "fp32", 0.0)
-    rows = contest.run_case(case, contestants(FLOOR), ["forward"], 1000, 0.0, Clock(CPU), CPU)
+    rows = layers_case.run_case(case, contestants(FLOOR), ["forward"], 1000, 0.0, Clock(CPU), CPU)
     assert rows[0].rounds == contest.MIN_ROUNDS
 
 
-def test_a_turn_forces_the_backend_and_restores_the_variable(monkeypatch):
+def test_each_kernel_is_forced_by_its_own_variables():
+    assert len({tuple(forcing(kernel).items()) for kernel in (None, *KERNELS)}) == 1 + len(KERNELS)
+    assert forcing("triton-serial")["FASTLORA_BACKEND"] == "triton"
+    assert {name for name, arm in arms().items() if arm.kernel} == {f"fastlora-{kernel}" for kernel in KERNELS}
+
+
+def test_a_turn_forces_the_kernel_and_restores_the_variable(monkeypatch):
     monkeypatch.setenv("FASTLORA_BACKEND", "reference")
     with contestants("fastlora-library")[0].turn():
         assert os.environ["FASTLORA_BACKEND"] == "library"
@@ -396,7 +394,7 @@ def test_publish_copies_a_finished_run(tmp_path, monkeypatch):
     quick = PROFILES["cpu"]["quick"]
     tiny = replace(quick, rounds=1, sweeps=[{**quick.sweeps[0], "layer": ["host"]}])
     monkeypatch.setitem(layers.PROFILES["cpu"], "quick", tiny)
-    monkeypatch.setattr(contest, "HOST_ROUNDS", 1)
+    monkeypatch.setattr(layers_case, "HOST_ROUNDS", 1)
     assert main(["--device", "cpu", "--publish"]) == 0
     written = tmp_path / environment.slug(CPU) / "layers-quick.jsonl"
     assert written.read_bytes() == (tmp_path / "local" / "cpu" / "layers-quick.jsonl").read_bytes()

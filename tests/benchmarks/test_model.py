@@ -14,16 +14,18 @@ pytest.importorskip("peft")
 
 from benchmarks import __main__ as command_line
 from benchmarks.cases import ModelCase
+from benchmarks.layers import arm as layers_arm
+from benchmarks.layers.arm import KERNELS
 from benchmarks.measure.clocks import Clock
+from benchmarks.measure.contest import MIN_ROUNDS
 from benchmarks.model import architectures
-from benchmarks.model import arms as model_arms
+from benchmarks.model import case as model_case
 from benchmarks.model import command as model
-from benchmarks.model import contest as model_contest
 from benchmarks.model import training as training_step
 from benchmarks.model.architectures import ARCHITECTURES, Architecture, architecture_named, build, parameter_count
-from benchmarks.model.arms import FULL, Arm, arms
+from benchmarks.model.arms import FULL, ModelArm, arms
+from benchmarks.model.case import run_case
 from benchmarks.model.command import MODEL_PROFILES
-from benchmarks.model.contest import run_case
 from benchmarks.model.gate import ModelGate
 from benchmarks.model.table import quotients, render_case, render_summary
 from benchmarks.model.training import Training, keep_imports
@@ -31,7 +33,8 @@ from benchmarks.records.files import read
 from benchmarks.records.rows import ModelRow, Spread, from_json
 
 CPU = torch.device("cpu")
-ON_CPU = [name for name, arm in arms().items() if arm.backend == "auto"]
+ON_CPU = [name for name, arm in arms().items() if arm.kernel in (None, "library")]
+ON_GPU = [f"fastlora-{kernel}" for kernel in KERNELS if kernel != "library"]
 LORA = [name for name in ON_CPU if name != FULL]
 
 # Small enough that building, checking and timing an arm takes a tenth of a second.
@@ -100,7 +103,7 @@ def test_every_arm_passes_the_gate(name, dtype, checkpointing):
             assert all(e.ok for e in errors.values()), (arm.name, errors)
             passed[arm.name] = list(errors)
     wide = {"peft-fp32", "fastlora-fp32"} if dtype == "bf16" else set()
-    assert passed.keys() == {FULL, "peft-same", "fastlora", *wide}
+    assert passed.keys() == {FULL, "peft-same", "fastlora", "fastlora-library", *wide}
     assert passed.pop(FULL) == ["logits", "dw"]
     assert all(kinds == ["logits", "da", "db"] for kinds in passed.values())
 
@@ -113,7 +116,7 @@ def spoilt(name, spoil):
         spoil(subject)
         return subject
 
-    return Arm("spoilt", "", adapt)
+    return ModelArm("spoilt", "", adapt)
 
 
 def scale_a_gradient(subject):
@@ -179,7 +182,7 @@ def test_a_step_without_gradients_is_noticed():
 def test_bytes_and_parameters_are_exact(kind, dtype):
     case = micro(kind, dtype=dtype)
     rows = {row.arm: row for row in run_micro(arms(), case) if row.status == "ok"}
-    assert rows.keys() == ({FULL, "peft-same", "fastlora"} if dtype == "fp32" else set(ON_CPU))
+    assert rows.keys() == ({FULL, "peft-same", "fastlora", "fastlora-library"} if dtype == "fp32" else set(ON_CPU))
     base = build(MICRO[kind], case.torch_dtype, CPU, False)
     base_parameters, itemsize = parameter_count(case.model), case.torch_dtype.itemsize
     buffers = sum(t.untyped_storage().nbytes() for t in base.buffers())
@@ -254,7 +257,7 @@ def test_arms_are_measured_alone_and_timed_together(monkeypatch):
             alive.add(self)
             seen.append(len(alive))
 
-    monkeypatch.setattr(model_contest, "Training", Watched)
+    monkeypatch.setattr(model_case, "Training", Watched)
     rows = run_micro([FULL, "peft-same", "fastlora"], rounds=2)
     assert seen == [1, 1, 1, 1, 2, 3]
     assert [row.rounds for row in rows] == [2, 2, 2]
@@ -269,21 +272,21 @@ def test_arms_that_do_not_fit_together_take_turns_in_blocks(monkeypatch):
             super().__init__(case, arm, device)
             built.append(arm.name)
 
-    monkeypatch.setattr(model_contest, "Training", Watched)
-    monkeypatch.setattr(model_contest, "capacity", lambda device: 1)
+    monkeypatch.setattr(model_case, "Training", Watched)
+    monkeypatch.setattr(model_case, "capacity", lambda device: 1)
     rows = run_micro([FULL, "fastlora"], rounds=5)
     assert [row.status for row in rows] == ["ok", "ok"]
     assert [row.rounds for row in rows] == [6, 6]
     # Once each alone; then in every block full, full again for the noise, and fastlora.
     assert built[:2] == [FULL, "fastlora"]
-    blocks = [built[2 + 3 * i : 5 + 3 * i] for i in range(model_contest.BLOCKS)]
-    assert [sorted(block) for block in blocks] == [["fastlora", FULL, FULL]] * model_contest.BLOCKS
-    assert len(built) == 2 + 3 * model_contest.BLOCKS
+    blocks = [built[2 + 3 * i : 5 + 3 * i] for i in range(model_case.BLOCKS)]
+    assert [sorted(block) for block in blocks] == [["fastlora", FULL, FULL]] * model_case.BLOCKS
+    assert len(built) == 2 + 3 * model_case.BLOCKS
 
 
 def test_a_case_stops_at_its_time_but_not_before_the_least_rounds():
     rows = run_case(micro(), [arms()["fastlora"]], [], ModelGate(CPU), 1000, 0.0, Clock(CPU), CPU)
-    assert rows[0].rounds == model_contest.MIN_ROUNDS
+    assert rows[0].rounds == MIN_ROUNDS
 
 
 def test_the_gate_runs_once_for_a_sweep(monkeypatch):
@@ -302,15 +305,13 @@ def test_absent_arms_say_why(monkeypatch):
     assert rows.keys() - {name for name, row in rows.items() if row.status == "ok"} == {
         "peft-fp32",
         "fastlora-fp32",
-        "fastlora-triton",
-        "fastlora-cuda",
+        *ON_GPU,
     }
-    for kernels in ("fastlora-triton", "fastlora-cuda"):
-        assert rows[kernels].reason == "the kernels need a CUDA GPU"
+    assert {rows[name].reason for name in ON_GPU} == {"needs a CUDA GPU"}
     assert rows["peft-fp32"].reason == "the base is float32 already"
     long = run_micro(["fastlora"], micro("gpt2", sequence=65))[0]
     assert (long.status, long.reason) == ("absent", "gpt2-micro takes at most 64 tokens")
-    monkeypatch.setattr(model_arms.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(layers_arm.importlib.util, "find_spec", lambda name: None)
     missing = run_micro(["peft-same"])[0]
     assert (missing.status, missing.reason) == ("absent", "peft is not installed")
 
@@ -326,7 +327,7 @@ def short_of_memory(monkeypatch, name, tokens):
                 raise torch.OutOfMemoryError("no more")
             super().__init__(case, arm, device)
 
-    monkeypatch.setattr(model_contest, "Training", Short)
+    monkeypatch.setattr(model_case, "Training", Short)
     return built
 
 
@@ -403,7 +404,7 @@ def test_rows_survive_the_file_and_are_printed(tmp_path, capsys):
     assert all(from_json(row.to_json()) == row for row in rows)
     for row in rows:
         if row.status != "ok":
-            assert row.arm in ("fastlora-triton", "fastlora-cuda")
+            assert row.arm in ON_GPU
             assert row.step_ms is None
             continue
         assert row.tokens_per_second == pytest.approx(32e3 / row.step_ms.p50)
