@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -63,6 +63,11 @@ class Arm:
         except AbsentError as absent:
             return str(absent)
         return None
+
+
+def absent(arms: Iterable[Arm], device: torch.device) -> dict[str, str]:
+    """The arms that take part in no case on the device, with the reason of each."""
+    return {arm.name: reason for arm in arms if (reason := arm.absence(device)) is not None}
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ from ..measure.failures import AbsentError
 from ..measure.runner import Doing, layer_name, positive, probability
 from ..records import plots
 from ..records.rows import LayerRow
-from .arm import LayerArm
+from ..records.tables import closing, opening
+from .arm import LayerArm, absent
 from .arms import arms
 from .case import run_case
-from .table import render_case, render_summary
+from .table import LEGEND, render_case, render_summary
 
 HELP = "time LoRA layers of real models beside the frozen layer, PEFT and others"
 
@@ -59,8 +60,10 @@ def run(args: argparse.Namespace) -> int:
     def case_rows(case: Case, before: Sequence[LayerRow], doing: Doing) -> list[LayerRow]:
         return run_case(case, chosen, args.mode, rounds, profile.seconds, clock, job.device, doing)
 
+    missing = absent(chosen, job.device)
+    print(opening(LEGEND, missing))
     rows = job.measure(case_rows, render_case, lambda case: case.m * case.k * case.n + _FIXED_WORK)
-    print(render_summary(rows))
+    print(closing(render_summary(rows), rows, missing))
     job.publish([job.path, *plots.save(job.path)])
     return 1 if any(row.status in ("wrong", "error") for row in rows) else 0
 

@@ -1,38 +1,53 @@
-"""The table on the screen: one block a case, one line an arm, and the summary at the end."""
+"""The layer benchmark on the screen: one block per case, one line per arm, and the summary at the end."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from ..cases import FLOOR
-from ..records.rows import LayerRow, Spread
+from ..records.rows import LayerRow
+from ..records.tables import (
+    BYTES,
+    PAIRS,
+    TIME,
+    kernels,
+    milliseconds,
+    speedups,
+    timing,
+    two_digits,
+    wrapped,
+)
 from ..records.units import geometric_mean, readable_bytes
 
-# Adapters in the base's dtype; each as it comes (ours in the base's dtype, theirs in float32); float32 on both sides.
-PAIRS = (("fastlora", "peft-same"), ("fastlora", "peft-fp32"), ("fastlora-fp32", "peft-fp32"))
+LEGEND = (
+    "ms with half of its range p20 to p80; × the frozen layer's time; kept for the backward, and the peak of a step;\n"
+    "the largest error over its bound; (arithmetic): the least that the FLOPs allow on any device"
+)
 
 # Column widths.
-_TIME, _RATIO, _WALL, _BYTES = 24, 9, 15, 11
+_RATIO, _WALL = 6, 9
 
 
 def render_case(rows: Sequence[LayerRow]) -> str:
-    """One case: milliseconds (p20-p80) and times the floor in each mode, bytes, and the worst error over its bound.
+    """One case: time and ratio to the floor in each mode, bytes, and the worst error over its bound.
 
-    On a GPU these are the device's, and the wall's stand behind them: what lies between is the host's. The last line is
-    the least ratio that the FLOPs allow on any device.
+    On a GPU the times are the device's, and behind them stands the last mode's wall time, which holds the host's, too.
+    Absent arms have no line.
     """
     modes = list(dict.fromkeys(row.mode for row in rows))
-    noise = [f"{row.mode} {row.noise:.1%}" for row in rows if row.arm == FLOOR and row.noise is not None]
-    arms = {name: [row for row in rows if row.arm == name] for name in dict.fromkeys(row.arm for row in rows)}
+    on_gpu = any(row.device_ms is not None for row in rows)
+    present = [row for row in rows if row.status != "absent"]
+    arms = {name: [row for row in present if row.arm == name] for name in dict.fromkeys(row.arm for row in present)}
     width = max(map(len, (*arms, "(arithmetic)")))
-    lines = [str(rows[0].case) + (f"   noise: {', '.join(noise)}" if noise else "")]
-    heads = "".join(f"{mode + ' ms':>{_TIME}}{'× floor':>{_RATIO}}" for mode in modes)
-    heads += "".join(f"{mode + ' wall':>{_WALL}}" for mode in modes if _on_gpu(rows))
-    lines.append(f"  {'':{width}}{heads}{'kept':>{_BYTES}}{'peak':>{_BYTES}}{'error':>{_RATIO}}")
-    least = "".join(f"{'':{_TIME}}{row.theory:>{_RATIO}.3f}" for row in next(iter(arms.values())) if row.theory)
-    lines += [f"  {name:<{width}}{_arm_line(group, wall=_on_gpu(rows))}" for name, group in arms.items()]
-    lines.append(f"  {'(arithmetic)':<{width}}{least}")
-    return "\n".join(lines)
+    noise = [f"{row.mode} {row.noise:.1%}" for row in rows if row.arm == FLOOR and row.noise is not None]
+    remarks = [*([f"noise: {', '.join(noise)}"] if noise else []), *kernels(rows)]
+    heads = "".join(f"{mode + ' ms':>{TIME}}{'×':>{_RATIO}}" for mode in modes)
+    heads += f"{'wall ms':>{_WALL}}" if on_gpu else ""
+    least = "".join(f"{'':{TIME}}{rows[0].case.theory(mode):>{_RATIO}.3f}" for mode in modes)
+    lines = [str(rows[0].case), *([wrapped(f"  {'; '.join(remarks)}")] if remarks else [])]
+    lines.append(f"  {'':{width}}{heads}{'kept':>{BYTES}}{'peak':>{BYTES}}{'error':>{_RATIO}}")
+    lines += [_arm_line(f"  {name:<{width}}", group, on_gpu) for name, group in arms.items()]
+    return "\n".join([*lines, f"  {'(arithmetic)':<{width}}{least}"])
 
 
 def render_summary(rows: Sequence[LayerRow]) -> str:
@@ -40,49 +55,25 @@ def render_summary(rows: Sequence[LayerRow]) -> str:
     lines = ["Step time of PEFT over that of fastlora (above 1: fastlora is faster)"]
     for ours, theirs in PAIRS:
         for what, host in (("layers", False), ("host overhead", True)):
-            speedups = step_speedups([row for row in rows if row.case.is_host is host], ours, theirs)
-            if speedups:
+            ratios = speedups([row for row in rows if row.case.is_host is host], ours, theirs)
+            if ratios:
                 lines.append(
-                    f"  {theirs} / {ours:<14} {what}: geometric mean {geometric_mean(speedups):.2f}, "
-                    f"worst {min(speedups):.2f} of {len(speedups)}"
+                    f"  {theirs} / {ours:<14} {what}: geometric mean {geometric_mean(ratios):.2f}, "
+                    f"worst {min(ratios):.2f} of {len(ratios)}"
                 )
     return "\n".join(lines) if len(lines) > 1 else ""
 
 
-def step_speedups(rows: Sequence[LayerRow], ours: str, theirs: str) -> list[float]:
-    """Step time of ``theirs`` over that of ``ours``, for each case that has both."""
-    steps = {(row.case, row.arm): row.ms.p50 for row in rows if row.mode == "step" and row.ms is not None}
-    return [steps[case, theirs] / ms for (case, name), ms in steps.items() if name == ours and (case, theirs) in steps]
-
-
-def _on_gpu(rows: Sequence[LayerRow]) -> bool:
-    return any(row.device_ms is not None for row in rows)
-
-
-def _arm_line(group: list[LayerRow], wall: bool) -> str:
-    first = group[0]
+def _arm_line(name: str, group: Sequence[LayerRow], on_gpu: bool) -> str:
+    first, last = group[0], group[-1]
     if all(row.status != "ok" for row in group):
-        return f"  {first.status}: {first.reason}"
-    error = first.worst_error
-    line = "".join(_timing(row) for row in group)
-    line += "".join(f"{_three_digits(row.wall_ms):>{_WALL}}" for row in group if wall)
-    line += f"{readable_bytes(first.kept_bytes):>{_BYTES}}{readable_bytes(first.peak_bytes):>{_BYTES}}"
-    line += f"{_two_digits(error):>{_RATIO}}"
-    return line + (f"  -> {first.kernel}" if first.kernel else "")
+        return wrapped(f"{name}  {first.status}: {first.reason}")
+    cells = "".join(_time(row) for row in group)
+    if on_gpu:
+        cells += f"{'-' if last.wall_ms is None else milliseconds(last.wall_ms.p50):>{_WALL}}"
+    cells += f"{readable_bytes(first.kept_bytes):>{BYTES}}{readable_bytes(first.peak_bytes):>{BYTES}}"
+    return f"{name}{cells}{two_digits(first.worst_error):>{_RATIO}}"
 
 
-def _timing(row: LayerRow) -> str:
-    return f"{row.status if row.ms is None else _milliseconds(row.ms):>{_TIME}}{_two_digits(row.ratio):>{_RATIO}}"
-
-
-def _three_digits(ms: Spread | None) -> str:
-    return "-" if ms is None else f"{ms.p50:.3f}"
-
-
-def _two_digits(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def _milliseconds(ms: Spread) -> str:
-    digits = 4 if ms.p50 < 0.1 else 3 if ms.p50 < 10 else 1
-    return f"{ms.p50:.{digits}f} ({ms.p20:.{digits}f}-{ms.p80:.{digits}f})"
+def _time(row: LayerRow) -> str:
+    return f"{row.status if row.ms is None else timing(row.ms):>{TIME}}{two_digits(row.ratio):>{_RATIO}}"

@@ -7,16 +7,18 @@ import importlib.util
 from collections.abc import Sequence
 
 from ..cases import DTYPES, ModelCase, Profile, Sweep
+from ..layers.arm import absent
 from ..measure import runner
 from ..measure.clocks import Clock
 from ..measure.runner import Doing, StopError, positive, probability
 from ..records import plots
 from ..records.rows import ModelRow
+from ..records.tables import closing, opening
 from .architectures import ARCHITECTURES, architecture_named, parameter_count
 from .arms import arms
 from .case import run_case
 from .gate import ModelGate
-from .table import render_case, render_summary
+from .table import LEGEND, render_case, render_summary
 from .training import keep_imports
 
 HELP = "time training steps of whole models beside full fine-tuning and PEFT"
@@ -147,8 +149,10 @@ def run(args: argparse.Namespace) -> int:
     def case_rows(case: ModelCase, before: Sequence[ModelRow], doing: Doing) -> list[ModelRow]:
         return run_case(case, chosen, before, gate, rounds, profile.seconds, clock, job.device, doing)
 
+    missing = absent(chosen, job.device)
+    print(opening(LEGEND, missing))
     rows = job.measure(case_rows, render_case, _work)
-    print(render_summary(rows))
+    print(closing(render_summary(rows), rows, missing))
     job.publish([job.path, *plots.save(job.path)])
     return 1 if any(row.status in ("wrong", "error") for row in rows) else 0
 

@@ -1,21 +1,20 @@
-"""The model benchmark on the screen: one block a case, one line an arm, and the summary at the end."""
+"""The model benchmark on the screen: one block per case, one line per arm, and the summary at the end."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from ..records.rows import ModelRow, Spread
+from ..records.rows import ModelRow
+from ..records.tables import BYTES, PAIRS, TIME, kernels, quotients, timing, two_digits, wrapped
 from ..records.units import geometric_mean, readable_bytes
 from .arms import FULL
 
-PAIRS = (
-    ("fastlora", "peft-same"),
-    ("fastlora", "peft-fp32"),
-    ("fastlora-fp32", "peft-fp32"),
-    ("fastlora", FULL),
+LEGEND = (
+    "ms of a whole step with half of its range p20 to p80; × the tokens/s of full fine-tuning; bytes by kind, and the\n"
+    "most at a time; the largest error over its bound"
 )
 
-_BYTES = {
+_SIZES = {
     "weights": "weight_bytes",
     "gradients": "gradient_bytes",
     "optimiser": "optimizer_bytes",
@@ -24,26 +23,29 @@ _BYTES = {
 }
 
 # Column widths.
-_TIME, _SPEED, _RATIO, _SIZE = 24, 11, 8, 12
+_SPEED, _RATIO, _ERROR = 10, 7, 6
 
 
 def render_case(rows: Sequence[ModelRow]) -> str:
-    """One case: milliseconds a step (p20-p80), tokens a second, bytes, and the worst error over its bound."""
-    noise = next((f"   noise {row.noise:.1%}" for row in rows if row.noise is not None), "")
-    width = max(len(row.arm) for row in rows)
-    sizes = "".join(f"{name:>{_SIZE}}" for name in _BYTES)
-    lines = [f"{rows[0].case}{_parameters(rows)}{noise}"]
-    lines.append(
-        f"  {'':{width}}{'step ms':>{_TIME}}{'tokens/s':>{_SPEED}}{'× full':>{_RATIO}}{sizes}{'error':>{_RATIO}}"
-    )
+    """One case: milliseconds of a step, tokens a second, bytes, and the worst error over its bound.
+
+    Absent arms have no line.
+    """
+    present = [row for row in rows if row.status != "absent"]
+    width = max((len(row.arm) for row in present), default=0)
+    noise = next((f"noise: {row.noise:.1%}" for row in rows if row.noise is not None), None)
+    remarks = [*_parameters(rows), *([noise] if noise else []), *kernels(rows)]
+    heads = f"{'step ms':>{TIME}}{'tokens/s':>{_SPEED}}{'×':>{_RATIO}}"
+    heads += "".join(f"{name:>{_size_width(name)}}" for name in _SIZES) + f"{'error':>{_ERROR}}"
     full = next((row.tokens_per_second for row in rows if row.arm == FULL), None)
-    return "\n".join([*lines, *(f"  {row.arm:<{width}}{_line(row, full)}" for row in rows)])
+    lines = [str(rows[0].case), *([wrapped(f"  {'; '.join(remarks)}")] if remarks else []), f"  {'':{width}}{heads}"]
+    return "\n".join([*lines, *(_line(f"  {row.arm:<{width}}", row, full) for row in present)])
 
 
 def render_summary(rows: Sequence[ModelRow]) -> str:
     """fastlora against the others over all cases: tokens a second, and the peak of memory."""
     lines = ["fastlora over others (geometric mean; above 1: more tokens a second)"]
-    for ours, theirs in PAIRS:
+    for ours, theirs in (*PAIRS, ("fastlora", FULL)):
         speeds = quotients(rows, ours, theirs, lambda row: row.tokens_per_second)
         peaks = quotients(rows, ours, theirs, lambda row: row.peak_bytes)
         if speeds:
@@ -54,37 +56,23 @@ def render_summary(rows: Sequence[ModelRow]) -> str:
     return "\n".join(lines) if len(lines) > 1 else ""
 
 
-def quotients(
-    rows: Sequence[ModelRow], ours: str, theirs: str, value: Callable[[ModelRow], float | None]
-) -> list[float]:
-    """A value of ``ours`` over that of ``theirs``, for each case that has both."""
-    known = {(row.case, row.arm): number for row in rows if row.status == "ok" and (number := value(row))}
-    return [
-        number / known[case, theirs] for (case, arm), number in known.items() if arm == ours and (case, theirs) in known
-    ]
-
-
-def _parameters(rows: Sequence[ModelRow]) -> str:
+def _parameters(rows: Sequence[ModelRow]) -> list[str]:
     """How many the base has, and how many of an adapted model are trained."""
     whole = next((row.parameters for row in rows if row.arm == FULL and row.parameters), None)
     adapted = next((row.trained_parameters for row in rows if row.arm != FULL and row.trained_parameters), None)
-    named = [
-        f"{count / 1e6:,.1f} M {what}" for count, what in ((whole, "parameters"), (adapted, "of adapters")) if count
-    ]
-    return f"   {', '.join(named)}" if named else ""
+    counts = (whole, "parameters"), (adapted, "of adapters")
+    named = [f"{count / 1e6:,.1f} M {what}" for count, what in counts if count]
+    return [", ".join(named)] if named else []
 
 
-def _line(row: ModelRow, full: float | None) -> str:
+def _size_width(name: str) -> int:
+    return max(BYTES, len(name) + 2)
+
+
+def _line(head: str, row: ModelRow, full: float | None) -> str:
     if row.status != "ok" or row.step_ms is None or row.tokens_per_second is None:
-        return f"  {row.status}: {row.reason}"
-    ratio = "-" if full is None else f"{row.tokens_per_second / full:.2f}"
-    sizes = "".join(f"{readable_bytes(getattr(row, name)):>{_SIZE}}" for name in _BYTES.values())
-    error = row.worst_error
-    return (
-        f"{_milliseconds(row.step_ms):>{_TIME}}{row.tokens_per_second:>{_SPEED},.0f}{ratio:>{_RATIO}}{sizes}"
-        f"{'-' if error is None else f'{error:.2f}':>{_RATIO}}{f'  -> {row.kernel}' if row.kernel else ''}"
-    )
-
-
-def _milliseconds(ms: Spread) -> str:
-    return f"{ms.p50:.1f} ({ms.p20:.1f}-{ms.p80:.1f})"
+        return wrapped(f"{head}  {row.status}: {row.reason}")
+    ratio = None if full is None else row.tokens_per_second / full
+    sizes = "".join(f"{readable_bytes(getattr(row, of)):>{_size_width(name)}}" for name, of in _SIZES.items())
+    speed = f"{row.tokens_per_second:>{_SPEED},.0f}{two_digits(ratio):>{_RATIO}}"
+    return f"{head}{timing(row.step_ms)}{speed}{sizes}{two_digits(row.worst_error):>{_ERROR}}"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..cases import FLOOR
-from ..layers.table import PAIRS, step_speedups
 from ..records.environment import Environment
 from ..records.rows import LayerRow, Measured, ModelRow, shown
+from ..records.tables import PAIRS, speedups
 from ..records.units import geometric_mean, readable_bytes
 
 # fastlora itself comes last, beside the margin.
@@ -110,11 +110,11 @@ def _noise(rows: Sequence[LayerRow]) -> list[str]:
 def _speedups(rows: Sequence[LayerRow]) -> list[str]:
     lines = []
     for ours, theirs in PAIRS:
-        speedups = step_speedups([row for row in rows if not row.case.is_host], ours, theirs)
-        if speedups:
+        ratios = speedups([row for row in rows if not row.case.is_host], ours, theirs)
+        if ratios:
             lines.append(
-                f"- `{theirs}` over `{ours}`, step: {geometric_mean(speedups):.2f}× (geometric mean of "
-                f"{len(speedups)} cases, worst {min(speedups):.2f}×)"
+                f"- `{theirs}` over `{ours}`, step: {geometric_mean(ratios):.2f}× (geometric mean of "
+                f"{len(ratios)} cases, worst {min(ratios):.2f}×)"
             )
     return lines
 

@@ -18,7 +18,7 @@ from benchmarks.layers import command as layers
 from benchmarks.layers.arm import KERNELS, LayerArm, forcing
 from benchmarks.layers.arms import arms
 from benchmarks.layers.operands import make_operands
-from benchmarks.layers.table import render_case, step_speedups
+from benchmarks.layers.table import render_case
 from benchmarks.layers.work import kept_bytes, peak_bytes
 from benchmarks.measure import contest, runner
 from benchmarks.measure.clocks import Clock, shuffled
@@ -26,6 +26,7 @@ from benchmarks.measure.failures import failures_into
 from benchmarks.records import environment
 from benchmarks.records.files import read
 from benchmarks.records.rows import STATUSES, LayerRow, Spread
+from benchmarks.records.tables import WIDTH, speedups
 from benchmarks.records.units import geometric_mean
 
 pytestmark = pytest.mark.usefixtures("no_interpreter")
@@ -106,6 +107,18 @@ def test_absent_rows_say_why(published):
     absent = {(row.arm, row.dtype, row.dropout): row.reason for row in rows if row.status == "absent"}
     assert absent["addmm", "fp32", 0.1] == "takes no dropout"
     assert absent["peft-fp32", "fp32", 0.0] == "the base is float32 already"
+
+
+def test_absent_arms_are_said_once_before_the_cases(tmp_path, capsys):
+    options = ["--dtype", "fp32", "bf16", "--dropout", "0", "0.1", "--json", str(tmp_path / "rows.jsonl")]
+    assert main([*TINY, *options, "--arm", "peft-fp32", "addmm", "fastlora-triton-serial", "fastlora-cuda-z_jobs"]) == 0
+    out = capsys.readouterr().out
+    opening, *cases, closing = out.split("\n\n")
+    assert opening.endswith("absent: fastlora-triton-serial, fastlora-cuda-z_jobs (needs a CUDA GPU)")
+    assert len(cases) == 4
+    assert "absent" not in "".join(cases)
+    for line in ("peft-fp32 (the base is float32 already)", "addmm (takes no dropout)"):
+        assert out.count(line) == closing.count(f"absent from some cases: {line}") == 1
 
 
 def test_absent_peft_is_listed_as_absent(monkeypatch):
@@ -317,9 +330,9 @@ def test_host_sized_cases_compare_wall_time():
 def test_wall_time_stands_beside_the_device_s():
     both = [timed(FLOOR, 2.0, device_ms=Spread(1.5, 1.5, 1.5)), timed("addmm", 2.5, device_ms=Spread(1.5, 1.6, 1.7))]
     head, floor, addmm = (line.split() for line in render_case(both).splitlines()[1:4])
-    assert head[:6] == ["step", "ms", "×", "floor", "step", "wall"]
-    assert floor[:5] == [FLOOR, "1.500", "(1.500-1.500)", "1.00", "2.000"]
-    assert addmm[:5] == ["addmm", "1.600", "(1.500-1.700)", "1.25", "2.500"]
+    assert head[:5] == ["step", "ms", "×", "wall", "ms"]
+    assert floor[:5] == [FLOOR, "1.500", "±0%", "1.00", "2.000"]
+    assert addmm[:5] == ["addmm", "1.600", "±6%", "1.25", "2.500"]
     assert "wall" not in render_case([timed(FLOOR, 2.0)])
 
 
@@ -492,8 +505,36 @@ def timed(arm, p50, **changes):
 
 def test_speedups_are_peft_over_fastlora():
     rows = [timed(FLOOR, 2.0), timed("peft-same", 6.0), timed("fastlora", 3.0)]
-    assert step_speedups(rows, "fastlora", "peft-same") == [2.0]
-    assert step_speedups(rows, "fastlora", "peft-fp32") == []
+    assert speedups(rows, "fastlora", "peft-same") == [2.0]
+    assert speedups(rows, "fastlora", "peft-fp32") == []
+
+
+def test_every_line_of_the_table_fits_the_screen():
+    case, sizes = (
+        Case("llama3.2-1b.gate", 131072, 128, "bf16", 0.05),
+        {"kept_bytes": 1023 << 20, "peak_bytes": 1023 << 30},
+    )
+    spread = Spread(1e3, 12345.6, 5e4)
+    rows = [
+        replace(
+            LayerRow.of(case, name, mode),
+            wall_ms=spread,
+            device_ms=spread,
+            ratio=10.25,
+            noise=0.0123,
+            kernel=kernel,
+            **sizes,
+        )
+        for name, arm in arms().items()
+        for mode in MODES
+        for kernel in [(arm.kernel or "triton-serial+triton-portable") if name.startswith("fastlora") else None]
+    ]
+    for row in rows[-3:]:
+        row.fail("error", "RuntimeError: " + "something went wrong; " * 10)
+    lines = render_case(rows).splitlines()
+    assert len(lines) > len(arms())
+    assert max(map(len, lines)) <= WIDTH == 120
+    assert "triton-serial+triton-portable (fastlora, fastlora-fp32)" in "\n".join(lines)
 
 
 def test_device_slug(monkeypatch):

@@ -27,10 +27,11 @@ from benchmarks.model.arms import FULL, ModelArm, arms
 from benchmarks.model.case import run_case
 from benchmarks.model.command import MODEL_PROFILES
 from benchmarks.model.gate import ModelGate
-from benchmarks.model.table import quotients, render_case, render_summary
+from benchmarks.model.table import render_case, render_summary
 from benchmarks.model.training import Training, keep_imports
 from benchmarks.records.files import read
 from benchmarks.records.rows import ModelRow, Spread, from_json
+from benchmarks.records.tables import WIDTH, quotients
 
 CPU = torch.device("cpu")
 ON_CPU = [name for name, arm in arms().items() if arm.kernel in (None, "library")]
@@ -430,17 +431,32 @@ def test_the_table_and_the_summary_hold_the_numbers():
         replace(ModelRow.of(micro(), "peft-fp32"), status="oom", reason="no more"),
     ]
     lines = render_case(rows).splitlines()
-    assert lines[0].endswith("2.0 M parameters, 0.1 M of adapters   noise 1.2%")
-    assert lines[4].split() == [
-        *("fastlora", "2.0", "(1.0-3.0)", "3,000", "3.00", "-", "-", "-", "-", "1.0", "KiB", "-", "->", "library")
-    ]
-    assert lines[5].split() == ["peft-fp32", "oom:", "no", "more"]
+    assert lines[1] == "  2.0 M parameters, 0.1 M of adapters; noise: 1.2%; kernel library (fastlora)"
+    assert lines[5].split() == ["fastlora", "2.000", "±50%", "3,000", "3.00", "-", "-", "-", "-", "1.0", "KiB", "-"]
+    assert lines[6].split() == ["peft-fp32", "oom:", "no", "more"]
     summary = render_summary(rows)
     assert "fastlora / peft-same       tokens/s 2.00 (worst 2.00 of 1), peak memory 0.50 (worst 0.50)" in summary
     assert "fastlora / full            tokens/s 3.00" in summary
     assert "peft-fp32" not in summary
     assert quotients(rows, "fastlora", "peft-fp32", lambda row: row.peak_bytes) == []
     assert render_summary(rows[:1]) == ""
+
+
+def test_every_line_of_the_table_fits_the_screen():
+    case, sizes = ModelCase("llama3-8b-8layers", 64, 131072, 128, "bf16", 0.05, True), 5 * [1023 << 30]
+    kinds = ("weight_bytes", "gradient_bytes", "optimizer_bytes", "activation_bytes", "peak_bytes")
+    rows = [
+        replace(
+            ModelRow.of(case, name),
+            step_ms=Spread(1e3, 12345.6, 5e4),
+            tokens_per_second=1234567.0,
+            kernel=arm.kernel or "triton-serial",
+            **dict(zip(kinds, sizes, strict=True)),
+        )
+        for name, arm in arms().items()
+    ]
+    rows[-1].fail("error", "RuntimeError: " + "something went wrong; " * 10)
+    assert max(map(len, render_case(rows).splitlines())) <= WIDTH
 
 
 @pytest.mark.parametrize("device", MODEL_PROFILES)
