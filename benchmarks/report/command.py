@@ -1,4 +1,4 @@
-"""``python -m benchmarks report``: renders the committed results: README.md, a page and the pictures of each device."""
+"""``python -m benchmarks report``: renders the committed results: README.md, and a page with pictures per device."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def devices(results: Path) -> dict[Path, Runs]:
 
 
 def readme_section(folders: dict[Path, Runs], relative_to: Path) -> str:
-    """What the README shows: each device's quick profile, or its full one where that is all there is."""
+    """The section of the README: each device's quick profile in brief, or its full one where there is no other."""
     on_gpu = any(_first(runs).environment["device"] == "cuda" for runs in folders.values())
     sections = [] if on_gpu else [NO_GPU]
     for folder, runs in folders.items():
@@ -82,7 +82,9 @@ def readme_section(folders: dict[Path, Runs], relative_to: Path) -> str:
             if chosen := next((path for path in sorted(runs, reverse=True) if path.name.startswith(command)), None):
                 sections += _section(chosen, runs[chosen], relative_to, brief=True)
         link = _link(folder / "README.md", relative_to)
-        sections.append(f"All tables, pictures and the LoRA paper's claims on this machine: [{folder.name}]({link}).")
+        sections.append(
+            f"Every arm, all pictures and the LoRA paper's claims on this machine: [{folder.name}]({link})."
+        )
     return "\n\n".join(sections)
 
 
@@ -98,9 +100,9 @@ def _section(path: Path, results: Results, relative_to: Path, brief: bool) -> li
     rows = results.rows
     tables: list[str] = []
     if layers := _of(rows, LayerRow):
-        tables.append(markdown.layers(layers))
+        tables.append((markdown.layers_in_brief if brief else markdown.layers)(layers))
     if models := _of(rows, ModelRow):
-        tables += [markdown.models(models), *([] if brief else [markdown.memory(models)])]
+        tables += [markdown.models_in_brief(models)] if brief else [markdown.models(models), markdown.memory(models)]
     if claims := _of(rows, ClaimRow):
         tables.append(paper.markdown(claims))
     for suffix, caption in plots.CAPTIONS.items():

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from ..cases import FLOOR
+from ..cases import FLOOR, Case, ModelCase
 from ..records.environment import Environment
 from ..records.rows import LayerRow, Measured, ModelRow, shown
-from ..records.tables import PAIRS, speedups
+from ..records.tables import PAIRS, speedups, two_digits
 from ..records.units import geometric_mean, readable_bytes
 
-# fastlora itself comes last, beside the margin.
-OURS = "fastlora"
+# The arm that stands last and bold, and the one beside it: PEFT with adapters in the base's dtype.
+OURS, PEFT, FULL = "fastlora", "peft-same", "full"
 
 
 def machine(environment: Environment) -> str:
-    """What it ran on, in a few words."""
+    """The name of the machine it ran on."""
     name: str = environment["device_name"]
     return f"{name} ({environment['threads']} threads)" if environment["device"] == "cpu" else name
 
@@ -31,11 +31,24 @@ def provenance(environment: Environment) -> str:
     )
 
 
-def layers(rows: Sequence[LayerRow]) -> str:
-    """Training steps (forward and backward) of single layers, and the speed-ups over PEFT below the table.
+def layers_in_brief(rows: Sequence[LayerRow]) -> str:
+    """Steps of single layers over the frozen layer's: fastlora, PEFT, and the fastest LoRA of the other arms."""
+    lines = [_line(["layer", "M", "K → N", "R", OURS, PEFT, "best other"]), _line(["---"] * 3 + ["--:"] * 4)]
+    for case in dict.fromkeys(row.case for row in rows if not row.case.is_host):
+        steps = {row.arm: row for row in rows if row.case == case and row.mode == "step"}
+        others = [(row.ratio, arm) for arm, row in steps.items() if row.ratio and arm not in (FLOOR, FULL)]
+        ratio, best = min((other for other in others if not other[1].startswith(OURS)), default=(None, ""))
+        cells = [_setting(case, case.layer), str(case.m), f"{case.k} → {case.n}", str(case.r)]
+        cells += [_ratio(steps.get(OURS), bold=True), _ratio(steps.get(PEFT)), f"{best} {two_digits(ratio)}".strip()]
+        lines.append(_line(cells))
+    return "\n".join([*lines, "", *_notes(rows)]).strip()
 
-    Each number is time over the frozen layer's own step, or the word for why there is none; ``arithmetic`` is the least
-    the FLOPs allow; ``kept`` is what fastlora and PEFT (adapters in the base's dtype) keep for the backward beyond x.
+
+def layers(rows: Sequence[LayerRow]) -> str:
+    """Training steps (forward and backward) of single layers, every arm, and the speed-ups over PEFT below the table.
+
+    Each number is time over the frozen layer's own step, or the status that stands for it; ``arithmetic`` is the least
+    the FLOPs allow; ``kept`` are the bytes that fastlora and PEFT keep for the backward beyond x.
     """
     steps = {(row.case, row.arm): row for row in rows if row.mode == "step"}
     arms = _arms([row for row in shown(rows) if row.ms is not None and row.arm != FLOOR])
@@ -47,14 +60,27 @@ def layers(rows: Sequence[LayerRow]) -> str:
         cells.append("-" if floor is None or floor.ms is None else f"{floor.ms.p50:.3g}")
         cells.append("-" if floor is None or floor.theory is None else f"{floor.theory:.3f}")
         cells += [_ratio(steps.get((case, arm)), bold=arm == OURS) for arm in arms]
-        kept = [steps.get((case, name)) for name in (OURS, "peft-same")]
+        kept = [steps.get((case, name)) for name in (OURS, PEFT)]
         cells.append(" / ".join(readable_bytes(row.kept_bytes if row else None) for row in kept))
         lines.append(_line(cells))
-    return "\n".join([*lines, "", *_noise(rows), *_speedups(rows), *_wall(rows), *_host_overhead(rows)]).strip()
+    return "\n".join([*lines, "", *_notes(rows)]).strip()
+
+
+def models_in_brief(rows: Sequence[ModelRow]) -> str:
+    """Tokens a second and peak memory of whole training steps: full fine-tuning, PEFT and fastlora."""
+    arms = (FULL, PEFT, OURS)
+    heads = ["model", "batch × tokens", *(f"{arm}, tokens/s" for arm in arms), f"peak memory: {' / '.join(arms)}"]
+    lines = [_line([*heads, "noise"]), _line(["---"] * 2 + ["--:"] * 5)]
+    for case in dict.fromkeys(row.case for row in rows):
+        group = {row.arm: row for row in rows if row.case == case}
+        cells = [_setting(case, f"{case.model}, R = {case.r}"), f"{case.batch} × {case.sequence}"]
+        cells += [_tokens(group.get(arm), bold=arm == OURS) for arm in arms]
+        lines.append(_line([*cells, " / ".join(_peak(group.get(arm)) for arm in arms), _repeat(group.values())]))
+    return "\n".join(lines)
 
 
 def models(rows: Sequence[ModelRow]) -> str:
-    """Tokens a second and peak memory of whole training steps, a line a case; noise is one arm timed twice."""
+    """Tokens a second and peak memory of whole training steps, every arm; noise is one arm timed twice."""
     arms = _arms([row for row in rows if row.status != "absent"])
     heads = ["model", "batch × tokens", "R", "dtype", "dropout", "checkpointing"]
     heads += [f"{arm}, tokens/s" for arm in arms] + ["noise", "peak memory: " + " / ".join(arms)]
@@ -64,15 +90,12 @@ def models(rows: Sequence[ModelRow]) -> str:
         cells = [case.model, f"{case.batch} × {case.sequence}", str(case.r), case.dtype, f"{case.dropout:g}"]
         cells.append("on" if case.checkpointing else "off")
         cells += [_tokens(group.get(arm), bold=arm == OURS) for arm in arms]
-        noise = next((row.noise for row in group.values() if row.noise is not None), None)
-        cells.append("-" if noise is None else f"{noise:.1%}")
-        cells.append(" / ".join(_peak(group.get(arm)) for arm in arms))
-        lines.append(_line(cells))
+        lines.append(_line([*cells, _repeat(group.values()), " / ".join(_peak(group.get(arm)) for arm in arms)]))
     return "\n".join(lines)
 
 
 def memory(rows: Sequence[ModelRow]) -> str:
-    """What the peak consists of, a line a case and arm."""
+    """The parts of the peak, one line per case and arm."""
     heads = ["model", "batch × tokens", "dtype", "checkpointing", "arm", "trained"]
     heads += ["weights", "gradients", "optimiser", "activations", "peak"]
     lines = [_line(heads), _line(["---"] * 2 + ["--:"] * (len(heads) - 2))]
@@ -86,9 +109,13 @@ def memory(rows: Sequence[ModelRow]) -> str:
 
 
 def absences(rows: Sequence[Measured]) -> str:
-    """Who was not there, and why, each reason once."""
+    """The absent arms with their reasons, each once."""
     reasons = dict.fromkeys((row.arm, row.reason) for row in rows if row.status == "absent")
     return "\n".join(f"- `{arm}` absent: {reason}" for arm, reason in reasons)
+
+
+def _notes(rows: Sequence[LayerRow]) -> list[str]:
+    return [*_noise(rows), *_speedups(rows), *_wall(rows), *_host_overhead(rows)]
 
 
 def _noise(rows: Sequence[LayerRow]) -> list[str]:
@@ -120,7 +147,7 @@ def _speedups(rows: Sequence[LayerRow]) -> list[str]:
 
 
 def _wall(rows: Sequence[LayerRow]) -> list[str]:
-    """How much longer the wall saw a step than the device, where both were measured."""
+    """The wall time of a step over the device's, where both were measured."""
     quotients: dict[str, list[float]] = {}
     for row in shown(rows):
         if row.mode == "step" and row.wall_ms and row.device_ms and not row.case.is_host:
@@ -145,17 +172,31 @@ def _arms(rows: Sequence[Measured]) -> list[str]:
     return sorted(dict.fromkeys(row.arm for row in rows), key=lambda name: name == OURS)
 
 
-def _ratio(row: LayerRow | None, bold: bool) -> str:
-    if row is None or row.ratio is None:
-        return "-" if row is None or row.status in ("ok", "absent") else row.status
-    return f"**{row.ratio:.2f}**" if bold else f"{row.ratio:.2f}"
+def _setting(case: Case | ModelCase, name: str) -> str:
+    """The name with dtype, dropout and checkpointing."""
+    setting = [name, case.dtype, *([f"dropout {case.dropout:g}"] if case.dropout else [])]
+    return ", ".join([*setting, *(["checkpointing"] if isinstance(case, ModelCase) and case.checkpointing else [])])
+
+
+def _ratio(row: LayerRow | None, bold: bool = False) -> str:
+    return _cell(row, None if row is None or row.ratio is None else f"{row.ratio:.2f}", bold)
 
 
 def _tokens(row: ModelRow | None, bold: bool) -> str:
-    if row is None or row.tokens_per_second is None:
+    tokens = None if row is None else row.tokens_per_second
+    return _cell(row, None if tokens is None else f"{tokens:,.0f}", bold)
+
+
+def _cell(row: Measured | None, number: str | None, bold: bool) -> str:
+    """The number, or the status that stands for it; a dash where the arm was absent."""
+    if number is None:
         return "-" if row is None or row.status in ("ok", "absent") else row.status
-    text = f"{row.tokens_per_second:,.0f}"
-    return f"**{text}**" if bold else text
+    return f"**{number}**" if bold else number
+
+
+def _repeat(rows: Iterable[ModelRow]) -> str:
+    noise = next((row.noise for row in rows if row.noise is not None), None)
+    return "-" if noise is None else f"{noise:.1%}"
 
 
 def _peak(row: ModelRow | None) -> str:

@@ -100,6 +100,32 @@ def test_a_model_table_names_the_best_and_who_ran_out():
     assert "| fastlora | 100 | 3.9 KiB | 400 B | 800 B | 2.0 KiB | 1.0 MiB |" in markdown.memory(rows)
 
 
+def test_a_layer_table_in_brief_names_the_best_of_the_others():
+    dropped = CASE._replace(dropout=0.1)
+    rows = [*LAYERS, layer("full", 2.1), layer(FLOOR, 2.0, dropped), layer("fastlora", 2.5, dropped)]
+    table = markdown.layers_in_brief(rows).splitlines()
+    assert table[2] == "| gpt2.attn, bf16 | 256 | 768 → 2304 | 8 | **1.25** | 3.00 | plain 1.50 |"
+    assert table[3] == "| gpt2.attn, bf16, dropout 0.1 | 256 | 768 → 2304 | 8 | **1.25** | - | - |"
+    assert markdown.layers(rows).splitlines()[5:] == table[5:]
+
+
+def test_a_model_table_in_brief_says_what_is_missing():
+    case = MODEL._replace(checkpointing=True)
+    rows = [model("full", 90.0, case, noise=0.01), model("fastlora", 100.4, case), model("peft-fp32", 80.0, case)]
+    rows.append(replace(ModelRow.of(case, "peft-same"), status="oom", reason="out of memory"))
+    assert markdown.models_in_brief(rows).splitlines()[2] == (
+        "| gpt2, R = 8, fp32, checkpointing | 2 × 128 | 90 | oom | **100** | 1.0 MiB / oom / 1.0 MiB | 1.0% |"
+    )
+
+
+def test_the_tables_of_the_readme_have_at_most_seven_columns(results):
+    section = report.readme_section(report.devices(results), results)
+    tables = [line for line in section.splitlines() if line.startswith("|")]
+    assert len(tables) > 8
+    assert {line.count("|") - 1 for line in tables} == {7}
+    assert "[cpu](cpu/README.md)" in section
+
+
 def test_forced_arms_are_shown_where_they_ran_something_else():
     forced = [layer("fastlora-triton", 2.2, kernel="triton", tile="serial 128x256x64, 8 warps, 3 stages")]
     heads = markdown.layers([*LAYERS, *forced]).splitlines()[0].split(" | ")
