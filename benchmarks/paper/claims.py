@@ -1,4 +1,4 @@
-"""A claim of the LoRA paper, and how looking into it becomes a row.
+"""A claim of the LoRA paper, and the row that examining it gives.
 
 The paper is Hu et al., 2021, in its second version: https://arxiv.org/abs/2106.09685v2. Its figures are typed where a
 claim is made, with their table or section; ours are always computed.
@@ -18,21 +18,24 @@ from ..records.rows import ClaimRow
 COMPUTED, MEASURED = "computed", "measured"
 HOLDS, DIFFERS, NOT_MEASURED, ERROR = "holds", "differs", "not measured", "error"
 
+# Section 4.2, footnote 5 of the paper: tokens/s per V100 of full fine-tuning and of LoRA.
+FOOTNOTE_5 = (32.5, 43.1)
+
 _UNITS = {"": 1.0, "M": 1e6, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 
 
 class NotMeasuredError(Exception):
-    """A claim that is not looked into here; the message says why."""
+    """A claim that cannot be examined here; the message gives the reason."""
 
 
 class Scale(NamedTuple):
-    """How large the measured claims are.
+    """The sizes of the measured claims.
 
     Attributes:
         model: the decoder that is stored, loaded, switched and given an optimiser; a name of DECODERS.
         trained: the decoder whose training is timed.
         batch, sequence: tokens of a training step.
-        rounds: how often each contender is timed, ``seconds`` after how long that may stop short.
+        rounds, seconds: timings of each contender, and when they may stop short.
         inputs: (batch, sequence) of the layers whose latency is measured, ``width`` their width.
     """
 
@@ -47,24 +50,19 @@ class Scale(NamedTuple):
 
 
 class Lab(NamedTuple):
-    """Where claims are measured, and how large."""
+    """The device on which claims are measured, and their sizes."""
 
     device: torch.device
     scale: Scale
 
     @property
     def dtype(self) -> torch.dtype:
-        """What timed models compute in: bfloat16 on CUDA, float32 on a CPU."""
+        """The dtype of timed models: bfloat16 on CUDA, float32 on a CPU."""
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
-
-    @property
-    def dtype_name(self) -> str:
-        """Its name alone."""
-        return str(self.dtype).removeprefix("torch.")
 
 
 class Finding(NamedTuple):
-    """What came of a claim: our figure with its unit, whether it bears the claim out, and the arithmetic."""
+    """The outcome of a claim: our figure with its unit, whether it bears the claim out, and the arithmetic."""
 
     ours: str
     holds: bool
@@ -75,7 +73,7 @@ class Finding(NamedTuple):
 class Claim:
     """One claim: the fields of its row that the paper fills, and the function that finds the others.
 
-    ``find`` raises :class:`NotMeasuredError` where it cannot be looked into here.
+    ``find`` raises :class:`NotMeasuredError` where it cannot be examined here.
     """
 
     name: str
@@ -86,7 +84,7 @@ class Claim:
     find: Callable[[Lab], Finding]
 
     def examine(self, lab: Lab) -> ClaimRow:
-        """The row; an exception other than Ctrl-C becomes one, too."""
+        """Makes the row, of an exception as well."""
         try:
             ours, holds, note = self.find(lab)
             verdict = HOLDS if holds else DIFFERS

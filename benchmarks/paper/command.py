@@ -1,4 +1,4 @@
-"""``python -m benchmarks paper``: the claims of the LoRA paper as a checklist, with what we compute or measure."""
+"""``python -m benchmarks paper``: the claims of the LoRA paper as a checklist, each beside our own figure."""
 
 from __future__ import annotations
 
@@ -13,16 +13,12 @@ from ..cases import Profile
 from ..measure import runner
 from ..measure.runner import Doing
 from ..records.rows import ClaimRow
-from . import computed as claims_computed
-from . import serving as claims_serving
-from . import training as claims_training
+from . import computed, measured
 from .claims import DIFFERS, ERROR, HOLDS, MEASURED, NOT_MEASURED, Claim, Lab, Scale
 
 HELP = "check the claims of the LoRA paper, computed or measured here"
 
-CLAIMS: dict[str, Claim] = {
-    claim.name: claim for part in (claims_computed, claims_serving, claims_training) for claim in part.CLAIMS
-}
+CLAIMS: dict[str, Claim] = {claim.name: claim for part in (computed, measured) for claim in part.CLAIMS}
 
 SCALES = {
     "cpu": {

@@ -1,4 +1,4 @@
-"""Claims that follow from an architecture: parameters counted on real models, and the bytes that they come to."""
+"""Claims that follow from an architecture: parameters counted on the meta device, and the bytes that they come to."""
 
 from __future__ import annotations
 
@@ -6,20 +6,27 @@ from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
-from .claims import COMPUTED, Claim, Finding, Lab, printed
+from .claims import COMPUTED, FOOTNOTE_5, Claim, Finding, Lab, printed
 from .models import COUNTED, DECODERS, QUERY_VALUE, adapt, build, count, trained_parameters
 
-# Table 4 of the paper, in millions: what its ratios and bytes are reckoned from.
+# Table 4 of the paper: its ratios and bytes are reckoned from this, in fp16.
 GPT3_PARAMETERS = 175_255.8e6
+GPT3_BYTES = 2 * GPT3_PARAMETERS
 
 # Table 5 of the paper: the projections adapted, and the rank that each selection leaves room for.
 TABLE_5 = {("q",): 8, ("k",): 8, ("v",): 8, ("o",): 8, ("q", "k"): 4, ("q", "v"): 4, ("q", "k", "v", "o"): 2}
 
+# Bytes of each trained parameter: weight, gradient, both moments of Adam, a float32 copy for its update.
+PRECISIONS = {
+    "all fp16, gradients freed as they are used": (2, 0, 4, 0),
+    "all fp16": (2, 2, 4, 0),
+    "fp16 with moments and a copy in fp32": (2, 2, 8, 4),
+}
+
 
 class Counted(NamedTuple):
-    """An architecture's own parameters, and those of its adapters: ``matrices`` are adapted, square and so ``wide``."""
+    """The parameters of an architecture's adapters: so many ``matrices`` are adapted, square and of this ``width``."""
 
-    base: int
     trained: int
     matrices: int
     width: int
@@ -37,15 +44,14 @@ def counted(architecture: str, r: int, names: tuple[str, ...] = QUERY_VALUE) -> 
         ArithmeticError: the count is not what the formula gives.
     """
     model = build(architecture)
-    base = count(model.parameters())
     layers = adapt(model, r, names)
-    found = Counted(base, count(trained_parameters(model)), len(layers), layers[0].in_features)
+    found = Counted(count(trained_parameters(model)), len(layers), layers[0].in_features)
     if found.trained != found.formula(r):
         raise ArithmeticError(f"{architecture}: counted {found.trained:,}, the formula gives {found.formula(r):,}")
     return found
 
 
-def _count_claim(architecture: str, title: str, r: int, source: str, stated: str, aside: str = "") -> Claim:
+def _count_claim(architecture: str, title: str, r: int, source: str, stated: str) -> Claim:
     def find(lab: Lab) -> Finding:
         found = counted(architecture, r)
         ours = printed(found.trained, stated)
@@ -53,11 +59,10 @@ def _count_claim(architecture: str, title: str, r: int, source: str, stated: str
         if ours != stated:
             others = [str(other) for other in range(1, 257) if printed(found.formula(other), stated) == stated]
             note += f" {stated} would be r = {others[0]}." if others else f" No rank gives {stated}."
-        if printed(found.base / 1000, stated) == stated:
-            note += (
-                f" It is 0.1 % of the model's {found.base / 1e6:,.2f}M, and the figure of the table's prefix-layer row."
-            )
-        return Finding(f"{found.trained:,} = {ours}", ours == stated, f"{note} {aside}".strip())
+        whole = count(build(architecture).parameters()) if architecture in DECODERS else 0
+        if printed(whole / 1000, stated) == stated:
+            note += f" It is 0.1 % of the model's {whole / 1e6:,.2f}M, and the figure of the table's prefix-layer row."
+        return Finding(f"{found.trained:,} = {ours}", ours == stated, note)
 
     claim = f"trained parameters of {title}: Wq and Wv at r = {r}"
     return Claim(f"parameters-{architecture}-r{r}", claim, source, stated, COMPUTED, find)
@@ -66,11 +71,8 @@ def _count_claim(architecture: str, title: str, r: int, source: str, stated: str
 def _formula(lab: Lab) -> Finding:
     ranks = (1, 8, 64)
     equal = [counted(name, r).trained for name in COUNTED for r in ranks]
-    return Finding(
-        f"equal in all {len(equal)} counts",
-        True,
-        f"{', '.join(COUNTED)}, each at r = {', '.join(map(str, ranks))}; L counts adapted matrices, not layers.",
-    )
+    note = f"{', '.join(COUNTED)}, each at r = {', '.join(map(str, ranks))}; L counts adapted matrices, not layers."
+    return Finding(f"equal in all {len(equal)} counts", True, note)
 
 
 def _equal_budget(lab: Lab) -> Finding:
@@ -83,9 +85,7 @@ def _equal_budget(lab: Lab) -> Finding:
 
 
 def _gpt3_size(lab: Lab) -> Finding:
-    stated = "175,255.8M"
-    ours = count(build("gpt3").parameters())
-    shape = DECODERS["gpt3"]
+    stated, shape, ours = "175,255.8M", DECODERS["gpt3"], count(build("gpt3").parameters())
     head = shape.vocabulary * shape.width
     rest = GPT3_PARAMETERS - ours - head
     return Finding(
@@ -100,13 +100,9 @@ def _gpt3_size(lab: Lab) -> Finding:
 def _gpt2_sizes(lab: Lab) -> Finding:
     stated = {"gpt2-medium": "354.92M", "gpt2-large": "774.03M"}
     ours = {name: printed(count(build(name).parameters()), figure) for name, figure in stated.items()}
-    return Finding(
-        ", ".join(ours.values()),
-        ours == stated,
-        "counted on transformers' GPT2Model, head tied to the embedding: "
-        + "; ".join(f"{name} {'is' if ours[name] == stated[name] else 'is not'} {stated[name]}" for name in stated)
-        + ".",
-    )
+    verdicts = (f"{name} {'is' if ours[name] == figure else 'is not'} {figure}" for name, figure in stated.items())
+    note = f"as many as transformers' GPT2Model has, head tied to the embedding: {'; '.join(verdicts)}."
+    return Finding(", ".join(ours.values()), ours == stated, note)
 
 
 def _fewer(lab: Lab) -> Finding:
@@ -122,9 +118,8 @@ def _fewer(lab: Lab) -> Finding:
 
 def _checkpoint(lab: Lab) -> Finding:
     adapter = 2 * counted("gpt3", 4).trained
-    full = 2 * GPT3_PARAMETERS
     return Finding(
-        f"{full / 1e9:.1f} GB → {adapter / 1e6:.1f} MB, {full / adapter:,.0f}×",
+        f"{GPT3_BYTES / 1e9:.1f} GB → {adapter / 1e6:.1f} MB, {GPT3_BYTES / adapter:,.0f}×",
         printed(adapter, "35 MB") == "35 MB",
         f"2 bytes a parameter: {adapter // 2:,} · 2 B = {adapter / 1e6:.1f} MB = {adapter / 2**20:.1f} MiB, "
         f"{adapter / 35e6 - 1:.0%} more than 35 MB. The factor is roughly 10,000, as the section says.",
@@ -132,89 +127,62 @@ def _checkpoint(lab: Lab) -> Finding:
 
 
 def _hundred_models(lab: Lab) -> Finding:
-    full, adapter = 2 * GPT3_PARAMETERS, 2 * counted("gpt3", 4).trained
-    adapted, separate = printed(full + 100 * adapter, "354 GB"), printed(100 * full, "35 TB")
-    note = f"{full / 1e9:.1f} GB + 100 · {adapter / 1e6:.1f} MB, and 100 · {full / 1e9:.1f} GB."
+    adapter = 2 * counted("gpt3", 4).trained
+    adapted, separate = printed(GPT3_BYTES + 100 * adapter, "354 GB"), printed(100 * GPT3_BYTES, "35 TB")
+    note = f"{GPT3_BYTES / 1e9:.1f} GB + 100 · {adapter / 1e6:.1f} MB, and 100 · {GPT3_BYTES / 1e9:.1f} GB."
     return Finding(f"{adapted} against {separate}", (adapted, separate) == ("354 GB", "35 TB"), note)
 
 
-class Precision(NamedTuple):
-    """Bytes a trained parameter takes: weight, gradient, the two moments of Adam and a float32 copy for its update."""
-
-    about: str
-    weight: int
-    gradient: int
-    moments: int
-    copy: int
-
-    def bytes(self, frozen: float, trained: float) -> float:
-        """Of a model; what is frozen has its weight alone."""
-        return self.weight * (frozen + trained) + (self.gradient + self.moments + self.copy) * trained
-
-
-PRECISIONS = (
-    Precision("all fp16, gradients freed as they are used", 2, 0, 4, 0),
-    Precision("all fp16", 2, 2, 4, 0),
-    Precision("fp16 with moments and a copy in fp32", 2, 2, 8, 4),
-)
-
-
-def _memory(precision: Precision) -> tuple[float, float]:
-    """Bytes of full fine-tuning and of LoRA at r = 4, GPT-3."""
+def _memory() -> dict[str, tuple[float, float]]:
+    """Bytes of full fine-tuning and of LoRA at r = 4, GPT-3, by precision; a frozen parameter has its weight alone."""
     adapters = counted("gpt3", 4).trained
-    return precision.bytes(0, GPT3_PARAMETERS), precision.bytes(GPT3_PARAMETERS, adapters)
+    return {name: (sum(each) * GPT3_PARAMETERS, GPT3_BYTES + sum(each) * adapters) for name, each in PRECISIONS.items()}
 
 
 def _memory_factor(lab: Lab) -> Finding:
-    ratios = {precision.about: full / lora for precision in PRECISIONS for full, lora in [_memory(precision)]}
+    ratios = {name: full / lora for name, (full, lora) in _memory().items()}
     return Finding(
         ", ".join(f"{ratio:.1f}×" for ratio in ratios.values()),
         round(min(ratios.values())) >= 3,
         "Weights, gradients and Adam's moments, no activations; "
-        + "; ".join(f"{about}: {ratio:.1f}×" for about, ratio in ratios.items())
+        + "; ".join(f"{name}: {ratio:.1f}×" for name, ratio in ratios.items())
         + f". The 1.2 TB → 350 GB of the same section is {1200 / 350:.2f}×, so {1 - 350 / 1200:.0%} less.",
     )
 
 
 def _memory_bytes(lab: Lab) -> Finding:
-    sizes = {precision: _memory(precision) for precision in PRECISIONS}
-    full = [printed(bytes_, "1.2 TB") for bytes_, _ in sizes.values()]
+    sizes = _memory()
+    full = [printed(whole, "1.2 TB") for whole, _ in sizes.values()]
+    each = (
+        f"{name}: {'+'.join(map(str, PRECISIONS[name]))} bytes a parameter = {whole / 1e12:.2f} TB"
+        for name, (whole, _) in sizes.items()
+    )
     return Finding(
         f"{', '.join(full)} → {', '.join(sorted({f'{lora / 1e9:.0f} GB' for _, lora in sizes.values()}))}",
         "1.2 TB" in full,
-        "; ".join(
-            f"{p.about}: {p.weight}+{p.gradient}+{p.moments}+{p.copy} bytes a parameter = {sizes[p][0] / 1e12:.2f} TB"
-            for p in PRECISIONS
-        )
-        + f". 1.2 TB would be {1.2e12 / GPT3_PARAMETERS:.1f} bytes. 350 GB are the fp16 weights alone, so activations "
-        "are in neither.",
+        f"{'; '.join(each)}. 1.2 TB would be {1.2e12 / GPT3_PARAMETERS:.1f} bytes. 350 GB are the fp16 weights alone, "
+        "so activations are in neither.",
     )
 
 
 def _speed_up(lab: Lab) -> Finding:
-    full, lora = 32.5, 43.1
-    saved = 1 - full / lora
-    return Finding(
-        f"{lora / full - 1:+.1%} tokens/s, {-saved:+.1%} time",
-        f"{saved:.0%}" == "25%",
-        f"{lora} / {full} = {lora / full:.3f}: 25 % is the time saved for each token, the gain in throughput is "
-        f"{lora / full - 1:.0%}.",
-    )
+    full, lora = FOOTNOTE_5
+    gain, saved = lora / full - 1, 1 - full / lora
+    note = f"{lora} / {full} = {lora / full:.3f}: 25 % is the time saved for each token, the gain in throughput is "
+    return Finding(f"{gain:+.1%} tokens/s, {-saved:+.1%} time", f"{saved:.0%}" == "25%", f"{note}{gain:.0%}.")
 
 
 def _computed(name: str, claim: str, source: str, stated: str, find: Callable[[Lab], Finding]) -> Claim:
     return Claim(name, claim, source, stated, COMPUTED, find)
 
 
-_C_ATTN = "c_attn is q, k and v in one: its q and v thirds are adapted, as loralib's MergedLinear does."
-
 CLAIMS = (
     _computed("formula", "trained parameters are 2 · L · d · r", "section 5.1", "Θ = 2 · L · d · r", _formula),
     _count_claim("roberta-base", "RoBERTa base", 8, "Table 2", "0.3M"),
     _count_claim("roberta-large", "RoBERTa large", 8, "Table 2", "0.8M"),
     _count_claim("deberta-xxl", "DeBERTa XXL", 8, "Table 2", "4.7M"),
-    _count_claim("gpt2-medium", "GPT-2 M", 4, "Table 3", "0.35M", _C_ATTN),
-    _count_claim("gpt2-large", "GPT-2 L", 4, "Table 3", "0.77M", _C_ATTN),
+    _count_claim("gpt2-medium", "GPT-2 M", 4, "Table 3", "0.35M"),
+    _count_claim("gpt2-large", "GPT-2 L", 4, "Table 3", "0.77M"),
     _count_claim("gpt3", "GPT-3", 1, "Table 4", "4.7M"),
     _count_claim("gpt3", "GPT-3", 8, "Table 4", "37.7M"),
     _computed("budget", "seven selections at an equal budget, GPT-3", "Table 5", "18M", _equal_budget),

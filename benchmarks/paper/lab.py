@@ -1,14 +1,13 @@
-"""What the measured claims share: decoders with random weights, the accuracy gate, and contenders timed in turns."""
+"""Parts of the measured claims: decoders with random weights, the accuracy gate, and contenders timed in turns."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-import fastlora
 from fastlora.accuracy import Errors
 
 from ..cases import DTYPES, Case
@@ -35,7 +34,7 @@ def decoder(lab: Lab, name: str, dtype: torch.dtype, r: int | None = None) -> De
 
 
 def require_accurate(lab: Lab, width: int, tokens: int) -> None:
-    """Holds a step of fastlora's layer of this width to the oracle: what is wrong gets no speed.
+    """Holds a step of fastlora's layer of this width to the oracle: a wrong one gets no speed.
 
     Raises:
         ArithmeticError: an output or a gradient is out of bounds, not finite, or never arrives.
@@ -54,16 +53,6 @@ def require_ok(errors: Mapping[str, Errors]) -> None:
         raise ArithmeticError(f"inaccurate, so no speed: {'; '.join(wrong)}")
 
 
-def adapters(model: nn.Module) -> Iterator[fastlora.LoRALinear]:
-    """Its LoRA layers."""
-    return (module for module in model.modules() if isinstance(module, fastlora.LoRALinear))
-
-
-def tokens_for(model: Decoder, batch: int, sequence: int) -> Tensor:
-    """Random tokens [batch, sequence + 1]."""
-    return torch.randint(model.shape.vocabulary, (batch, sequence + 1), device=model.embedding.weight.device)
-
-
 def interleaved(contenders: Mapping[str, Work], lab: Lab) -> dict[str, Spread]:
     """Wall time of each contender."""
     subjects = {name: Subject(partial(_same, work)) for name, work in contenders.items()}
@@ -76,6 +65,6 @@ def _same(work: Work, number: int) -> Work:
 
 
 def milliseconds(spread: Spread) -> str:
-    """The median and what holds the middle 60 %."""
+    """The median and the range of the middle 60 %."""
     digits = 0 if spread.p50 >= 100 else 2
     return f"{spread.p50:,.{digits}f} ({spread.p20:,.{digits}f}-{spread.p80:,.{digits}f}) ms"

@@ -1,4 +1,4 @@
-"""The architectures that the claims are about, and the adapters put on them.
+"""The architectures of the claims, and the adapters put on them.
 
 On the meta device a model has shapes and no storage, so that 175 billion parameters are counted, not estimated.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,7 @@ import fastlora
 
 from .claims import NotMeasuredError
 
-META = torch.device("meta")
-
-# What the query and value projections are called in the decoder below, RoBERTa and DeBERTa.
+# The names of the query and value projections in the decoder below, RoBERTa and DeBERTa.
 QUERY_VALUE = ("q", "v", "query", "value", "query_proj", "value_proj")
 
 
@@ -84,33 +83,43 @@ class Decoder(nn.Module):
         return F.cross_entropy(F.linear(hidden, self.embedding.weight).flatten(0, 1).float(), y.flatten())
 
 
+def _encoder(kind: str, width: int, layers: int, heads: int) -> nn.Module:
+    """An encoder of transformers, ``kind`` its model type; sizes that Wq and Wv do not have are the type's defaults."""
+    try:
+        library = importlib.import_module("transformers")
+    except ImportError as error:
+        raise NotMeasuredError(f"transformers cannot be imported, whose model this is: {error}") from None
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+    made: nn.Module = library.AutoModel.from_config(library.AutoConfig.for_model(kind, **sizes))
+    return made
+
+
+COUNTED: dict[str, Callable[[], nn.Module]] = {
+    "roberta-base": partial(_encoder, "roberta", 768, 12, 12),
+    "roberta-large": partial(_encoder, "roberta", 1024, 24, 16),
+    "deberta-xxl": partial(_encoder, "deberta-v2", 1536, 48, 24),
+    **{name: partial(Decoder, DECODERS[name]) for name in ("gpt2-medium", "gpt2-large", "gpt3")},
+}
+
+
 def build(name: str) -> nn.Module:
     """An architecture of COUNTED on the meta device.
 
     Raises:
         NotMeasuredError: it is one of transformers', which is not there.
     """
-    with META:
+    with torch.device("meta"):
         return COUNTED[name]()
 
 
 def adapt(model: nn.Module, r: int, names: Sequence[str] = QUERY_VALUE) -> list[fastlora.LoRALinear]:
-    """Freezes the model, puts a LoRALinear on every linear layer of one of these names, and returns them.
-
-    The c_attn of transformers' GPT-2 holds q, k and v in one weight [K, 3·K]: its first and last third are wrapped,
-    which are the blocks that loralib's MergedLinear adapts with enable_lora=[True, False, True].
-    """
+    """Freezes the model, puts a LoRALinear on every linear layer of one of these names, and returns them."""
     model.requires_grad_(False)
     adapted = []
     for path, module in list(model.named_modules()):
-        folder, _, name = path.rpartition(".")
-        linears: dict[str, Any] = {name: module} if name in names else {}
-        if name == "c_attn":
-            linears = {"q": _third(module, 0), "v": _third(module, 2)}
-        for key, linear in linears.items():
-            layer = fastlora.LoRALinear.from_linear(linear, r=r)
-            setattr(model.get_submodule(folder), key, layer)
-            adapted.append(layer)
+        if isinstance(module, nn.Linear) and path.rpartition(".")[2] in names:
+            adapted.append(fastlora.LoRALinear.from_linear(module, r=r))
+            model.set_submodule(path, adapted[-1])
     return adapted
 
 
@@ -122,69 +131,3 @@ def count(parameters: Iterable[nn.Parameter]) -> int:
 def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Those that require a gradient."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def _third(conv: Any, index: int) -> nn.Linear:
-    width = conv.weight.shape[0]
-    linear = nn.Linear(width, width, device=META)
-    linear.weight = nn.Parameter(conv.weight[:, index * width : (index + 1) * width].T)
-    linear.bias = nn.Parameter(conv.bias[index * width : (index + 1) * width])
-    return linear
-
-
-def _transformers(model: str, config: str, **sizes: object) -> Callable[[], nn.Module]:
-    def make() -> nn.Module:
-        try:
-            library = importlib.import_module("transformers")
-        except ImportError as error:
-            raise NotMeasuredError(f"transformers cannot be imported, whose model this is: {error}") from None
-        made: nn.Module = getattr(library, model)(getattr(library, config)(**sizes))
-        return made
-
-    return make
-
-
-def _roberta(width: int, layers: int, heads: int) -> Callable[[], nn.Module]:
-    return _transformers(
-        "RobertaModel",
-        "RobertaConfig",
-        vocab_size=50265,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        intermediate_size=4 * width,
-        max_position_embeddings=514,
-        type_vocab_size=1,
-    )
-
-
-def _gpt2(shape: Shape) -> Callable[[], nn.Module]:
-    sizes = {"n_embd": shape.width, "n_layer": shape.layers, "n_head": shape.heads}
-    return _transformers("GPT2Model", "GPT2Config", **sizes)
-
-
-COUNTED: dict[str, Callable[[], nn.Module]] = {
-    "roberta-base": _roberta(768, 12, 12),
-    "roberta-large": _roberta(1024, 24, 16),
-    "deberta-xxl": _transformers(
-        "DebertaV2Model",
-        "DebertaV2Config",
-        vocab_size=128100,
-        hidden_size=1536,
-        num_hidden_layers=48,
-        num_attention_heads=24,
-        intermediate_size=6144,
-        type_vocab_size=0,
-        relative_attention=True,
-        position_buckets=256,
-        norm_rel_ebd="layer_norm",
-        share_att_key=True,
-        pos_att_type=["p2c", "c2p"],
-        position_biased_input=False,
-        conv_kernel_size=3,
-        conv_act="gelu",
-    ),
-    "gpt2-medium": _gpt2(DECODERS["gpt2-medium"]),
-    "gpt2-large": _gpt2(DECODERS["gpt2-large"]),
-    "gpt3": lambda: Decoder(DECODERS["gpt3"]),
-}
