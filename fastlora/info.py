@@ -11,8 +11,8 @@ import torch
 from . import __version__
 from .ops.linear import explain
 
-_PACKAGES = ("torch", "triton", "numpy", "peft", "transformers", "safetensors")
-_VARIABLES = (
+PACKAGES = ("torch", "triton", "numpy", "peft", "transformers", "safetensors")
+VARIABLES = (
     "FASTLORA_BACKEND",
     "FASTLORA_CUDA_LIBRARY",
     "TRITON_INTERPRET",
@@ -22,9 +22,9 @@ _VARIABLES = (
 def report() -> str:
     """Makes the text that ``python -m fastlora.info`` prints."""
     lines = [f"fastlora {__version__}, Python {platform.python_version()} on {platform.platform()}"]
-    lines += [f"  {package:<14}{_version(package)}" for package in _PACKAGES]
+    lines += [f"  {package:<14}{version(package) or 'not installed'}" for package in PACKAGES]
     lines.append(f"  {'CUDA':<14}{torch.version.cuda or 'this torch has none'}")
-    for variable in _VARIABLES:
+    for variable in VARIABLES:
         lines.append(f"  {variable:<24}{os.environ.get(variable, 'not set')}")
     devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     for device in devices:
@@ -49,11 +49,12 @@ def _explained(device: torch.device, dtype: torch.dtype, dropout_p: float) -> st
         return str(error)
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str | None:
+    """The version of an installed package; None where it is not."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return None
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import os
 import platform
 import re
@@ -15,34 +14,18 @@ from typing import Any
 
 import torch
 
+from fastlora import info
+
 Environment = dict[str, Any]
 
-_PACKAGES = (
-    "torch",
-    "triton",
-    "numpy",
-    "transformers",
-    "peft",
-    "loralib",
-    "lorafusion",
-    "unsloth",
-    "freesolo-chalk",
-    "lycoris-lora",
-)
-_VARIABLES = (
-    "FASTLORA_BACKEND",
-    "FASTLORA_CUDA_DESIGN",
-    "FASTLORA_CUDA_LIBRARY",
-    "FASTLORA_TRITON_DESIGN",
-    "CUBLAS_WORKSPACE_CONFIG",
-    "NVIDIA_TF32_OVERRIDE",
-)
+_PACKAGES = (*info.PACKAGES, "loralib", "lorafusion", "unsloth", "freesolo-chalk", "lycoris-lora")
+_VARIABLES = (*info.VARIABLES, "CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE")
 # Results are written between one published run and the next: they make no tree dirty.
 _STATUS = ["git", "status", "--porcelain", "--", ":(top)", ":(top,exclude)benchmarks/results"]
 _GPU_FACTS = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "temperature.gpu")
 
 
-# The record, which every result file begins with: its fields, and what they may be.
+# The record that begins every result file: its fields and their types.
 SCHEMA: Mapping[str, Any] = {
     "time": str,
     "command": str,
@@ -64,12 +47,12 @@ SCHEMA: Mapping[str, Any] = {
     "variables": dict,
 }
 
-# What a resumed run may find changed.
+# Fields that may differ in a resumed run.
 _VOLATILE = ("time", "load_average", "gpu.clocks.sm", "gpu.clocks.mem", "gpu.temperature.gpu", "gpu.power.draw")
 
 
 def describe(device: torch.device, command: str, settings: dict[str, Any], cases: int) -> Environment:
-    """One JSON-ready record of a run of ``cases`` cases; what cannot be found out is None."""
+    """One JSON-ready record of a run of ``cases`` cases; facts that cannot be found out are None."""
     return {
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": command,
@@ -79,7 +62,7 @@ def describe(device: torch.device, command: str, settings: dict[str, Any], cases
         "dirty": None if (status := _run(_STATUS)) is None else bool(status),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: info.version(name) for name in _PACKAGES},
         "device": device.type,
         "device_name": device_name(device),
         "cpu": _cpu(),
@@ -112,13 +95,13 @@ def check(environment: Environment) -> None:
 
 
 def differences(before: Environment, after: Environment) -> list[str]:
-    """What differs between two environments, as ``name: before → after``; load, clocks and the hour do not count."""
+    """Lists the differences of two environments, as ``name: before → after``, without load, clocks and the hour."""
     old, new = _flat(before), _flat(after)
     return [f"{k}: {old.get(k)} → {new.get(k)}" for k in {**old, **new} if old.get(k) != new.get(k)]
 
 
 def seen(device: torch.device) -> dict[str, Any]:
-    """What changes while a run goes on: the GPU's clocks, temperature and power, or the CPU's load."""
+    """The facts that change during a run: the GPU's clocks, temperature and power, or the CPU's load."""
     if device.type == "cuda":
         return {"gpu": _query(device, ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw"))}
     return {"load_average": _load()}
@@ -153,7 +136,7 @@ def _set(variables: Mapping[str, str | None]) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """What the maker calls it."""
+    """The maker's name of the device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
 
 
@@ -187,7 +170,7 @@ def _gpu(device: torch.device) -> dict[str, Any] | None:
 
 
 def _query(device: torch.device, facts: Sequence[str]) -> dict[str, str]:
-    """What nvidia-smi says of the device; empty where it says nothing."""
+    """Facts from nvidia-smi about the device; empty where it gives none."""
     uuid = torch.cuda.get_device_properties(device).uuid
     answers = _run(["nvidia-smi", f"--query-gpu={','.join(facts)}", "--format=csv,noheader", f"--id=GPU-{uuid}"])
     values = (answers or "").split(", ")
@@ -205,13 +188,6 @@ def _cpu() -> str:
 
 def _load() -> float | None:
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _run(command: Sequence[str]) -> str | None:

@@ -140,7 +140,7 @@ def test_committed_results_are_of_the_schema(path):
     assert results.complete
     assert results.environment["dirty"] is False
     assert results.environment["commit"]
-    assert set(results.environment["packages"]) == set(described()["packages"])
+    assert {"torch", "triton", "peft"} <= set(results.environment["packages"]) <= set(described()["packages"])
     keys = Counter(row.key for row in results.rows if isinstance(row, Measured))
     assert [key for key, count in keys.items() if count > 1] == []
     for row in results.rows:
