@@ -1,4 +1,4 @@
-"""``python -m benchmarks [SUBCOMMAND]``: one module a subcommand, ``layers`` where none is named."""
+"""``python -m benchmarks [SUBCOMMAND]``: one module per subcommand, ``layers`` by default."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured: named layers of real models, whole models, and the profiles that pick from them.
+"""The cases: named layers of real models, whole models, and the profiles that pick from them.
 
 Letters as everywhere: M tokens, K in_features, N out_features, R rank.
 """
@@ -95,7 +95,7 @@ class Case(NamedTuple):
 
     @property
     def bias(self) -> bool:
-        """Whether the base has a bias."""
+        """True where the base has a bias."""
         return layer_named(self.layer).bias
 
     @property
@@ -112,7 +112,7 @@ class Case(NamedTuple):
 
     @property
     def is_host(self) -> bool:
-        """Whether the shape is so small that its time is the host's: Python, autograd and dispatch."""
+        """True for a shape so small that its time is the host's: Python, autograd and dispatch."""
         return self.layer == HOST_LAYER
 
     def __str__(self) -> str:
@@ -154,8 +154,8 @@ Sweep = Mapping[str, Sequence[Any]]
 class Profile(Generic[C]):
     """A named selection of cases: the products of each sweep's axes, which are the fields of the case.
 
-    ``rounds`` is how often every arm of a case is timed, ``seconds`` after how long that may stop short: a busy
-    machine ends with fewer rounds, not later.
+    Every arm of a case is timed ``rounds`` times, or until ``seconds`` have passed: a busy machine ends with fewer
+    rounds, not later.
     """
 
     about: str

@@ -1,4 +1,4 @@
-"""Time: what is inside the clock, in which order, and how the samples become one number.
+"""Clocks: wall time and device time of a call, and the order in which arms take turns.
 
 Wall time is one call on a quiet device, until the device is done. Device time, on CUDA alone, lies between two events:
 L2 is flushed before, and the stream is held back until the host has queued the whole call, so that gaps between
@@ -40,7 +40,7 @@ class Clock:
         return torch.empty(max(4 * l2_bytes, 1 << 28), dtype=torch.int8, device=self._device)
 
     def wall(self, work: Work) -> float:
-        """One call, from its start until the device is done. What it returns is freed after the clock stops."""
+        """Times one call, from its start until the device is done. Its result is freed after the clock stops."""
         if self._cuda:
             torch.cuda.synchronize()
         start = time.perf_counter()
@@ -52,7 +52,7 @@ class Clock:
         return 1e3 * elapsed
 
     def device(self, work: Work) -> float | None:
-        """One call's time on the GPU; None on a CPU, and where the host was late to queue it: the next hold is longer.
+        """Times one call on the GPU; None on a CPU, and where the host queued it too late: the next hold is longer.
 
         A call that waits for the GPU itself is always late; once the hold is longest, its time counts with its gaps.
         """
@@ -76,8 +76,8 @@ class Clock:
 def shuffled(arms: Sequence[T], turn: int) -> list[T]:
     """Every arm once, in an order of the turn's own: none always first, and none always behind the same neighbour.
 
-    What ran before decides what the caches hold: behind full fine-tuning and its weight gradient the same code was seen
-    up to 6 % slower.
+    Caches hold the data of the arm before: behind full fine-tuning and its weight gradient the same code was seen up to
+    6 % slower.
     """
     return random.Random(turn).sample(arms, len(arms))
 

@@ -10,7 +10,7 @@ import torch
 
 from ..records.rows import Measured
 
-# What CUDA, cuBLAS, Triton and torch's CPU allocator say.
+# The messages of CUDA, cuBLAS, Triton and torch's CPU allocator.
 _OUT_OF_MEMORY = re.compile("out of memory|ALLOC_FAILED|can't allocate memory", re.IGNORECASE)
 
 
@@ -24,10 +24,10 @@ class AbsentError(Exception):
 
 @contextmanager
 def failures_into(rows: Sequence[Measured]) -> Iterator[None]:
-    """An exception ends up as status and reason of the rows; Ctrl-C passes.
+    """Turns an exception into status and reason of the rows; Ctrl-C passes.
 
     Raises:
-        DeviceLostError: the GPU answers no more, and what follows would fail without a fault of its own.
+        DeviceLostError: the GPU does not answer any more, and the next arms would fail without a fault of their own.
     """
     verdict = None
     try:

@@ -1,4 +1,4 @@
-"""Memory: what a call allocates, at its peak and for good."""
+"""Memory: the allocations of a call, at their peak and in the end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 class Allocation(NamedTuple):
-    """Bytes beyond what was there before: ``peak`` the most at a time, ``live`` what is held at the end."""
+    """Bytes beyond those before the call: ``peak`` the most at a time, ``live`` those still held at its end."""
 
     peak: int
     live: int
@@ -25,7 +25,7 @@ def stored_bytes(tensors: Iterable[Tensor | None]) -> int:
 
 
 def allocation(work: Callable[[], object], device: torch.device) -> Allocation:
-    """What a call allocates; its result still counts as live.
+    """Measures the allocations of a call; its result still counts as live.
 
     On CUDA from the caching allocator. On a CPU from the profiler's record of every allocation of torch's allocator,
     those inside operators included; scratch that a vendor library takes from the system directly is not seen.

@@ -9,7 +9,7 @@ from typing import TextIO
 
 
 class Progress:
-    """Counts cases, and guesses the rest of the time from the work in each: any unit, one number a case."""
+    """Counts cases, and guesses the rest of the time from the work in each: any unit, one number per case."""
 
     def __init__(self, work: Sequence[float], stream: TextIO = sys.stderr) -> None:
         self._stream = stream
@@ -20,24 +20,24 @@ class Progress:
         self._label = ""
 
     def skip(self) -> None:
-        """The next case is done already."""
+        """Counts a case that is done already."""
         self._skipped += 1
         self._index += 1
 
     def case(self, case: object) -> None:
-        """The next case begins."""
+        """Begins the next case."""
         self._index += 1
         self._label = f"[{self._index}/{len(self._work)}] {case}"
         if not self._animated:
             print(f"{self._label}  {self._clock()}", file=self._stream, flush=True)
 
     def doing(self, what: str) -> None:
-        """What goes on inside the case; shown on a terminal alone."""
+        """Shows the present step of the case, on a terminal alone."""
         if self._animated:
             print(f"\r\x1b[K{self._label}  {what}  {self._clock()}", end="", file=self._stream, flush=True)
 
     def clear(self) -> None:
-        """Leaves the line to others."""
+        """Clears the line for other output."""
         if self._animated:
             print("\r\x1b[K", end="", file=self._stream, flush=True)
 

@@ -1,4 +1,4 @@
-"""What the measuring subcommands share: their options, and the loop over cases that can be stopped and resumed."""
+"""Parts of every measuring subcommand: its options, and the loop over cases, which can be stopped and resumed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Doing = Callable[[str], None]
 
 
 class StopError(Exception):
-    """The run ends here: the exit status, and what to say on stderr."""
+    """Ends the run with an exit status and a message on stderr."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -56,7 +56,7 @@ def add_arm_option(parser: argparse.ArgumentParser, about: str, choices: Iterabl
 class Run(Generic[C]):
     """One call of a measuring subcommand.
 
-    ``settings`` is what the options came to, axes aside: it goes into the file, and a resumed run must have the same.
+    ``settings`` are the options' effect, axes aside: they go into the file, and a resumed run must have the same.
     """
 
     command: str
@@ -120,7 +120,7 @@ class Run(Generic[C]):
         return rows
 
     def publish(self, written: Sequence[Path]) -> Sequence[Path]:
-        """Copies the files to the committed results where that was asked for, and says what lies where."""
+        """Copies the files to the committed results if --publish is set; prints and returns their paths."""
         if self.args.publish:
             folder = RESULTS / environment.slug(self.device)
             folder.mkdir(parents=True, exist_ok=True)
@@ -183,7 +183,7 @@ def probability(text: str) -> float:
 
 
 def number(text: str) -> float:
-    """An option's number; what is none is NaN, which lies in no range."""
+    """An option's number; NaN, which lies in no range, for any other text."""
     try:
         return float(text)
     except ValueError:

@@ -1,6 +1,6 @@
 """Real architectures from their published configurations: random weights, random tokens, no download.
 
-What users adapt is every linear layer of the stack; embeddings and heads stay as they are. The models' own dropout is
+Every linear layer of the stack is adapted; embeddings and heads stay as they are. The models' own dropout is
 off, so that a case's dropout is the adapters' alone.
 """
 
@@ -21,7 +21,7 @@ _SEED = 0
 # RoBERTa's lowest ids mean padding and the like.
 _FIRST_TOKEN = 4
 
-# By transformers' model type, how the names of the layers to adapt end. RoBERTa's head has a ``dense`` layer, too.
+# The ends of the names of the layers to adapt, by transformers' model type. RoBERTa's head has a ``dense`` layer, too.
 _TARGETS = {
     "llama": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     "gpt2": ("c_attn", "c_proj", "c_fc"),
@@ -48,7 +48,7 @@ class Architecture:
 
     @property
     def classifies(self) -> bool:
-        """Whether it puts sequences into classes; else it predicts the next token."""
+        """True where it puts sequences into classes; else it predicts the next token."""
         return self.kind == "roberta"
 
     def reduced(self) -> Architecture:
@@ -117,7 +117,7 @@ def build(architecture: Architecture, dtype: torch.dtype, device: torch.device, 
     with device:
         model = auto.from_config(config, dtype=dtype, attn_implementation="sdpa")
     if not architecture.classifies:
-        model.loss_type = "ForCausalLM"  # what transformers takes for GPT-2 anyway, with a warning
+        model.loss_type = "ForCausalLM"  # transformers takes it for GPT-2 anyway, with a warning
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -132,7 +132,7 @@ def build(architecture: Architecture, dtype: torch.dtype, device: torch.device, 
 
 @functools.cache
 def parameter_count(name: str) -> int:
-    """How many parameters the named model has; allocates none."""
+    """Counts the parameters of the named model; allocates none."""
     model = build(architecture_named(name), torch.float32, torch.device("meta"), checkpointing=False)
     return sum(parameter.numel() for parameter in model.parameters())
 

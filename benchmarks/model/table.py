@@ -57,7 +57,7 @@ def render_summary(rows: Sequence[ModelRow]) -> str:
 
 
 def _parameters(rows: Sequence[ModelRow]) -> list[str]:
-    """How many the base has, and how many of an adapted model are trained."""
+    """The numbers of parameters of the base and of its adapters, in millions."""
     whole = next((row.parameters for row in rows if row.arm == FULL and row.parameters), None)
     adapted = next((row.trained_parameters for row in rows if row.arm != FULL and row.trained_parameters), None)
     counts = (whole, "parameters"), (adapted, "of adapters")

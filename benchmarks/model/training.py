@@ -93,7 +93,7 @@ class Training:
         return None
 
     def memory(self) -> Memory:
-        """Where the bytes of a step are, every storage once."""
+        """The bytes of a step by kind, every storage once."""
         model, trained = self.subject.model, self.subject.trained
         states = [t for state in self._optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
         weights, optimizer = stored_bytes([*model.parameters(), *model.buffers()]), stored_bytes(states)

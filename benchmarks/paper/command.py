@@ -90,14 +90,14 @@ def render(rows: Sequence[ClaimRow]) -> str:
 
 
 def summary(rows: Sequence[ClaimRow]) -> str:
-    """How many claims came to which verdict."""
+    """Counts the claims by verdict."""
     verdicts = Counter(row.verdict for row in rows)
     counts = [f"{MARKS[verdict]} {verdict} {verdicts[verdict]}" for verdict in MARKS if verdicts[verdict]]
     return f"{len(rows)} claims: {', '.join(counts)}"
 
 
 def markdown(rows: Sequence[ClaimRow]) -> str:
-    """The same for a page: a table, and the notes folded away below it."""
+    """The checklist for a page: a table, and the notes folded away below it."""
     lines = [_cells("", "claim", "in the paper", "the paper", "ours", ""), _cells(*["---"] * 6)]
     lines += [_cells(MARKS[row.verdict], row.claim, row.source, row.stated, row.ours, _how(row)) for row in rows]
     notes = [f"- **{row.claim}** ({row.source}): {row.note}" for row in rows]

@@ -124,10 +124,10 @@ def adapt(model: nn.Module, r: int, names: Sequence[str] = QUERY_VALUE) -> list[
 
 
 def count(parameters: Iterable[nn.Parameter]) -> int:
-    """How many numbers they hold."""
+    """Counts the elements of parameters."""
     return sum(parameter.numel() for parameter in parameters)
 
 
 def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Those that require a gradient."""
+    """The parameters that require a gradient."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -1,1 +1,1 @@
-"""What each design must cost, without a GPU."""
+"""Predictions of each design's cost, without a GPU."""

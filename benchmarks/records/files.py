@@ -1,7 +1,7 @@
 """Result files: JSON Lines, one record of the environment first, then the rows of each case and a line that ends it.
 
-Rows count once their case is done, so a run may be killed anywhere: what is readable is whole, and a resumed run starts
-at the first case that is not.
+Rows count once their case is done, so a run may be killed anywhere: readable cases are whole, and a resumed run starts
+at the first one that is missing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _START = b'{"record": "environment"'
 
 
 class Results(NamedTuple):
-    """What a file holds: ``cases`` are the rows of each finished one, ``size`` the bytes up to the last of them."""
+    """The content of a file: the rows of each finished case, and the ``size`` in bytes up to the last of them."""
 
     environment: Environment
     cases: dict[str, list[Row]]
@@ -35,7 +35,7 @@ class Results(NamedTuple):
 
     @property
     def complete(self) -> bool:
-        """Whether every case of the run is there."""
+        """True where every case of the run is there."""
         return bool(len(self.cases) == self.environment.get("cases"))
 
 
@@ -70,7 +70,7 @@ class ResultFile:
             self._write({"record": "environment", **environment})
 
     def append(self, case: str, rows: Sequence[Row], seen: dict[str, Any]) -> None:
-        """Adds a finished case; ``seen`` is what the machine looked like by then."""
+        """Adds a finished case; ``seen`` are the changing facts of the machine at its end."""
         self._write(*(row.to_json() for row in rows), {"record": "done", "case": case, **seen})
         self.finished[case] = list(rows)
 
@@ -89,13 +89,13 @@ class ResultFile:
 
 
 def _is_cut_off(path: Path) -> bool:
-    """Whether there is nothing of worth: an empty file, or the start of one of ours without its first line's end."""
+    """True for a file without content: empty, or one of ours that ends within its first line."""
     first = path.read_bytes().partition(b"\n")
     return not first[1] and (not first[0] or first[0].startswith(_START))
 
 
 def _is_unfinished(path: Path) -> bool:
-    """Whether cases are missing. Results of any version may be written over, nothing else: that is a ValueError."""
+    """True where cases are missing; raises ValueError for anything but results, of any version."""
     content = path.read_bytes()
     parse(content[: content.index(b"\n") + 1] if b"\n" in content else content, str(path))
     try:

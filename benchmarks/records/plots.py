@@ -49,7 +49,7 @@ _OTHER = _Style("#8c564b", "x")
 _RATIOS = (0.5, 0.75, 1, 1.25, 1.5, 2, 3, 4, 6, 10, 20)
 _DIGEST = "Description"
 
-# Pictures by what is put behind the name of the result file.
+# Captions by the suffix of a picture's name.
 CAPTIONS = {
     "": "Time over the frozen layer's, by layer and mode",
     "-by-tokens": "Step time over the frozen layer's, by M",
@@ -62,7 +62,7 @@ _FEWEST_SIZES = 3
 
 
 def save(path: Path) -> list[Path]:
-    """Draws what a result file has rows for, beside it; returns the pictures: none without matplotlib."""
+    """Draws the pictures of a result file beside it and returns their paths; none without matplotlib."""
     rows = read(path).rows
     layers = shown([row for row in rows if isinstance(row, LayerRow)])
     models = [row for row in rows if isinstance(row, ModelRow)]
@@ -80,12 +80,12 @@ def save(path: Path) -> list[Path]:
 
 
 def digest(path: Path) -> str:
-    """What tells one result file from another."""
+    """A digest of the result file, which its pictures carry."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def ratio_by_layer(rows: Sequence[LayerRow]) -> Any:
-    """Time over the frozen floor, one panel a mode, one line of dots a case, and the least by arithmetic as a tick."""
+    """Time over the frozen floor, one panel per mode, one line of dots per case, a tick for the arithmetic."""
     timed = [row for row in rows if row.ratio is not None and row.arm != FLOOR and not row.case.is_host]
     if not timed:
         return None
@@ -139,7 +139,7 @@ def time_by_tokens(rows: Sequence[LayerRow]) -> Any:
 
 
 def throughput(rows: Sequence[ModelRow]) -> Any:
-    """Tokens a second of whole training steps, a group of bars a case."""
+    """Tokens per second of whole training steps, a group of bars per case."""
     timed = [row for row in rows if row.tokens_per_second is not None]
     if not timed:
         return None
@@ -250,7 +250,7 @@ def _distinct(values: Iterable[T]) -> list[T]:
 
 
 def _largest_first(arms: Iterable[str]) -> list[str]:
-    """So that no mark hides another where lines coincide."""
+    """Sorts arms by the size of their marks, so that none hides another where lines coincide."""
     return sorted(_distinct(arms), key=lambda arm: -_STYLES.get(arm, _OTHER).size)
 
 

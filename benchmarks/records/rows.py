@@ -1,4 +1,4 @@
-"""The rows of a result file: one dataclass a kind, which is also its schema.
+"""The rows of a result file: one dataclass per kind, which is also its schema.
 
 A row is one JSON object whose ``record`` names the kind. Reading one checks every name and type.
 """
@@ -40,7 +40,7 @@ class Spread(NamedTuple):
 
 
 class Row:
-    """What rows of every kind can do; the kinds are dataclasses."""
+    """The base of all rows; each kind is a dataclass."""
 
     KIND: ClassVar[str]
 
@@ -52,7 +52,7 @@ class Row:
 
 @dataclass
 class Measured(Row):
-    """A row that may have failed, and by what numbers it passed.
+    """A measurement: its status, and the errors by which it was checked.
 
     Attributes:
         status: one of STATUSES; ``reason`` says why it is not ``ok``.
@@ -81,7 +81,7 @@ class Measured(Row):
             self.status, self.reason = "wrong", "; ".join(wrong)
 
     def fail(self, status: str, reason: str) -> None:
-        """Takes a status other than ``ok``, with its reason."""
+        """Sets a status other than ``ok``, with its reason."""
         self.status, self.reason = status, reason
 
     def record_times(self, wall: Sequence[float], device: Sequence[float]) -> None:
@@ -112,7 +112,7 @@ class Measured(Row):
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What was measured: two rows of the same key are comparable."""
+        """Identifies the measurement: two rows of the same key are comparable."""
         raise NotImplementedError
 
     @property
@@ -157,13 +157,13 @@ class LayerRow(Measured):
 
     @staticmethod
     def of(case: Case, arm: str, mode: str) -> LayerRow:
-        """A row that says only what was asked."""
+        """A row before any measurement."""
         row = LayerRow(arm, mode=mode, **case._asdict())
         row.k, row.n, row.bias, row.theory = case.k, case.n, case.bias, case.theory(mode)
         return row
 
     def fail(self, status: str, reason: str) -> None:
-        """Takes a status other than ``ok``, and has no speed any more."""
+        """Sets a status other than ``ok``, and removes the times."""
         super().fail(status, reason)
         self.wall_ms = self.device_ms = self.ratio = self.noise = self.rounds = None
 
@@ -179,7 +179,7 @@ class LayerRow(Measured):
 
     @property
     def is_forced(self) -> bool:
-        """Whether the arm forces one of fastlora's kernels."""
+        """True where the arm forces one of fastlora's kernels."""
         return self.arm.startswith("fastlora-") and self.arm != "fastlora-fp32"
 
     @property
@@ -203,9 +203,9 @@ class ModelRow(Measured):
         step_ms: milliseconds of wall time, until the device is done.
         tokens_per_second: batch × sequence over the median step.
         weight_bytes, gradient_bytes, optimizer_bytes: every storage once; gradients as they stand after the backward.
-        activation_bytes: what the forward leaves for the backward.
-        peak_bytes: the most that was held at a time, weights and optimiser included. Temporaries are in it, and
-            activations are mostly gone when the last gradients arrive: it is not the sum of the others.
+        activation_bytes: kept by the forward for the backward.
+        peak_bytes: the most held at a time, weights and optimiser included. It is not the sum of the others: it has
+            temporaries, and activations are mostly freed when the last gradients arrive.
     """
 
     KIND = "model"
@@ -229,7 +229,7 @@ class ModelRow(Measured):
 
     @staticmethod
     def of(case: ModelCase, arm: str) -> ModelRow:
-        """A row that says only what was asked."""
+        """A row before any measurement."""
         return ModelRow(arm, **case._asdict())
 
     def record_times(self, wall: Sequence[float], device: Sequence[float]) -> None:

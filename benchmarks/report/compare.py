@@ -1,4 +1,4 @@
-"""``python -m benchmarks compare A B``: what became slower, faster, larger or broken from run A to run B.
+"""``python -m benchmarks compare A B``: finds what became slower, faster, larger or broken from run A to run B.
 
 A is before, B is after. Both are result files, or one is a git revision, which stands for the other's path as committed
 there; what exists as a file is a file. A row regresses in one of three ways. Broken: it was ok and is not any more.
@@ -36,7 +36,7 @@ HELP = "compare two result files, or one with what was committed; regressions en
 REGRESSION, IMPROVEMENT, NOTE = "regression", "improvement", "note"
 _GROWTH = 0.01
 
-# Of the environment, what is printed where it differs; the commit is in the heading.
+# Parts of the environment that are printed where they differ; the commit is in the heading.
 _MATTERS: tuple[str, ...] = ("command", "device", "device_name", "gpu", "cpu", "cpu_count", "threads")
 _MATTERS += ("python", "packages", "flags", "variables")
 
@@ -51,13 +51,13 @@ class Side(NamedTuple):
     noise: float
 
     def without(self, other: Side) -> list[tuple[str, Measured]]:
-        """The rows that the other lacks."""
+        """The rows that the other run does not have."""
         return [named for key, named in self.rows.items() if key not in other.rows]
 
 
 @dataclass
 class Pair:
-    """One row of both runs: what is compared of it, and what was found, each with its verdict."""
+    """One row of both runs: its times, and the findings, each with its verdict."""
 
     case: str
     mode: str
@@ -75,7 +75,7 @@ class Pair:
 
     @property
     def shift(self) -> float:
-        """How far the slower median lies above the faster one, relative; 0 unless both were measured."""
+        """The distance of the slower median from the faster one, relative; 0 unless both were measured."""
         return max(self.speedup, 1 / self.speedup) - 1 if self.speedup else 0.0
 
     @property
@@ -86,7 +86,7 @@ class Pair:
 
     @property
     def unmeasured(self) -> bool:
-        """Whether it had no numbers and still has none."""
+        """True where it had no numbers and still has none."""
         return self.status[0] == self.status[1] != "ok"
 
 
@@ -197,7 +197,7 @@ def _mode(row: Measured) -> str:
     return row.mode if isinstance(row, LayerRow) else "step"
 
 
-# What rows are selected by: the options' names, and what each is of a row.
+# The options that select rows, and the value of each in a row.
 _FACETS: dict[str, Callable[[Measured], Any]] = {
     "layer": lambda row: row.case.layer if isinstance(row.case, Case) else row.case.model,
     "rank": lambda row: row.case.r,
@@ -221,7 +221,7 @@ def _pairs(before: Side, after: Side, by: str, threshold: float, floor: Sequence
 
 
 def _spread(row: Measured, other: Measured, by: str) -> Spread | None:
-    """What is compared of a row. Device time only where the other has it too."""
+    """The time of a row to compare: the device's only where the other row has it, too."""
     if row.ms is None or not (isinstance(row, LayerRow) and isinstance(other, LayerRow)):
         return row.ms
     if by == "ratio":
@@ -230,7 +230,7 @@ def _spread(row: Measured, other: Measured, by: str) -> Spread | None:
 
 
 def _judge(pair: Pair, old: Measured, new: Measured) -> None:
-    """Writes down what was found."""
+    """Compares status, time and memory, and keeps the findings."""
     if old.status != new.status:
         verdict = REGRESSION if old.status == "ok" else IMPROVEMENT if new.status == "ok" else NOTE
         pair.found.append((verdict, f"{old.status} → {new.status}" + (f": {new.reason}" if new.reason else "")))
@@ -260,7 +260,7 @@ def _speedups(pairs: Sequence[Pair]) -> dict[str, float]:
 
 
 def _write(args: argparse.Namespace, before: Side, after: Side, pairs: Sequence[Pair]) -> None:
-    """The comparison as JSON Lines: what was compared, a record a row, and the speed-up of each arm."""
+    """Writes the comparison as JSON Lines: its settings, a record per row, and the speed-up of each arm."""
     if args.json.resolve() in (Path(args.before).resolve(), Path(args.after).resolve()):
         raise StopError(2, f"--json {args.json} is one of the two that are compared: expected another path")
     header = {"before": before.name, "after": after.name, "by": args.by, "threshold": args.threshold}
@@ -301,7 +301,7 @@ def _table(pairs: Sequence[Pair], by: str) -> list[str]:
 
 
 def _alone(which: str, side: Side, other: Side) -> list[str]:
-    """How many rows only one run has: by case where the other has nothing of it, else by arm."""
+    """Counts the rows of one run alone: by case where the other has nothing of it, else by arm."""
     common = {case for case, _ in other.rows.values()}
     names = Counter(row.arm if case in common else case for case, row in side.without(other))
     named = [f"{name} ({count})" for name, count in names.items()]
@@ -313,7 +313,7 @@ def _first(names: Sequence[str], most: int) -> str:
 
 
 def _drift(floor: Sequence[Pair], by: str) -> list[str]:
-    """A word where the floor moved: no kernel of ours is in it, so it was the machine, or torch."""
+    """A remark where the floor moved: it has no kernel of ours, so the machine changed, or torch."""
     moved = sum(pair.shift > pair.band for pair in floor)
     if not moved:
         return []
