@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -28,8 +27,8 @@ class NotMeasuredError(Exception):
     """A claim that cannot be examined here; the message gives the reason."""
 
 
-class Scale(NamedTuple):
-    """The sizes of the measured claims.
+class Lab(NamedTuple):
+    """The device on which claims are measured, and the sizes.
 
     Attributes:
         model: the decoder that is stored, loaded, switched and given an optimiser; a name of DECODERS.
@@ -39,6 +38,7 @@ class Scale(NamedTuple):
         inputs: (batch, sequence) of the layers whose latency is measured, ``width`` their width.
     """
 
+    device: torch.device
     model: str
     trained: str
     batch: int
@@ -47,13 +47,6 @@ class Scale(NamedTuple):
     seconds: float
     inputs: tuple[tuple[int, int], ...] = ((32, 512), (16, 256), (1, 128))
     width: int = 1024
-
-
-class Lab(NamedTuple):
-    """The device on which claims are measured, and their sizes."""
-
-    device: torch.device
-    scale: Scale
 
     @property
     def dtype(self) -> torch.dtype:
@@ -69,8 +62,7 @@ class Finding(NamedTuple):
     note: str
 
 
-@dataclass(frozen=True)
-class Claim:
+class Claim(NamedTuple):
     """One claim: the fields of its row that the paper fills, and the function that finds the others.
 
     ``find`` raises :class:`NotMeasuredError` where it cannot be examined here.

@@ -9,25 +9,28 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
+
 from ..cases import Profile
 from ..measure import runner
 from ..measure.runner import Doing
 from ..records.rows import ClaimRow
 from . import computed, measured
-from .claims import DIFFERS, ERROR, HOLDS, MEASURED, NOT_MEASURED, Claim, Lab, Scale
+from .claims import DIFFERS, ERROR, HOLDS, MEASURED, NOT_MEASURED, Claim, Lab
 
 HELP = "check the claims of the LoRA paper, computed or measured here"
 
 CLAIMS: dict[str, Claim] = {claim.name: claim for part in (computed, measured) for claim in part.CLAIMS}
 
-SCALES = {
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+LABS = {
     "cpu": {
-        "quick": Scale("gpt2", "small", batch=4, sequence=64, rounds=51, seconds=3.0),
-        "full": Scale("gpt2-medium", "gpt2", batch=4, sequence=256, rounds=51, seconds=60.0),
+        "quick": Lab(CPU, "gpt2", "small", batch=4, sequence=64, rounds=51, seconds=3.0),
+        "full": Lab(CPU, "gpt2-medium", "gpt2", batch=4, sequence=256, rounds=51, seconds=60.0),
     },
     "cuda": {
-        "quick": Scale("gpt2-medium", "gpt2-medium", batch=8, sequence=512, rounds=31, seconds=10.0),
-        "full": Scale("gpt2-xl", "gpt2-large", batch=8, sequence=1024, rounds=51, seconds=30.0),
+        "quick": Lab(CUDA, "gpt2-medium", "gpt2-medium", batch=8, sequence=512, rounds=31, seconds=10.0),
+        "full": Lab(CUDA, "gpt2-xl", "gpt2-large", batch=8, sequence=1024, rounds=51, seconds=30.0),
     },
 }
 
@@ -46,12 +49,12 @@ class ClaimCase(NamedTuple):
         return self.claim
 
 
-def _profile(scale: Scale) -> Profile[ClaimCase]:
-    about = f"every claim, measured on {scale.model}, training on {scale.trained}"
-    return Profile(about, scale.rounds, scale.seconds, ClaimCase, ({"claim": tuple(CLAIMS)},))
+def _profile(lab: Lab) -> Profile[ClaimCase]:
+    about = f"every claim, measured on {lab.model}, training on {lab.trained}"
+    return Profile(about, lab.rounds, lab.seconds, ClaimCase, ({"claim": tuple(CLAIMS)},))
 
 
-PROFILES = {device: {name: _profile(scale) for name, scale in scales.items()} for device, scales in SCALES.items()}
+PROFILES = {device: {name: _profile(lab) for name, lab in labs.items()} for device, labs in LABS.items()}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,9 +71,8 @@ def run(args: argparse.Namespace) -> int:
         print(runner.listing(PROFILES, {"claims": claims}))
         return 0
     job = runner.start("paper", args, PROFILES, {"claim": args.claim}, {}, whole=True)
-    scale = SCALES[job.device.type][args.profile]
-    job.settings["scale"] = str(scale)
-    lab = Lab(job.device, scale)
+    lab = LABS[job.device.type][args.profile]
+    job.settings["lab"] = str(lab)
 
     def case_rows(case: ClaimCase, before: Sequence[ClaimRow], doing: Doing) -> list[ClaimRow]:
         return [CLAIMS[case.claim].examine(lab)]

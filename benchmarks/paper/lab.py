@@ -56,7 +56,7 @@ def require_ok(errors: Mapping[str, Errors]) -> None:
 def interleaved(contenders: Mapping[str, Work], lab: Lab) -> dict[str, Spread]:
     """Wall time of each contender."""
     subjects = {name: Subject(partial(_same, work)) for name, work in contenders.items()}
-    compete(list(subjects.values()), Clock(lab.device), lab.scale.rounds, lab.scale.seconds, warm_up=1)
+    compete(list(subjects.values()), Clock(lab.device), lab.rounds, lab.seconds, warm_up=1)
     return {name: Spread.of(subject.wall) for name, subject in subjects.items()}
 
 

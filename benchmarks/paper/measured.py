@@ -30,7 +30,7 @@ TABLE_1 = {(32, 512): (1449.4, 1482.0, 1492.2), (16, 256): (338.0, 354.8, 366.3)
 
 
 def _latency(lab: Lab) -> Finding:
-    width = lab.scale.width
+    width = lab.width
     linear = nn.Linear(width, width, device=lab.device, dtype=lab.dtype)
     # Each has a weight of its own: one that several share would lie warmer in the caches.
     again, *bases = (copy.deepcopy(linear) for _ in range(3))
@@ -41,7 +41,7 @@ def _latency(lab: Lab) -> Finding:
     layers = {"bare": linear, "again": again, "merged": merged, "unmerged": unmerged}
     ours, notes, holds = [], [], True
     with torch.inference_mode():
-        for batch, sequence in lab.scale.inputs:
+        for batch, sequence in lab.inputs:
             x = torch.randn(batch, sequence, width, device=lab.device, dtype=lab.dtype)
             ms = interleaved({name: partial(layer, x) for name, layer in layers.items()}, lab)
             over = {name: f"{spread.p50 / ms['bare'].p50 - 1:+.1%}" for name, spread in ms.items()}
@@ -102,7 +102,7 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _switching(lab: Lab) -> Finding:
-    name = lab.scale.model
+    name = lab.model
     whole = decoder(lab, name, torch.float16)
     merged, unmerged = (decoder(lab, name, torch.float16, RANK) for _ in range(2))
     layers = [layer.merge() for layer in merged.modules() if isinstance(layer, fastlora.LoRALinear)]
@@ -136,7 +136,7 @@ def switch(model: Decoder, files: Sequence[Path]) -> Work:
 
 
 def _checkpoint(lab: Lab) -> Finding:
-    model = decoder(lab, lab.scale.model, torch.float16)
+    model = decoder(lab, lab.model, torch.float16)
     numbers = count(model.parameters())
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder, "whole.pt"), Path(folder, "adapter.pt")
@@ -145,11 +145,11 @@ def _checkpoint(lab: Lab) -> Finding:
         torch.save(trained_state(model), files[1])
         whole, adapter = (file.stat().st_size for file in files)
     each = adapter / count(trained_parameters(model))
-    ratios = (f"{3 * DECODERS[name].width / RANK:,.0f} for {name}" for name in (lab.scale.model, "gpt3"))
+    ratios = (f"{3 * DECODERS[name].width / RANK:,.0f} for {name}" for name in (lab.model, "gpt3"))
     return Finding(
         f"{each:.2f} bytes a parameter: {adapter / 1e6:.2f} MB of {whole / 1e6:,.1f} MB",
         round(each) == 2,
-        f"{lab.scale.model} ({numbers / 1e6:,.0f}M) in fp16, r = {RANK}, both written by torch.save: "
+        f"{lab.model} ({numbers / 1e6:,.0f}M) in fp16, r = {RANK}, both written by torch.save: "
         f"{whole / adapter:,.0f}× smaller. Embeddings aside that factor is 3 · d / r, so it grows with the model: "
         f"{', '.join(ratios)}.",
     )
@@ -171,7 +171,7 @@ def training_step(model: Decoder, batch: int, sequence: int) -> tuple[Work, torc
 def _memory(lab: Lab) -> Finding:
     held: dict[str, list[int]] = {}
     for name, r in (("full fine-tuning", None), ("LoRA", RANK)):
-        model = decoder(lab, lab.scale.model, torch.float32, r)
+        model = decoder(lab, lab.model, torch.float32, r)
         step, optimizer = training_step(model, 1, 16)
         step()
         moments = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
@@ -182,25 +182,25 @@ def _memory(lab: Lab) -> Finding:
     return Finding(
         f"{full / 1e6:,.0f} MB → {lora / 1e6:,.0f} MB, {full / lora:.2f}×",
         full >= 3 * lora,
-        f"{lab.scale.model} in fp32 after one step of AdamW, r = {RANK}; weights + gradients + optimiser: "
+        f"{lab.model} in fp32 after one step of AdamW, r = {RANK}; weights + gradients + optimiser: "
         f"{', '.join(parts)}. Activations come on top of both.",
     )
 
 
 def _throughput(lab: Lab) -> Finding:
-    scale, sizes = lab.scale, (lab.scale.batch, lab.scale.sequence)
-    full = decoder(lab, scale.trained, lab.dtype)
+    sizes, tokens = (lab.batch, lab.sequence), lab.batch * lab.sequence
+    full = decoder(lab, lab.trained, lab.dtype)
     lora = copy.deepcopy(full)
     adapt(lora, RANK)
-    require_accurate(lab, full.shape.width, scale.batch * scale.sequence)
+    require_accurate(lab, full.shape.width, tokens)
     ms = interleaved({"full": training_step(full, *sizes)[0], "lora": training_step(lora, *sizes)[0]}, lab)
-    before, after = (1e3 * scale.batch * scale.sequence / ms[name].p50 for name in ("full", "lora"))
+    before, after = (1e3 * tokens / ms[name].p50 for name in ("full", "lora"))
     saved, stated = (1 - slow / fast for slow, fast in ((before, after), FOOTNOTE_5))
     compared = "at least" if saved >= stated else "the same direction, but less than" if saved > 0 else "not faster:"
     return Finding(
         f"{before:,.0f} → {after:,.0f} tokens/s: {after / before - 1:+.1%} tokens/s, {-saved:+.1%} time",
         saved >= stated,
-        f"{scale.trained} ({count(full.parameters()) / 1e6:,.0f}M), batch {scale.batch} × {scale.sequence}, "
+        f"{lab.trained} ({count(full.parameters()) / 1e6:,.0f}M), batch {lab.batch} × {lab.sequence}, "
         f"{lab.dtype}, r = {RANK}, AdamW. Full fine-tuning {milliseconds(ms['full'])} a step, fastlora "
         f"{milliseconds(ms['lora'])}: {compared} the paper's {-stated:+.1%}. That is of GPT-3 over many V100s: another "
         f"figure here does not refute it. By products alone it is {-1 / 3:+.1%}, two for a frozen weight against three "

@@ -13,14 +13,14 @@ from benchmarks.__main__ import main
 from benchmarks.measure.memory import allocation
 from benchmarks.paper import command as paper
 from benchmarks.paper import computed, measured, models
-from benchmarks.paper.claims import DIFFERS, ERROR, HOLDS, MEASURED, NOT_MEASURED, Claim, Finding, Lab, Scale, printed
+from benchmarks.paper.claims import DIFFERS, ERROR, HOLDS, MEASURED, NOT_MEASURED, Claim, Finding, Lab, printed
 from benchmarks.paper.computed import counted
 from benchmarks.paper.models import DECODERS, Decoder, adapt, build, count
 from benchmarks.records.files import read
 from benchmarks.records.rows import ClaimRow, from_json
 
 CPU = torch.device("cpu")
-TINY = Lab(CPU, Scale("tiny", "tiny", batch=2, sequence=8, rounds=2, seconds=0.0, inputs=((2, 3), (1, 128)), width=32))
+TINY = Lab(CPU, "tiny", "tiny", batch=2, sequence=8, rounds=2, seconds=0.0, inputs=((2, 3), (1, 128)), width=32)
 NEEDS_TRANSFORMERS = {"formula"} | {name for name in paper.CLAIMS if "berta" in name}
 
 
