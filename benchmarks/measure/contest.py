@@ -75,7 +75,7 @@ def compete(
     again = replace(subjects[0], wall=[], device=[])
     everyone = [*subjects, again] if again.row else subjects
     numbers = itertools.count()
-    for subject in everyone:
+    for subject in everyone if warm_up else ():
         subject.sample(clock, numbers, warm_up)
         subject.wall.clear()
     torch.manual_seed(0)
