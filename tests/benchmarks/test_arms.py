@@ -17,6 +17,7 @@ from benchmarks.layers.case import run_case
 from benchmarks.layers.operands import make_operands
 from benchmarks.measure.clocks import Clock
 from benchmarks.measure.failures import AbsentError
+from benchmarks.records import plots
 
 pytestmark = pytest.mark.usefixtures("no_interpreter")
 
@@ -132,6 +133,11 @@ def run(*names, layer="gpt2.proj", m=24, r=4, dtype="fp32", dropout=0.0, modes=(
 
 def outcome(row):
     return (row.status, row.reason)
+
+
+def test_every_arm_has_a_mark_of_its_own_in_pictures():
+    marks = [plots._STYLES[name] for name in arms() if name != FLOOR]
+    assert len({(mark.colour, mark.marker) for mark in marks}) == len(marks)
 
 
 def test_the_floor_is_first_and_fastlora_last():
