@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 import fastlora
-from fastlora.backends import cuda, triton
-from fastlora.backends.dropout import Dropout, draw_seed
+from fastlora.backends import dispatch
 
 from ..cases import Case
 from ..measure.failures import AbsentError
@@ -24,10 +23,7 @@ from ..records.environment import variables_set
 from .operands import Operands
 
 # The package's kernels: each may be forced.
-KERNELS = ("library", "triton-portable", "triton-serial", "cuda-serial", "cuda-z_jobs")
-
-# FASTLORA_CUDA_DESIGN has another name for this one.
-_DESIGNS = {"z_jobs": "one_launch"}
+KERNELS = tuple(kernel.name for kernel in dispatch.KERNELS["lora_matmul"] if kernel.name != "reference")
 
 Require = Callable[[torch.device], object]
 
@@ -100,13 +96,8 @@ class LayerArm(Arm):
 
 
 def forcing(kernel: str | None) -> dict[str, str | None]:
-    """The environment variables that make fastlora run this kernel, or choose by itself; None unsets."""
-    backend, _, design = (kernel or "auto").partition("-")
-    variables: dict[str, str | None] = {"FASTLORA_BACKEND": backend}
-    variables |= {"FASTLORA_TRITON_DESIGN": None, "FASTLORA_CUDA_DESIGN": None}
-    if design:
-        variables[f"FASTLORA_{backend.upper()}_DESIGN"] = _DESIGNS.get(design, design)
-    return variables
+    """The environment variables that make fastlora run this kernel, or choose by itself."""
+    return {"FASTLORA_BACKEND": kernel or "auto"}
 
 
 class Choice(NamedTuple):
@@ -120,20 +111,9 @@ class Choice(NamedTuple):
 def choice(x: Tensor, w: Tensor, a: Tensor, b: Tensor, *, bias: Tensor | None = None, dropout_p: float = 0.0) -> Choice:
     """Asks fastlora about a call in the present environment."""
     explanation = fastlora.explain(x, w, a, b, bias=bias, dropout_p=dropout_p)
-    chosen = explanation.chosen
-    if chosen is None:
+    if explanation.chosen is None:
         return Choice(None, refusal=dict(explanation.verdicts)[os.environ["FASTLORA_BACKEND"]])
-    if chosen == "cuda":
-        design = cuda.design()
-        return Choice(f"cuda-{next((ours for ours, theirs in _DESIGNS.items() if theirs == design), design)}")
-    if chosen == "triton":
-        dropout = Dropout(dropout_p, draw_seed(x.device)) if dropout_p else None
-        try:
-            design, _, tile = triton.plan(x.detach(), w, a.detach(), b.detach(), dropout=dropout).partition(" ")
-        except RuntimeError as refusal:
-            return Choice(None, refusal=str(refusal))
-        return Choice(f"triton-{design}", tile)
-    return Choice(chosen)
+    return Choice(explanation.chosen, explanation.tile)
 
 
 def refusal(dtype: torch.dtype, device: torch.device) -> str | None:

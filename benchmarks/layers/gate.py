@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fastlora.accuracy import Errors, compare, oracle_step, reference_step
-from fastlora.backends.dropout import Dropout, draw_seed
+from fastlora.backends.dropout import draw_seed
+from fastlora.backends.request import Product
 
 from ..cases import Case
 from .arm import Built, LayerArm

@@ -15,6 +15,6 @@ def no_interpreter():
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRITON_INTERPRET", raising=False)
-        dispatch._choose.cache_clear()
+        dispatch.forget()
         yield
-    dispatch._choose.cache_clear()
+    dispatch.forget()
