@@ -131,12 +131,15 @@ class Kernel(NamedTuple):
         refuses: the reason why it cannot run a request, or None.
         run: the verb.
         tile: the tile it would take for a product, in words; None where it has none of its own.
+        gradients: dx, da and db in one call, for eager code, from a product (with x [M, K]), dy [M, N] and z: bit for
+            bit what the two verbs give, for less. None where the verbs are called.
     """
 
     name: str
     refuses: Callable[[Request], str | None]
     run: Callable[..., Any]
     tile: Callable[[Product], str] | None = None
+    gradients: Callable[[Product, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None
 
 
 def runs_anything(request: Request) -> str | None:
