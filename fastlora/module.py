@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .mergeable import Mergeable, Update, check_rank_and_dropout, scale_of, start_adapter, start_linear
+from .mergeable import Mergeable, Update, check_rank_and_dropout, parameter_of, scale_of, start_adapter, start_linear
 from .ops import dtensor
 from .ops.linear import lora_linear
 
@@ -142,11 +142,11 @@ class LoRALinear(Mergeable):
             return F.linear(x, self.weight, self.bias)
         return lora_linear(
             x,
-            self.weight,
-            self.lora_A,
-            self.lora_B,
+            parameter_of(self, "weight"),
+            parameter_of(self, "lora_A"),
+            parameter_of(self, "lora_B"),
             scale=self.scale,
-            bias=self.bias,
+            bias=parameter_of(self, "bias"),
             dropout_p=self.lora_dropout,
             training=self.training,
         )

@@ -106,15 +106,20 @@ def replace_kernel(monkeypatch: pytest.MonkeyPatch, name: str, **fields: Any) ->
 
 
 def count_runs(monkeypatch: pytest.MonkeyPatch, name: str) -> list[torch.Size]:
-    """The shape of x in each call of ``lora_matmul`` that a kernel runs from now on, compiled calls included."""
+    """The shape of x in each product that a kernel runs from now on, compiled calls included; dy's in a backward."""
     shapes: list[torch.Size] = []
-    run = kernel_named(name).run
+    kernel = kernel_named(name)
 
     def noted(product: Product) -> object:
         shapes.append(product.x.shape)
-        return run(product)
+        return kernel.run(product)
 
-    replace_kernel(monkeypatch, name, run=noted)
+    def noted_gradients(product: Product, dy: Tensor, z: Tensor) -> object:
+        assert kernel.gradients is not None
+        shapes.append(dy.shape)
+        return kernel.gradients(product, dy, z)
+
+    replace_kernel(monkeypatch, name, run=noted, gradients=kernel.gradients and noted_gradients)
     return shapes
 
 

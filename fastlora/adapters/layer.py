@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..mergeable import Mergeable, Update
+from ..mergeable import Mergeable, Update, parameter_of
 from ..ops.linear import lora_linear
 from ..text import dtype_name
 from .matching import is_conv1d
@@ -54,13 +54,14 @@ class AdaptedLinear(Mergeable, nn.Linear):
             return self._base(x, base)
         if self.merged:
             return self._base(x, self.weight)
+        weight = parameter_of(self, "weight")
         return lora_linear(
             x,
-            self.weight.T if self.fan_in_fan_out else self.weight,
-            self.lora_A[name],
-            self.lora_B[name],
+            weight.T if self.fan_in_fan_out else weight,
+            parameter_of(self._modules["lora_A"], name),  # type: ignore[arg-type]
+            parameter_of(self._modules["lora_B"], name),  # type: ignore[arg-type]
             scale=self.scale[name],
-            bias=self.bias,
+            bias=parameter_of(self, "bias"),
             dropout_p=self.lora_dropout[name],
             training=self.training,
         )

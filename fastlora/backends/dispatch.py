@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -59,8 +60,9 @@ def lora_matmul(p: Product) -> tuple[Tensor | None, Tensor]:
     Raises:
         RuntimeError: ``FASTLORA_BACKEND`` names an unknown kernel, or one that refuses.
     """
-    run = _choose(Request.of_lora_matmul(p), _forced()).run
-    result: tuple[Tensor | None, Tensor] = run(p)
+    simple = p.x.is_cpu and _environment.get(_NAME, _AUTO) == _AUTO
+    kernel = _on_a_cpu("lora_matmul") if simple else _choose(Request.of_lora_matmul(p), _forced())
+    result: tuple[Tensor | None, Tensor] = kernel.run(p)
     return result
 
 
@@ -70,9 +72,23 @@ def rank_grad(p: Tensor, q: Tensor, dtype: torch.dtype, dropout: Dropout | None)
     Raises:
         RuntimeError: ``FASTLORA_BACKEND`` names an unknown kernel, or one that refuses.
     """
-    run = _choose(Request.of_rank_grad(p, q, dtype, dropout is not None), _forced()).run
-    grad: Tensor = run(p, q, dtype=dtype, dropout=dropout)
+    simple = q.is_cpu and _environment.get(_NAME, _AUTO) == _AUTO
+    kernel = (
+        _on_a_cpu("rank_grad") if simple else _choose(Request.of_rank_grad(p, q, dtype, dropout is not None), _forced())
+    )
+    grad: Tensor = kernel.run(p, q, dtype=dtype, dropout=dropout)
     return grad
+
+
+def gradients_of(dy: Tensor) -> Callable[[Product, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None:
+    """The kernel's own dx, da and db in one call, or None where they are to be made by the two verbs."""
+    return _on_a_cpu("lora_matmul").gradients if dy.is_cpu and _environment.get(_NAME, _AUTO) == _AUTO else None
+
+
+@functools.cache
+def _on_a_cpu(verb: str) -> Kernel:
+    """What ``auto`` takes on a CPU, whatever the call: the kernels before it are kept for GPUs."""
+    return next(kernel for kernel in KERNELS[verb] if kernel.name == "library")
 
 
 def explain(p: Product) -> Explanation:
@@ -87,6 +103,12 @@ def explain(p: Product) -> Explanation:
 def forget() -> None:
     """Lets every choice be made anew."""
     _choose.cache_clear()
+    _on_a_cpu.cache_clear()
+
+
+# os.environ encodes the name in each look and raises inside where it is not set, half a microsecond; this is its dict.
+_environment = os.environ._data  # type: ignore[attr-defined]
+_NAME, _AUTO = os.environ.encodekey("FASTLORA_BACKEND"), os.environ.encodevalue("auto")
 
 
 def _forced() -> str:

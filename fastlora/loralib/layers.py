@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..mergeable import Update, start_adapter, start_linear
+from ..mergeable import Update, parameter_of, start_adapter, start_linear
 from ..ops.linear import lora_linear
 from .base import MergingLayer
 
@@ -29,11 +29,13 @@ class _LinearLayer(MergingLayer, nn.Linear):
 
     @property
     def _weight_nk(self) -> Tensor:
-        return self.weight.T if self.fan_in_fan_out else self.weight
+        weight: Tensor = parameter_of(self, "weight")
+        return weight.T if self.fan_in_fan_out else weight
 
     def _b(self) -> Tensor:
         """The up projection as one matrix [N, R]."""
-        return self.lora_B
+        b: Tensor = parameter_of(self, "lora_B")
+        return b
 
     def reset_parameters(self) -> None:
         """Starts anew: the base as ``nn.Linear`` does, A Kaiming-uniform, B zero; a merged layer is unmerged first."""
@@ -52,10 +54,10 @@ class _LinearLayer(MergingLayer, nn.Linear):
         return lora_linear(
             x,
             self._weight_nk,
-            self.lora_A,
+            parameter_of(self, "lora_A"),
             self._b(),
             scale=self.scaling,
-            bias=self.bias,
+            bias=parameter_of(self, "bias"),
             dropout_p=self._dropout_p,
         )
 

@@ -11,6 +11,7 @@ them costs eager code less than operators with registered autograd.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from ..backends import dispatch
 from ..backends.dropout import Dropout
 from ..backends.request import Product, new_middle
+from .eager import is_eager
 
 _ops = torch.library.Library("fastlora", "FRAGMENT")
 _ops.define(
@@ -58,21 +60,69 @@ rank_grad_op = torch.ops.fastlora.rank_grad.default
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
 
-def multiply(product: Product) -> Tensor:
-    """y [..., N] of a product of plain tensors whose x is [..., K]."""
+def multiply(p: Product, eager: bool = False) -> Tensor:
+    """y [..., N] of a product of plain tensors whose x is [..., K]; ``eager`` where :func:`is_eager` holds."""
     if not torch.is_grad_enabled():
-        return _unrows(lora_matmul_op(*_by_rows(product))[0], product.x)
-    y: Tensor = _LoRALinear.apply(*product)  # type: ignore[no-untyped-call]
+        rows = _by_rows(p)
+        return _unrows((dispatch.lora_matmul(rows) if eager else lora_matmul_op(*rows))[0], p.x)
+    y: Tensor
+    if eager:
+        y = _apply_eagerly(p.x, p.w, p.a, p.b, p.bias, p)
+    else:
+        y = _Traced.apply(p.x, p.w, p.a, p.b, p.bias, p.scale, p.dropout_p, p.seed)  # type: ignore[no-untyped-call]
     return y
 
 
-class _LoRALinear(torch.autograd.Function):
-    """The chain rule in the module docstring, computing only what ``needs_input_grad`` asks for."""
+# dx, dw, da, db and dbias, and nothing for the argument after them.
+Gradients = tuple["Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None", None]
+
+
+class _Eager(torch.autograd.Function):
+    """The chain rule in the module docstring on the kernels themselves, for code that nobody traces."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, p: Product) -> Tensor:
+        flat = x.dim() == 2
+        y_mn, z_mr = dispatch.lora_matmul(p if flat else _by_rows(p))
+        _save(ctx, p, z_mr)
+        return y_mn if flat else _unrows(y_mn, x)  # type: ignore[return-value]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Gradients:
+        # once_differentiable costs two microseconds, and has nothing to do where no graph is being made.
+        return (_gradients_once if torch.is_grad_enabled() else _gradients)(ctx, dy)
+
+
+# Function.apply without its look for functorch, which is_eager has taken: three microseconds.
+_apply_eagerly: Callable[..., Tensor] = super(torch.autograd.Function, _Eager).apply
+
+
+class _Traced(torch.autograd.Function):
+    """The same on the operators, which torch.compile and dispatch modes see."""
 
     @staticmethod
     def forward(ctx: Any, *operands: Any) -> Tensor:
-        p = Product(*operands)
+        x, w, a, b, bias, scale, dropout_p, seed = operands
+        p = Product(x, w, a, b, scale, bias, dropout_p, seed)
         y_mn, z_mr = lora_matmul_op(*_by_rows(p))
+        _save(ctx, p, z_mr)
+        return _unrows(y_mn, x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return (*_gradients(ctx, dy), None, None)
+
+
+# What a layer trains: x, a and b, the base frozen, with or without its bias.
+_USUAL = ((True, False, True, True, False), (True, False, True, True, True))
+
+
+def _save(ctx: Any, p: Product, z_mr: Tensor) -> None:
+    """Keeps for the backward what ``needs_input_grad`` asks for, and nothing else."""
+    if ctx.needs_input_grad[:5] in _USUAL:
+        ctx.save_for_backward(p.x, p.w, p.a, p.b, z_mr, p.seed)
+    else:
         need_x, need_w, need_a, need_b = ctx.needs_input_grad[:4]
         ctx.save_for_backward(
             p.x if need_a or need_w else None,
@@ -82,40 +132,55 @@ class _LoRALinear(torch.autograd.Function):
             z_mr if need_b else None,
             p.seed,
         )
-        ctx.scale, ctx.dropout_p = p.scale, p.dropout_p
-        ctx.x_shape, ctx.adapter_dtype = p.x.shape, p.a.dtype
-        return _unrows(y_mn, p.x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_autocast_enabled(dy.device.type):
-            # The operands got their dtypes in the forward; autocast would change some of them and not others.
-            with torch.autocast(dy.device.type, enabled=False):
-                return _gradients(ctx, dy)
-        return _gradients(ctx, dy)
+    ctx.constants = p.scale, p.dropout_p, p.a.dtype, p.x.shape
 
 
-def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """One gradient for each field of Product."""
-    x, w, a, b, z_mr, seed = ctx.saved_tensors
-    need_x, need_w, need_a, need_b, _, need_bias = ctx.needs_input_grad[:6]
-    dx = dw = da = db = dbias = None
+def _gradients(ctx: Any, dy: Tensor) -> Gradients:
+    """The gradients that ``needs_input_grad`` asks for."""
+    device_type = "cpu" if dy.is_cpu else dy.device.type
+    if torch.is_autocast_enabled(device_type):
+        # The operands got their dtypes in the forward; autocast would change some of them and not others.
+        with torch.autocast(device_type, enabled=False):
+            return _gradients(ctx, dy)
     dy_mn = rows_of(dy)
+    eager = is_eager()
+    needs = ctx.needs_input_grad[:5]
+    if eager and needs in _USUAL and (gradients := dispatch.gradients_of(dy)) is not None:
+        x, w, a, b, z_mr, seed = ctx.saved_tensors
+        scale, dropout_p, _, x_shape = ctx.constants
+        dx, da, db = gradients(Product(rows_of(x), w, a, b, scale, None, dropout_p, seed), dy_mn, z_mr)
+        return (
+            dx if dx.dim() == len(x_shape) else dx.view(x_shape),
+            None,
+            da,
+            db,
+            dy_mn.sum(0) if needs[4] else None,
+            None,
+        )
+    return _gradients_by_the_verbs(ctx, dy_mn, eager)
+
+
+def _gradients_by_the_verbs(ctx: Any, dy_mn: Tensor, eager: bool) -> Gradients:
+    x, w, a, b, z_mr, seed = ctx.saved_tensors
+    scale, dropout_p, adapter_dtype, x_shape = ctx.constants
+    need_x, need_w, need_a, need_b, need_bias = ctx.needs_input_grad[:5]
+    rank_grad = _rank_grad if eager else rank_grad_op
+    dx = dw = da = db = None
     if need_x or need_a:
         # The forward's verb with the operands turned; without need_x only its rank-R middle is made.
-        turned = Product(dy_mn, w.T if need_x else None, b.T, a.T, ctx.scale, None, ctx.dropout_p, seed, True)
-        dx_mk, t_mr = lora_matmul_op(*turned)
-        dx = dx_mk.view(ctx.x_shape) if need_x else None
+        turned = Product(dy_mn, w.T if need_x else None, b.T, a.T, scale, None, dropout_p, seed, True)
+        dx_mk, t_mr = dispatch.lora_matmul(turned) if eager else lora_matmul_op(*turned)
+        dx = dx_mk.view(x_shape) if need_x and dx_mk is not None else None
     if need_a:
-        da = rank_grad_op(t_mr, rows_of(x), ctx.adapter_dtype, ctx.dropout_p, seed)
+        da = rank_grad(t_mr, rows_of(x), adapter_dtype, dropout_p, seed)
     if need_b:
-        db = rank_grad_op(dy_mn, z_mr, ctx.adapter_dtype, 0.0, None)
+        db = rank_grad(dy_mn, z_mr, adapter_dtype, 0.0, None)
     if need_w:
         dw = torch.mm(dy_mn.T, rows_of(x))
-    if need_bias:
-        dbias = dy_mn.sum(0)
-    return dx, dw, da, db, None, dbias, None, None, None
+    return dx, dw, da, db, dy_mn.sum(0) if need_bias else None, None
+
+
+_gradients_once = once_differentiable(_gradients)
 
 
 def _by_rows(p: Product) -> Product:
@@ -130,10 +195,11 @@ def rows_of(x: Tensor) -> Tensor:
     return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
 
 
-def _unrows(y_mn: Tensor, x: Tensor) -> Tensor:
+def _unrows(y_mn: Any, x: Tensor) -> Tensor:
     """[M, N] with the leading dimensions of x."""
     if x.dim() == 2:
-        return y_mn
+        rows: Tensor = y_mn
+        return rows
     # Not y_mn.view: autograd forbids in-place operations on a view that a custom Function returns.
     y: Tensor = _unsafe_view(y_mn, [*x.shape[:-1], y_mn.shape[1]])
     return y

@@ -6,7 +6,7 @@ import numbers
 from typing import NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..backends import dispatch
 from ..backends.dispatch import Explanation
@@ -14,6 +14,7 @@ from ..backends.dropout import draw_seed
 from ..backends.request import Product
 from ..text import dtype_name
 from . import autograd, dtensor
+from .eager import is_eager
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -55,10 +56,16 @@ def lora_linear(
 
     Source: Hu et al., 2021, https://arxiv.org/abs/2106.09685, equation (3).
     """
-    product = _checked(x, weight, lora_a, lora_b, scale, bias, dropout_p)
+    eager = is_eager()
+    product = _known(x, weight, lora_a, lora_b, scale, bias, dropout_p) if eager else None
+    known = product is not None
+    if product is None:
+        product = _checked(x, weight, lora_a, lora_b, scale, bias, dropout_p)
     if training and dropout_p > 0:
         product = product._replace(seed=draw_seed(product.x.device))
-    return dtensor.multiply(product) if dtensor.is_sharded(product.x) else autograd.multiply(product)
+    if not known and dtensor.is_sharded(product.x):
+        return dtensor.multiply(product)
+    return autograd.multiply(product, eager)
 
 
 def explain(
@@ -87,6 +94,43 @@ def explain(
         )
     seed = torch.zeros(2, dtype=torch.int64, device=x.device) if training and dropout_p > 0 else None
     return dispatch.explain(product._replace(x=autograd.rows_of(product.x), seed=seed))
+
+
+# Signatures of calls of plain tensors that have passed the checks.
+_passed: set[tuple[object, ...]] = set()
+_MOST_PASSED = 4096
+_PLAIN = frozenset({Tensor, nn.Parameter})
+
+
+def _known(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, bias: Tensor | None, dropout_p: float
+) -> Product | None:
+    """The call as a value where one of its signature has passed the checks before, else None."""
+    if type(scale) is not float or type(dropout_p) is not float or not 0 <= dropout_p < 1:
+        return None
+    try:
+        device_type = "cpu" if x.is_cpu else x.device.type
+        autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+        # Everything that the checks depend on.
+        signature = (
+            type(x), x.shape, x.dtype, x.device,
+            type(weight), weight.shape, weight.dtype, weight.device,
+            type(lora_a), lora_a.shape, lora_a.dtype, lora_a.device,
+            type(lora_b), lora_b.shape, lora_b.dtype, lora_b.device,
+            None if bias is None else (type(bias), bias.shape, bias.dtype, bias.device),
+            autocast,
+        )  # fmt: skip
+    except (AttributeError, RuntimeError):  # of something else than a tensor, or of one without a shape
+        return None
+    if signature not in _passed:
+        _checked(x, weight, lora_a, lora_b, scale, bias, dropout_p)
+        if not {type(x), type(weight), type(lora_a), type(lora_b), type(weight if bias is None else bias)} <= _PLAIN:
+            return None
+        if len(_passed) >= _MOST_PASSED:
+            _passed.clear()
+        _passed.add(signature)
+    product = Product(x, weight, lora_a, lora_b, scale, bias, dropout_p)
+    return product if autocast is None else _autocast(product)
 
 
 def _checked(

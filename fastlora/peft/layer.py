@@ -3,7 +3,8 @@
 Imports peft, so ``fastlora.peft`` imports this file inside its functions: ``import fastlora`` must not need peft.
 
 Every call is proven again, because the state that decides can change at any time (``merge_adapter``, hooks, ``to``).
-The proof costs a few microseconds, less than the four module calls that it saves.
+The proof costs a few microseconds, less than the four module calls that it saves. What shapes
+and dtypes prove, ``lora_linear`` remembers.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D as Conv1D
 
+from ..ops.eager import is_eager
 from ..ops.linear import lora_linear
 from ..text import dtype_name
 from . import calls
@@ -75,7 +77,7 @@ class FusedLoraLinear(lora.Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., K] → y [..., N], as ``peft.tuners.lora.Linear.forward``."""
-        proof = ARGUMENTS if args or kwargs else prove(self, x)
+        proof = ARGUMENTS if args or kwargs else _usual(self, x) or prove(self, x)
         if isinstance(proof, str):
             if torch.compiler.is_compiling():
                 _log_while_compiling(proof)
@@ -95,9 +97,75 @@ class StrictLoraLinear(FusedLoraLinear):
     strict_dtype = True
 
 
+def _usual(layer: FusedLoraLinear, x: Tensor) -> Proven | None:
+    """What :func:`prove` returns for one plain adapter, eager and without autocast; None for all else.
+
+    It looks at all that ``prove`` looks at, in one piece: a fifth of its time, and an eighth of a small step.
+    """
+    if (
+        layer._disable_adapters
+        or layer.merged_adapters
+        or not layer.cast_input_dtype_enabled
+        or len(names := layer._active_adapter) != 1
+        or type(names) is not list
+        or (name := names[0]) in layer.lora_variant
+        or type(x) not in _TENSORS
+        or x.is_nested
+        or x.is_meta
+        or not is_eager()
+        or _has_any_global_hook()
+        or forward_ad._current_level >= 0
+        or torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
+    ):
+        return None
+    # Submodules and parameters are read from their dictionaries: nn.Module.__getattr__ takes ten times as long.
+    modules: Any = layer._modules
+    base, dropout = modules["base_layer"], modules["lora_dropout"]._modules.get(name)
+    down, up = modules["lora_A"]._modules.get(name), modules["lora_B"]._modules.get(name)
+    if not (type(base) is type(down) is type(up) is nn.Linear):
+        return None
+    p = 0.0
+    if type(dropout) is nn.Dropout:
+        if dropout.inplace or not 0 <= dropout.p < 1:
+            return None
+        p = dropout.p if dropout.training else 0.0
+    elif type(dropout) is not nn.Identity:
+        return None
+    for module in (base, down, up, dropout):
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or "forward" in module.__dict__
+        ):
+            return None
+    weight: Any = base._parameters.get("weight")
+    bias: Any = base._parameters.get("bias")
+    a: Any = down._parameters.get("weight")
+    b: Any = up._parameters.get("weight")
+    strided = torch.strided
+    for t in (weight, a, b) if bias is None else (weight, a, b, bias):
+        if type(t) is not nn.Parameter or t.layout is not strided or hasattr(t, "ds_id"):
+            return None
+    dtype, scale = x.dtype, layer.scaling[name]
+    if (
+        type(scale) is not float
+        or x.layout is not strided
+        or weight.dtype is not dtype
+        or (bias is not None and bias.dtype is not dtype)
+        or a.dtype is not b.dtype
+        or (a.dtype is not dtype and (layer.strict_dtype or a.dtype is not torch.float32 or dtype not in _HALF))
+        or (dtype not in _HALF and dtype not in _WIDE)
+        or down._parameters.get("bias") is not None
+        or up._parameters.get("bias") is not None
+    ):
+        return None
+    return Proven(weight, bias, Adapter(a, b, scale, p))
+
+
 def prove(layer: FusedLoraLinear, x: Tensor) -> Proven | Reason:
     """Returns the operands of this call, or the reason why PEFT's own forward must run."""
-    # Submodules and parameters are read from their dictionaries: nn.Module.__getattr__ takes ten times as long.
     if layer.disable_adapters:
         return DISABLED
     if layer.merged:
