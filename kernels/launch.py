@@ -23,3 +23,12 @@ class Launch(NamedTuple):
 def strided(name: str, tensor: Tensor, axes: str) -> dict[str, Any]:
     """A kernel's arguments for one operand: ``strided("x", x, "mk")`` is x_ptr, stride_xm and stride_xk."""
     return {f"{name}_ptr": tensor} | {f"stride_{name}{axis}": tensor.stride(i) for i, axis in enumerate(axes)}
+
+
+def in_eights(*matrices: Tensor) -> bool:
+    """Whether all rows of the matrices may be read eight elements at a time.
+
+    Triton takes a size for a multiple of 16 or of nothing; told by this that it is one of 8, ``size // 8 * 8`` in a
+    kernel says so to the compiler, and rank 8 is read by vector loads as rank 16 is.
+    """
+    return not any(t.shape[1] % 8 or t.stride(0) % 8 or t.stride(1) != 1 for t in matrices)

@@ -1,8 +1,8 @@
 """rank_grad: g = pᵀ D(q), the gradient of an adapter; a tall-skinny reduction over the M tokens.
 
     wide, narrow = the wider and the narrower of p and q       wide [M, C], narrow [M, R]
-    for each block of C, block of R, split of M:
-        acc_rc = 0
+    for each block of R, block of C, split of M:
+        acc_rc = 0                                  two of them above 32 rows
         for m in split:  acc_rc += narrow_mrᵀ · D(wide_mc)
         partial[split] = acc_rc
     g = sum of partial over splits, in order
@@ -22,7 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch
+from . import ordered_sum
+from .launch import Launch, in_eights
+from .ordered_sum import Partial
 from .philox import Mask, keep_mask
 from .tiles import rank_grad_tile
 
@@ -49,52 +51,58 @@ def _rank_grad_kernel(
     stride_grad_s,
     stride_grad_r,
     stride_grad_c,
+    IN_EIGHTS: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    HALF_R: tl.constexpr,
 ):
-    first_c = tl.program_id(0) * BLOCK_C
-    first_m = tl.program_id(1) * tokens_per_split
+    if IN_EIGHTS:
+        R, stride_narrow_m = R // 8 * 8, stride_narrow_m // 8 * 8
+    # The blocks of R are neighbours, so that all but the first find the wide side in the L2 cache.
+    first_c = tl.program_id(1) * BLOCK_C
+    split = tl.program_id(2)
+    first_m = split * tokens_per_split
     last_m = min(M, first_m + tokens_per_split)
     m = tl.arange(0, BLOCK_M)
     c = first_c + tl.arange(0, BLOCK_C)
-    r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    r = tl.program_id(0) * BLOCK_R + tl.arange(0, HALF_R)
     wide_ptrs = wide_ptr + (first_m + m).to(tl.int64)[:, None] * stride_wide_m + c.to(tl.int64)[None, :] * stride_wide_c
     narrow_ptrs = (
         narrow_ptr + (first_m + m).to(tl.int64)[:, None] * stride_narrow_m + r.to(tl.int64)[None, :] * stride_narrow_r
     )
+    upper = HALF_R * tl.cast(stride_narrow_r, tl.int64)
 
-    acc_rc = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
+    # Products of at most 32 rows are mma.sync: wgmma would ask for a fence of the proxy that Triton 3.6 leaves out.
+    acc_rc = tl.zeros((HALF_R, BLOCK_C), dtype=tl.float32)
+    upper_rc = tl.zeros((HALF_R, BLOCK_C), dtype=tl.float32)
     for block_m in range(first_m, last_m, BLOCK_M):
         inside_m = (block_m + m < last_m)[:, None]
         wide_mc = tl.load(wide_ptrs, mask=inside_m & (c < C)[None, :], other=0.0)
         narrow_mr = tl.load(narrow_ptrs, mask=inside_m & (r < R)[None, :], other=0.0)
         if DROPOUT:
             wide_mc = tl.where(keep_mask(seed_ptr, block_m, first_c, threshold, BLOCK_M, BLOCK_C), wide_mc, 0.0)
-        # The narrow side first: what the mask touches is then operand B, which wgmma always takes from shared memory.
         acc_rc = tl.dot(narrow_mr.T, wide_mc, acc_rc, input_precision=PRECISION)
+        if BLOCK_R > HALF_R:
+            upper_mr = tl.load(narrow_ptrs + upper, mask=inside_m & (HALF_R + r < R)[None, :], other=0.0)
+            upper_rc = tl.dot(upper_mr.T, wide_mc, upper_rc, input_precision=PRECISION)
         wide_ptrs += BLOCK_M * tl.cast(stride_wide_m, tl.int64)
         narrow_ptrs += BLOCK_M * tl.cast(stride_narrow_m, tl.int64)
 
     grad_ptrs = (
         grad_ptr
-        + tl.program_id(1).to(tl.int64) * stride_grad_s
+        + split.to(tl.int64) * stride_grad_s
         + r.to(tl.int64)[:, None] * stride_grad_r
         + c.to(tl.int64)[None, :] * stride_grad_c
     )
-    tl.store(grad_ptrs, (acc_rc * rescale).to(grad_ptr.dtype.element_ty), mask=(r < R)[:, None] & (c < C)[None, :])
-
-
-@triton.jit(do_not_specialize=["splits"])
-def _sum_splits_kernel(partial_ptr, grad_ptr, size, splits, BLOCK: tl.constexpr):
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for _ in range(splits):
-        total += tl.load(partial_ptr + i, mask=i < size, other=0.0)
-        partial_ptr += size
-    tl.store(grad_ptr + i, total.to(grad_ptr.dtype.element_ty), mask=i < size)
+    inside_c = (c < C)[None, :]
+    tl.store(grad_ptrs, (acc_rc * rescale).to(grad_ptr.dtype.element_ty), mask=(r < R)[:, None] & inside_c)
+    if BLOCK_R > HALF_R:
+        grad_ptrs += HALF_R * tl.cast(stride_grad_r, tl.int64)
+        inside = (HALF_R + r < R)[:, None] & inside_c
+        tl.store(grad_ptrs, (upper_rc * rescale).to(grad_ptr.dtype.element_ty), mask=inside)
 
 
 def launches(
@@ -125,7 +133,7 @@ def launches(
     mask = Mask.of(dropout)
     product = Launch(
         _rank_grad_kernel,
-        (triton.cdiv(c, tile.columns), splits, triton.cdiv(r, tile.rows)),
+        (triton.cdiv(r, tile.rows), triton.cdiv(c, tile.columns), splits),
         dict(
             wide_ptr=wide,
             narrow_ptr=narrow,
@@ -144,21 +152,16 @@ def launches(
             stride_grad_s=grad.numel(),
             stride_grad_r=stride_r,
             stride_grad_c=stride_c,
+            IN_EIGHTS=in_eights(narrow),
             DROPOUT=dropout is not None,
             PRECISION=precision,
             BLOCK_M=tile.depth,
             BLOCK_C=tile.columns,
             BLOCK_R=tile.rows,
+            HALF_R=min(tile.rows, 32),
         ),
         tile.options,
     )
     if splits == 1:
         return grad, [product]
-    block = 1024
-    total = Launch(
-        _sum_splits_kernel,
-        (triton.cdiv(grad.numel(), block),),
-        dict(partial_ptr=partial, grad_ptr=grad, size=grad.numel(), splits=splits, BLOCK=block),
-        dict(num_warps=4, num_stages=1),
-    )
-    return grad, [product, total]
+    return grad, [product, ordered_sum.launch(Partial(partial, grad))]

@@ -26,7 +26,8 @@ SHARED_MEMORY = {
 class Tile(NamedTuple):
     """rows × columns of one fp32 accumulator, and the depth of a trip of its loop.
 
-    lora_matmul: rows of M, columns of N, depth of K. Its middle z: M, R, K. rank_grad: R, C, M.
+    lora_matmul: rows of M, columns of N, depth of K. Its middle z: M, R, K. rank_update: M, N, R. rank_grad: R, C, M.
+    middle_and_grad: R, N, M.
     """
 
     rows: int
@@ -96,13 +97,31 @@ def _fits(tile: Tile, extra_columns: int) -> bool:
     return tile.rows * (tile.columns + extra_columns) <= 32 * tile.warps * _ACCUMULATOR_BUDGET
 
 
-def middle_tile(r: int, itemsize: int) -> Tile:
+def middle_tile(r: int, itemsize: int, adapter_itemsize: int) -> Tile:
     """The row for z [M, r]: 32 tokens a CTA.
 
     With 32 rows the product is mma.sync, not wgmma: the masked operand comes from registers, which wgmma must not be
     given, since ptxas before 13.3 may reuse those registers too early.
     """
-    return Tile(32, min(padded_rank(r), 64), 64 if itemsize == 2 else 32, 4, 4)
+    columns = min(padded_rank(r), 128 if itemsize == 2 else 64)
+    if itemsize != 2:
+        return Tile(32, columns, 32, 4, 4)
+    return Tile(32, columns, 128 if columns <= 32 else 64, 8, 3 if columns * adapter_itemsize > 256 else 4)
+
+
+def rank_update_tile(r: int, itemsize: int) -> Tile:
+    """The row for D(z bᵀ) [M, N]: M, N, R. Few registers and many CTAs, and 32 rows, as in the middle."""
+    return Tile(32, 128 if itemsize == 2 else 64, min(padded_rank(r), 64 if itemsize == 2 else 32), 4, 1)
+
+
+def middle_and_grad_tile(r: int, itemsize: int, capability: int) -> Tile:
+    """The row for (t, db) from one read of dy: R, N, M."""
+    rows = padded_rank(r)
+    if itemsize != 2:
+        return Tile(rows, 64, 32, 4, 2)
+    if rows > 16:
+        return Tile(rows, 256, 32, 8, 4)
+    return Tile(rows, 256, 64, 8, 4 if shared_memory(capability) >= 128 << 10 else 3)
 
 
 def rank_grad_tile(r: int, precision: str | None) -> Tile:

@@ -76,7 +76,7 @@ def _launches(p: Product, precision: str, base: Callable[[Product, Tensor], tupl
     if p.bias is not None and not p.bias.is_contiguous():
         p = p._replace(bias=p.bias.contiguous())
     z = new_middle(p.x, p.a.shape[0])
-    steps = [middle.launch(p, z, precision=precision)]
+    steps = middle.launches(p, z, precision=precision)
     if p.w is None:
         return None, z, steps
     y, step = base(p, z)
