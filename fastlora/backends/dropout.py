@@ -13,7 +13,7 @@ so p is realised to 1/65536, and D(x) = keep ⊙ x / (1 - realised p).
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,13 +69,19 @@ class Dropout:
         """The mask itself: bool [rows, columns] for the rows from ``first_row`` on."""
         return self._bits(first_row, rows, columns).bool()
 
-    def chunks(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Walks x [M, C] a few rows at a time: (rows, their mask for :func:`kept`), so no [M, C] mask ever exists."""
+    def chunks(
+        self, x: Tensor, bits: Callable[[Dropout, int, int, int], Tensor] | None = None
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Walks x [M, C] a few rows at a time: (rows, their mask for :func:`kept`), so no [M, C] mask ever exists.
+
+        ``bits`` makes a mask, given the dropout, its first row, rows and columns; torch operators where it is None.
+        """
+        bits = bits or Dropout._bits
         m, columns = x.shape
         step = max(1, _CHUNK.get(x.device.type, _CHUNK_DEFAULT) // max(columns, 1))
         for first in range(0, m, step):
             rows = slice(first, min(first + step, m))
-            yield rows, self._bits(first, rows.stop - first, columns)
+            yield rows, bits(self, first, rows.stop - first, columns)
 
     def _bits(self, first_row: int, rows: int, columns: int) -> Tensor:
         """int16 [rows, columns]: all bits set where kept, none where dropped."""

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import masks
 from .dropout import Dropout, kept
 from .request import Kernel, Product, new_middle, runs_anything, whole_rows
 
@@ -35,7 +36,7 @@ def lora_matmul(p: Product) -> tuple[Tensor | None, Tensor]:
     else:
         z = x.new_empty(x.shape[0], a.shape[0])
         scale *= dropout.rescale
-        for rows, mask in dropout.chunks(x):
+        for rows, mask in masks.chunks(dropout, x):
             torch.mm(kept(x[rows], mask), a.T, out=z[rows])
     if scale != 1:
         z.mul_(scale)
@@ -55,7 +56,7 @@ def lora_matmul(p: Product) -> tuple[Tensor | None, Tensor]:
 def _dropped_product(z: Tensor, b_rn: Tensor, dropout: Dropout) -> Tensor:
     """D(z b_rn), a few rows at a time."""
     product = z.new_empty(z.shape[0], b_rn.shape[1])
-    for rows, mask in dropout.chunks(product):
+    for rows, mask in masks.chunks(dropout, product):
         torch.mul(kept(torch.mm(z[rows], b_rn), mask), dropout.rescale, out=product[rows])
     return product
 
@@ -67,7 +68,7 @@ def _elsewhere(p: Product) -> tuple[Tensor | None, Tensor]:
     if (dropout := p.mask_x) is None:
         z.addmm_(x, a.T, beta=0, alpha=p.scale)
     else:
-        for rows, mask in dropout.chunks(x):
+        for rows, mask in masks.chunks(dropout, x):
             z[rows].addmm_(kept(x[rows], mask), a.T, beta=0, alpha=p.scale * dropout.rescale)
     if w is None:
         return None, z
@@ -75,7 +76,7 @@ def _elsewhere(p: Product) -> tuple[Tensor | None, Tensor]:
     if (dropout := p.mask_product) is None:
         y.addmm_(z, b.T)
     else:
-        for rows, mask in dropout.chunks(y):
+        for rows, mask in masks.chunks(dropout, y):
             y[rows].add_(kept(z[rows] @ b.T, mask), alpha=dropout.rescale)
     return y, z
 
@@ -92,7 +93,7 @@ def rank_grad(p: Tensor, q: Tensor, *, dtype: torch.dtype, dropout: Dropout | No
         return grad if grad.dtype is dtype else grad.to(dtype)
     wide = torch.promote_types(q.dtype, torch.float32)
     grad = torch.zeros(p.shape[1], q.shape[1], dtype=wide, device=q.device)
-    for rows, mask in dropout.chunks(q):
+    for rows, mask in masks.chunks(dropout, q):
         grad.add_(torch.mm(p[rows].T, kept(q[rows], mask)), alpha=dropout.rescale)
     return grad.to(dtype)
 

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,17 +19,15 @@ from .request import Kernel, Product, Request, new_middle
 
 _INTERPRETED_CAPABILITY = 90
 
+_NOT_INSTALLED = "triton is not installed: pip install triton"
+
 Launches = tuple["Tensor | None", Tensor, list[Any]]
 
 
 def refuses(request: Request) -> str | None:
     """The reason why none of these kernels can run a request, or None."""
-    if not _installed():
-        return "triton is not installed: pip install triton"
-    if request.dtype is torch.float64:
-        return "float64: the kernels accumulate in float32"
-    if 0 in (request.m, request.k, request.n):
-        return f"nothing to compute: M={request.m} K={request.k} N={request.n}"
+    if reason := _nothing_for_triton(request):
+        return reason
     if _interpreting():
         if request.dtype is torch.bfloat16:
             return "Triton's interpreter multiplies bfloat16 wrongly"
@@ -38,10 +36,37 @@ def refuses(request: Request) -> str | None:
         return f"x is on {request.device.type}: the kernels need a CUDA GPU (or TRITON_INTERPRET=1 to try them without)"
     if torch.version.hip:
         return "AMD GPUs: the kernels have never been tried there"
-    capability = capability_of(request.device)
-    if capability < 80:
-        return f"sm_{capability}: the kernels need sm_80 or newer"
+    return _too_old(request.device)
+
+
+def refuses_skinny(request: Request) -> str | None:
+    """The reason why the skinny kernels cannot run a request, or None; on AMD GPUs, too, their check decides."""
+    if torch.version.hip and request.device.type == "cuda" and not _interpreting():
+        return _nothing_for_triton(request)
+    return refuses(request)
+
+
+def refuses_masks(device: torch.device) -> str | None:
+    """The reason why no kernel can make dropout masks on a device, or None."""
+    if not _installed():
+        return _NOT_INSTALLED
+    return None if _interpreting() or torch.version.hip else _too_old(device)
+
+
+def _nothing_for_triton(request: Request) -> str | None:
+    """Why no Triton kernel of this package takes the request, whatever the device."""
+    if not _installed():
+        return _NOT_INSTALLED
+    if request.dtype is torch.float64:
+        return "float64: the kernels accumulate in float32"
+    if 0 in (request.m, request.k, request.n):
+        return f"nothing to compute: M={request.m} K={request.k} N={request.n}"
     return None
+
+
+def _too_old(device: torch.device) -> str | None:
+    capability = capability_of(device)
+    return None if capability >= 80 else f"sm_{capability}: the kernels need sm_80 or newer"
 
 
 def refuses_serial(request: Request) -> str | None:
@@ -85,10 +110,9 @@ def _launches(p: Product, precision: str, base: Callable[[Product, Tensor], tupl
 
 def _run(launches: Callable[[Product, int, str], Launches]) -> Callable[[Product], tuple[Tensor | None, Tensor]]:
     def run(p: Product) -> tuple[Tensor | None, Tensor]:
-        with _device(p.x):
-            y, z, steps = launches(p, capability_of(p.x.device), _precision())
-            for step in steps:
-                step.run()
+        with device_of(p.x):
+            y, z, steps = launches(p, capability_of(p.x.device), precision())
+            run_all(steps)
         return y, z
 
     return run
@@ -96,8 +120,8 @@ def _run(launches: Callable[[Product, int, str], Launches]) -> Callable[[Product
 
 def _tile(launches: Callable[[Product, int, str], Launches]) -> Callable[[Product], str]:
     def tile(p: Product) -> str:
-        with _device(p.x):
-            step = launches(p, capability_of(p.x.device), _precision())[2][-1]
+        with device_of(p.x):
+            step = launches(p, capability_of(p.x.device), precision())[2][-1]
         rows, columns, depth = (step.arguments[f"BLOCK_{axis}"] for axis in "MNK")
         return f"{rows}x{columns}x{depth}, {step.options['num_warps']} warps, {step.options['num_stages']} stages"
 
@@ -108,20 +132,26 @@ def rank_grad(p: Tensor, q: Tensor, *, dtype: torch.dtype, dropout: Dropout | No
     """p [M, P], q [M, Q] → pᵀ D(q) [P, Q] in ``dtype``."""
     from ..kernels import rank_grad as kernel
 
-    with _device(q):
+    with device_of(q):
         grad: Tensor
-        grad, steps = kernel.launches(p, q, dtype=dtype, precision=_precision(), dropout=dropout)
-        for step in steps:
-            step.run()
+        grad, steps = kernel.launches(p, q, dtype=dtype, precision=precision(), dropout=dropout)
+        run_all(steps)
     return grad
 
 
-def _precision() -> str:
+def run_all(steps: Iterable[Any]) -> None:
+    """Launches on the current device and stream."""
+    for step in steps:
+        # A workgroup of an AMD GPU has 64 KiB for its operands: one buffer of each.
+        (step._replace(options=step.options | {"num_stages": 2}) if torch.version.hip else step).run()
+
+
+def precision() -> str:
     """How fp32 operands are multiplied: as torch's own matmul does."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def _device(x: Tensor) -> Any:
+def device_of(x: Tensor) -> Any:
     """Triton launches on the current device: make it that of x."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
@@ -148,4 +178,4 @@ LORA_MATMUL = (
     Kernel("triton-serial", refuses_serial, _run(launches_serial), _tile(launches_serial)),
     Kernel("triton-portable", refuses, _run(launches_portable), _tile(launches_portable)),
 )
-RANK_GRAD = (Kernel("triton", refuses, rank_grad),)
+RANK_GRAD = (Kernel("triton", refuses_skinny, rank_grad),)

@@ -31,9 +31,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fastlora.backends import triton as backend
+from fastlora.backends import triton_skinny
 from fastlora.backends.dropout import Dropout
-from fastlora.backends.request import Product
-from fastlora.kernels import rank_grad, tiles
+from fastlora.backends.request import Product, new_middle
+from fastlora.kernels import philox, rank_grad, tiles
 from fastlora.kernels.launch import Launch
 
 ARCHITECTURES = (80, 90, 100, 120)
@@ -64,6 +65,8 @@ class Case(NamedTuple):
             if self.backward:
                 p, q = q, p
             return rank_grad.launches(p, q, dtype=self.adapter_dtype, precision=self.precision, dropout=dropout)[1]
+        if self.kernel == "triton-skinny":
+            return self._skinny(dropout)
         product = Product(
             x=torch.empty(self.m, self.k, dtype=self.dtype),
             w=_matrix(self.n, self.k, self.dtype, self.backward),
@@ -77,6 +80,19 @@ class Case(NamedTuple):
         )
         launches = backend.launches_serial if self.kernel == "triton-serial" else backend.launches_portable
         return launches(product, self.capability, self.precision)[2]
+
+    def _skinny(self, dropout: Dropout | None) -> list[Launch]:
+        """The launches of a forward or a backward; with dropout those of the mask alone, too."""
+        x, dy = torch.empty(self.m, self.k, dtype=self.dtype), torch.empty(self.m, self.n, dtype=self.dtype)
+        a = torch.empty(self.r, self.k, dtype=self.adapter_dtype)
+        b = torch.empty(self.n, self.r, dtype=self.adapter_dtype)
+        w, bias = torch.empty(self.n, self.k, dtype=self.dtype), torch.empty(self.n, dtype=self.dtype)
+        product = Product(x, w, a, b, 2.0, bias, 0.1, None if dropout is None else dropout.seed)
+        if self.backward:
+            z = new_middle(dy, self.r)
+            return triton_skinny.gradient_launches(product, dy, z, self.capability, self.precision)[3]
+        bits = [] if dropout is None else [philox.launch(dropout, torch.empty(64, self.k, dtype=torch.int16), 0)]
+        return [*triton_skinny.launches(product, self.precision)[2], *bits]
 
 
 class Finding(NamedTuple):
@@ -139,6 +155,19 @@ def cases(architectures: tuple[int, ...]) -> Iterator[Case]:
         ):
             if not (mask == "input" and backward):
                 yield Case("rank_grad", capability, 8192, 0, 1024, r, dtype, full, mask, backward, precision)
+        skinny = [
+            (half, half, "ieee"),
+            (half, full, "ieee"),
+            (other, other, "ieee"),
+            (full, full, "ieee"),
+            (full, full, "tf32"),
+        ]
+        for r, (dtype, adapter_dtype, precision), mask, backward in itertools.product(
+            (8, 12, 16, 32, 64, 128), skinny, ("none", "input"), (False, True)
+        ):
+            if r in (8, 64) or (dtype is half and r != 12) or (r, dtype, adapter_dtype) == (12, half, full):
+                shape = (2048, 2048, 1024)
+                yield Case("triton-skinny", capability, *shape, r, dtype, adapter_dtype, mask, backward, precision)
         if capability not in tiles.TMA_CAPABILITIES:
             continue
         # The mask on the input is the middle kernel's alone.
@@ -232,9 +261,9 @@ def _features(case: Case) -> str:
 def _expected_instructions(case: Case, launch: Launch) -> set[str]:
     """The matrix instructions of which a product of this kernel must have become one; none for plain arithmetic."""
     name = launch.kernel.fn.__name__
-    if "sum_splits" in name or (case.dtype is torch.float32 and case.precision == "ieee"):
+    if "sum_splits" in name or "keep_bits" in name or (case.dtype is torch.float32 and case.precision == "ieee"):
         return set()
-    if "middle" in name or "rank_grad" in name:
+    if any(skinny in name for skinny in ("middle", "rank_grad", "rank_update")):
         # Fewer than 64 rows or memory-bound: any matrix instruction will do.
         return {"mma"} if case.r < 64 else {"mma", "wgmma", "tcgen05"}
     return {{90: "wgmma", 100: "tcgen05"}.get(case.capability, "mma")}
