@@ -99,23 +99,26 @@ def state(request: Request) -> str:
 def _objection(
     device: torch.device, key: Variant | torch.device, check: Callable[[], Iterator[str]], instead: str
 ) -> str | None:
-    if key in passed or _is_off():
+    if _is_off():
         return None
     if device in failed:
         return failed[device]
+    if key in passed:
+        return None
     if _nobody_may_compute():
         return LATER
     with _lock:
         if key not in passed and device not in failed:
-            fault = _first_fault(check)
+            try:
+                fault = _first_fault(check)
+            except torch.OutOfMemoryError:
+                return LATER
             if fault is None:
                 passed.add(key)
             else:
                 what = "dropout masks" if key == device else str(key)
                 failed[device] = f"failed its check at first use on {device} ({what}): {fault}"
-                _log.warning(
-                    "Triton's skinny kernels: %s; %s (FASTLORA_CHECK=0 skips the check)", failed[device], instead
-                )
+                _log.warning("Triton's skinny kernels: %s; %s", failed[device], instead)
     return failed.get(device)
 
 
@@ -126,7 +129,7 @@ def _is_off() -> bool:
 def _nobody_may_compute() -> bool:
     """Whether a graph is being captured, or a tracer or dispatch mode would see the check's own operators."""
     return (
-        torch.cuda.is_current_stream_capturing()
+        (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
         or torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()

@@ -139,6 +139,7 @@ def test_a_failure_is_said_once_and_the_library_runs(
 
 
 def test_nothing_is_checked_while_a_graph_is_captured(checks: list[Variant], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert chosen() == "library"
     assert "triton-skinny    not yet checked" in str(dispatch._explain(REQUEST, "auto"))
