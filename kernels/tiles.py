@@ -111,7 +111,9 @@ def middle_tile(r: int, itemsize: int, adapter_itemsize: int) -> Tile:
 
 def rank_update_tile(r: int, itemsize: int) -> Tile:
     """The row for D(z bᵀ) [M, N]: M, N, R. Few registers and many CTAs, and 32 rows, as in the middle."""
-    return Tile(32, 128 if itemsize == 2 else 64, min(padded_rank(r), 64 if itemsize == 2 else 32), 4, 1)
+    if itemsize != 2:
+        return Tile(32, 64, min(padded_rank(r), 32), 4, 1)
+    return Tile(32, 128, min(padded_rank(r), 64), 8, 1)
 
 
 def middle_and_grad_tile(r: int, itemsize: int, capability: int) -> Tile:
@@ -128,7 +130,7 @@ def rank_grad_tile(r: int, precision: str | None) -> Tile:
     """The row for an adapter gradient with narrow side r; ``precision`` is Triton's for fp32 operands, else None."""
     if precision == "ieee":
         return Tile(16, 64, 32, 4, 2)
-    return Tile(min(padded_rank(r), 64), 64, 64, 4, 3)
+    return Tile(min(padded_rank(r), 64), 64, 32 if precision == "tf32" else 64, 4, 3)
 
 
 def rank_trip(r: int, itemsize: int) -> int:
