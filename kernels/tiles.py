@@ -105,7 +105,7 @@ def middle_tile(r: int, itemsize: int, adapter_itemsize: int) -> Tile:
     """
     columns = min(padded_rank(r), 128 if itemsize == 2 else 64)
     if itemsize != 2:
-        return Tile(32, columns, 32, 4, 4)
+        return Tile(32, columns, 32 if columns <= 16 else 16, 4, 4)
     return Tile(32, columns, 128 if columns <= 32 else 64, 8, 3 if columns * adapter_itemsize > 256 else 4)
 
 
@@ -113,7 +113,7 @@ def rank_update_tile(r: int, itemsize: int) -> Tile:
     """The row for D(z bᵀ) [M, N]: M, N, R. Few registers and many CTAs, and 32 rows, as in the middle."""
     if itemsize != 2:
         return Tile(32, 64, min(padded_rank(r), 32), 4, 1)
-    return Tile(32, 128, min(padded_rank(r), 64), 8, 1)
+    return Tile(32, 128, min(padded_rank(r), 64), 8 if padded_rank(r) == 16 else 4, 1)
 
 
 def middle_and_grad_tile(r: int, itemsize: int, capability: int) -> Tile:
