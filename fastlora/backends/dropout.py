@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import dropout_cpu
+
 COLUMNS_PER_CALL = 8
 ROUNDS = 7
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
@@ -28,8 +30,8 @@ _LOW = 0xFFFFFFFF
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-# Elements whose bits are made at a time: on a CPU about what the caches hold, on a GPU enough to fill it.
-_CHUNK = {"cpu": 1 << 19}
+# Elements whose bits are made at a time: on a CPU about what a core's caches hold, on a GPU enough to fill it.
+_CHUNK = {"cpu": 1 << 18}
 _CHUNK_DEFAULT = 1 << 24
 
 
@@ -69,13 +71,37 @@ class Dropout:
         """The mask itself: bool [rows, columns] for the rows from ``first_row`` on."""
         return self._bits(first_row, rows, columns).bool()
 
-    def chunks(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Walks x [M, C] a few rows at a time: (rows, their mask for :func:`kept`), so no [M, C] mask ever exists."""
+    def at_once(self, x: Tensor) -> bool:
+        """True where all of x [M, C] is one chunk."""
+        return x.numel() <= _chunk(x.device.type)
+
+    def chunks(self, x: Tensor) -> Iterator[slice]:
+        """The rows of x [M, C], a few at a time, so that no masked copy of all of x need exist."""
         m, columns = x.shape
-        step = max(1, _CHUNK.get(x.device.type, _CHUNK_DEFAULT) // max(columns, 1))
+        step = max(1, _chunk(x.device.type) // max(columns, 1))
         for first in range(0, m, step):
-            rows = slice(first, min(first + step, m))
-            yield rows, self._bits(first, rows.stop - first, columns)
+            yield slice(first, min(first + step, m))
+
+    def kept(self, x: Tensor, first_row: int = 0) -> Tensor:
+        """keep ⊙ x as a new tensor, x [rows, C] the rows from ``first_row`` on: no factor 1 / (1 - p)."""
+        return self._kept(x, first_row, None)
+
+    def kept_(self, x: Tensor, first_row: int = 0) -> Tensor:
+        """The same in place; the rows of x are contiguous."""
+        return self._kept(x, first_row, x)
+
+    def factors(self, x: Tensor) -> Tensor:
+        """What D multiplies x [M, C] by, 0 or 1 / (1 - p), in the dtype of x."""
+        return self.kept_(x.new_full(x.shape, self.rescale))
+
+    def _kept(self, x: Tensor, first_row: int, out: Tensor | None) -> Tensor:
+        if x.is_cpu and (masked := dropout_cpu.masked(x, self.seed, self.threshold, first_row, out)) is not None:
+            return masked
+        # On bits, which a CPU does ten times faster than ``where``.
+        bits = _BITS[x.element_size()]
+        mask = self._bits(first_row, *x.shape).to(bits)
+        words = x.view(bits)
+        return (words.bitwise_and(mask) if out is None else words.bitwise_and_(mask)).view(x.dtype)
 
     def _bits(self, first_row: int, rows: int, columns: int) -> Tensor:
         """int16 [rows, columns]: all bits set where kept, none where dropped."""
@@ -85,10 +111,8 @@ class Dropout:
         return _bits(self.seed[0], self.seed[1], self.threshold, first_row, rows, columns, self.seed.device)
 
 
-def kept(x: Tensor, mask: Tensor) -> Tensor:
-    """x where the mask keeps and zero elsewhere; on bits, which a CPU does ten times faster than ``where``."""
-    bits = _BITS[x.element_size()]
-    return x.view(bits).bitwise_and(mask.to(bits)).view(x.dtype)
+def _chunk(device_type: str) -> int:
+    return _CHUNK[device_type] * torch.get_num_threads() if device_type == "cpu" else _CHUNK_DEFAULT
 
 
 def _bits(
