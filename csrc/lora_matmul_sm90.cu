@@ -235,10 +235,11 @@ const char* refusal(const fastlora_lora_matmul& c) {
 const char* kernels() {
   static char lines[256];
   std::snprintf(lines, sizeof(lines),
-                "lora_matmul_kernel<*, 128, *> %u %u 1\n"
-                "lora_matmul_kernel<*, 256, *> %u %u 1\n"
-                "pack_kernel<*> %u 0 0\n",
-                THREADS, Layout<128>::BYTES, THREADS, Layout<256>::BYTES, PACK_THREADS);
+                "lora_matmul_kernel<*, 128, 1, *> %u %u 1 1\n"
+                "lora_matmul_kernel<*, 256, 1, *> %u %u 1 1\n"
+                "lora_matmul_kernel<*, 256, 2, *> %u %u 1 2\n"
+                "pack_kernel<*> %u 0 0 1\n",
+                THREADS, Layout<128>::BYTES, THREADS, Layout<256>::BYTES, THREADS, Layout<256>::BYTES, PACK_THREADS);
   return lines;
 }
 

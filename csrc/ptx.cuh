@@ -93,7 +93,8 @@ __device__ __forceinline__ void store_matrices4(Shared address, const Words4& v)
 }
 
 // A word into the shared memory of a CTA of the cluster, at the address that it has here. Its 4 bytes count on the
-// barrier there, as a copy's do: a thread that has waited for it sees the word. mapa (9.7.9.23), st.async (9.7.9.13).
+// barrier there, as a copy's do: a thread that has waited for it sees the word. Undefined in a cluster of one CTA.
+// mapa (9.7.9.23), st.async (9.7.9.13).
 __device__ __forceinline__ void store_async(Shared address, uint32_t rank, uint32_t value, Shared barrier) {
   asm volatile(
       "{\n.reg .b32 remote, remote_barrier;\n"

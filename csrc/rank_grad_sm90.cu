@@ -276,9 +276,9 @@ const char* refusal(const fastlora_rank_grad& c) {
 const char* kernels() {
   static char lines[256];
   std::snprintf(lines, sizeof(lines),
-                "rank_grad_kernel<*, 1> %u %u 1\n"
-                "rank_grad_kernel<*, 2> %u %u 1\n"
-                "rank_grad_kernel<*, 4> %u %u 1\n",
+                "rank_grad_kernel<*, 1> %u %u 1 1\n"
+                "rank_grad_kernel<*, 2> %u %u 1 1\n"
+                "rank_grad_kernel<*, 4> %u %u 1 1\n",
                 THREADS, Layout<1>::BYTES, THREADS, Layout<2>::BYTES, THREADS, Layout<4>::BYTES);
   return lines;
 }

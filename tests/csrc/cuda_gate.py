@@ -7,6 +7,8 @@ For each kernel it prints registers, spills, stack, shared memory, wgmmas and in
 - a kernel that should multiply on the matrix unit and has no HGMMA, or one with an operand in registers (ptxas before
   13.3 may reuse those too early);
 - a fence of the whole GPU in a loop that multiplies, which every trip would wait for;
+- a store into the shared memory of a cluster (STAS) in a kernel that is launched with clusters of one CTA, where the
+  PTX ISA leaves it undefined;
 - more registers than its threads can have at launch, or more shared memory than a CTA of sm_90 can;
 - a kernel that ``fastlora_kernels()`` does not tell of, or tells of and is not there.
 
@@ -42,6 +44,7 @@ class Plan(NamedTuple):
     threads: int
     shared: int
     wgmma: bool
+    cluster: int
 
     @property
     def registers(self) -> int:
@@ -61,7 +64,8 @@ class Usage(NamedTuple):
 class Code(NamedTuple):
     """What the machine code of one kernel has.
 
-    ``local`` are the loads and stores of local memory, ``fences`` those of the whole GPU in loops with wgmmas.
+    ``local`` are the loads and stores of local memory, ``fences`` those of the whole GPU in loops with wgmmas,
+    ``remote`` the asynchronous stores into the cluster's shared memory.
     """
 
     instructions: int
@@ -69,6 +73,7 @@ class Code(NamedTuple):
     wgmmas_on_registers: int
     local: int
     fences: int = 0
+    remote: int = 0
 
 
 class Finding(NamedTuple):
@@ -82,11 +87,11 @@ class Finding(NamedTuple):
 
 
 def read_plans(text: str) -> list[Plan]:
-    """Lines of ``pattern threads shared_bytes wgmma``; a pattern may have spaces."""
+    """Lines of ``pattern threads shared_bytes wgmma cluster``; a pattern may have spaces."""
     plans = []
     for line in text.splitlines():
-        pattern, threads, shared, wgmma = line.rsplit(maxsplit=3)
-        plans.append(Plan(pattern, int(threads), int(shared), wgmma == "1"))
+        pattern, threads, shared, wgmma, cluster = line.rsplit(maxsplit=4)
+        plans.append(Plan(pattern, int(threads), int(shared), wgmma == "1", int(cluster)))
     return plans
 
 
@@ -122,6 +127,7 @@ def read_sass(text: str) -> dict[str, Code]:
             sum(bool(re.search(r"HGMMA\S* R\d+, R\d+,", line)) for line in instructions),
             sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in instructions),
             _fences_beside_wgmmas([(int(address, 16), line) for address, line in places]),
+            sum(bool(re.search(r"\bSTAS\b", line)) for line in instructions),
         )
     return codes
 
@@ -163,6 +169,8 @@ def judge(kernel: str, usage: Usage, code: Code, plans: list[Plan], said: list[s
             faults.append("no HGMMA")
         if usage.registers > plan.registers:
             faults.append(f"{usage.registers} registers, {plan.threads} threads can have {plan.registers}")
+        if plan.cluster == 1 and code.remote:
+            faults.append(f"{code.remote} STAS in a cluster of one CTA")
     if shared > SHARED_BYTES:
         faults.append(f"{shared} B of shared memory, a CTA can have {SHARED_BYTES}")
     if usage.spills or usage.stack or code.local:

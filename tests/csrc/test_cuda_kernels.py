@@ -406,23 +406,36 @@ FAULTS: dict[str, tuple[list[tuple[str, str, str]], str | None]] = {
         "deadlock.*global memory",
     ),
     "job_never_acknowledged": (
-        [("lora_matmul_shared.cuh", "if (lane == 0) barrier_arrive_at(empty(), 0);", "")],
+        [("lora_matmul_shared.cuh", "if (lane == 0) acknowledge();", "")],
         "deadlock.*job_empty\\[",
     ),
     "job_word_not_expected": (
         [("lora_matmul_shared.cuh", "barrier_arrive_expect(full(), 4);", "")],
         r"deadlock.*job_full\[",
     ),
-    "job_expected_before_the_one_before_has_landed": (
+    "job_word_over_one_that_is_not_read": (
+        [("lora_matmul_shared.cuh", "barrier_wait(empty(), at.parity ^ 1);", "")],
+        None,
+    ),
+    "job_word_announced_before_it_is_there": (
         [
-            ("lora_matmul_shared.cuh", "barrier_arrive_expect(full(), 4);\n      for", "for"),
             (
                 "lora_matmul_shared.cuh",
-                "if (rank == 0) {\n",
-                "if (rank == 0) {\n      barrier_arrive_expect(full(), 4);\n",
-            ),
+                "store_shared(word(), job);\n      barrier_arrive(full());",
+                "barrier_arrive(full());\n      store_shared(word(), job);",
+            )
         ],
-        "more often",
+        None,
+    ),
+    "job_word_by_an_asynchronous_store_in_a_cluster_of_one": (
+        [
+            (
+                "lora_matmul_shared.cuh",
+                "store_shared(word(), job);\n      barrier_arrive(full());",
+                "barrier_arrive_expect(full(), 4);\n      store_async(word(), 0, job, full());",
+            )
+        ],
+        "store_async in a cluster of one CTA",
     ),
     "cta_gone_before_its_pair": ([("lora_matmul_sm90.cu", "if (CLUSTER > 1) cluster_sync();\n}", "}")], None),
     "partial_sums_announced_too_early": (
@@ -483,6 +496,8 @@ def test_a_planted_fault_shows(name: str, tmp_path: Path, monkeypatch: pytest.Mo
             ("lora_matmul", lambda: check(m=150, k=520, n=264, mask="input")),
             # So few trips a tile that the producer is two tiles ahead.
             ("lora_matmul", lambda: check(m=400, k=96, n=520)),
+            # Clusters of one.
+            ("lora_matmul", lambda: check(m=100, k=96, n=520)),
             ("rank_grad", lambda: check_rank_grad(m=1100, c=200, masked=True)),
             ("rank_grad", lambda: check_rank_grad(m=700, c=8504)),
         ):

@@ -173,6 +173,7 @@ void tma_load_multicast(Shared to, const TensorMap* map, Shared barrier, int32_t
 
 void store_async(Shared address, uint32_t rank, uint32_t value, Shared barrier) {
   breathe();
+  if (grid->shape.cluster < 2) fail("store_async in a cluster of one CTA: undefined by the PTX ISA");
   Cta& cta = cta_of_cluster(rank, "store_async");
   uint8_t* memory = cta.at(address, 4, "store_async");
   check_writable(cta, address, 4, "store_async");
