@@ -227,7 +227,7 @@ __device__ __forceinline__ void tma_load_multicast(Shared to, const TensorMap* m
       : "memory");
 }
 
-// What lies outside the tensor is not written.
+// What lies outside the tensor is not written, but for the rest of the 16 bytes in which a row ends.
 __device__ __forceinline__ void tma_store(const TensorMap* map, Shared from, int32_t c0, int32_t c1) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];"
                :

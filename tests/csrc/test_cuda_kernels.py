@@ -73,6 +73,13 @@ def interleave(library: Path, seed: int, resident_clusters: int = 2, calls_betwe
     configure(seed, resident_clusters, calls_between_yields, 0)
 
 
+def in_rows_of(row: int, matrix: Tensor) -> Tensor:
+    """The same matrix in rows of so many elements, the rest of each NaN."""
+    rows = matrix.new_full((matrix.shape[0], row), float("nan"))
+    rows[:, : matrix.shape[1]] = matrix
+    return rows[:, : matrix.shape[1]]
+
+
 def check(
     design: int = 0,
     *,
@@ -84,14 +91,20 @@ def check(
     mask: str = "none",
     backward: bool = False,
     layout: str | None = None,
+    row: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One call of lora_matmul against the oracle; ``backward`` turns the operands as backward does."""
+    """One call of lora_matmul against the oracle; ``backward`` turns the operands as backward does.
+
+    ``row``: x and w lie in rows of so many elements, NaN beyond their K.
+    """
     dtype, adapter_dtype = DTYPES[dtypes]
     x, w, a, b, bias = make(m, k, n, r, dtype=dtype, adapter_dtype=adapter_dtype).map(lambda t: t.to(DEVICE))
     if backward:
         w, a, b, bias = w.T.contiguous().T, a.T.contiguous().T, b.T.contiguous().T, None
     if layout is not None:
         a, b = LAYOUTS[layout](a), LAYOUTS[layout](b)
+    if row is not None:
+        x, w = in_rows_of(row, x), in_rows_of(row, w)
     dropout = None if mask == "none" else Dropout(0.3, draw_seed(DEVICE))
     product = Operands(x, w, a, b, bias).product(dropout, on_product=mask == "product")
     y, z = cuda.lora_matmul(product, design)
@@ -101,14 +114,42 @@ def check(
     return y, z
 
 
+def check_padding_of_y() -> None:
+    """N = 250 in rows of 256 is refused: the copy engine stores whole chunks of 16 bytes, and six more elements."""
+    x, w, _, b, _ = make(64, 96, 250, 16, dtype=torch.bfloat16).map(lambda t: t.to(DEVICE))
+    a, y, z = x[:16].contiguous(), x.new_ones(64, 256), x.new_empty(64, 16)
+    matrices = {n: (t.data_ptr(), *t.stride()) for n, t in dict(x=x, w=w, a=a, b=b, y=y, z=z).items()}
+    call = bytes(cuda_abi.LoraMatmul(m=64, k=96, n=250, r=16, scale=1.7, dtype=0, adapter_dtype=0, **matrices))
+    verb = cuda_abi.require_library().lora_matmul
+    workspace = x.new_empty(verb.workspace(call), dtype=torch.uint8)
+    error = verb.run(call, workspace.data_ptr(), x.get_device(), None)
+    if ON_GPU:
+        torch.cuda.synchronize()
+    assert (y[:, 250:] == 1).all(), "what lies beyond N in the rows of y was overwritten"
+    assert error is not None
+    assert b"n must be a multiple of 8" in error
+
+
 def check_rank_grad(
-    *, m: int = 300, c: int = 200, r: int = 16, dtypes: str = "bf16", masked: bool = False, wide_first: bool = False
+    *,
+    m: int = 300,
+    c: int = 200,
+    r: int = 16,
+    dtypes: str = "bf16",
+    masked: bool = False,
+    wide_first: bool = False,
+    row: int | None = None,
 ) -> Tensor:
-    """One call of rank_grad against the oracle; the gradient is in the adapters' dtype."""
+    """One call of rank_grad against the oracle; the gradient is in the adapters' dtype.
+
+    ``row``: wide lies in rows of so many elements, NaN beyond C.
+    """
     dtype, grad_dtype = DTYPES[dtypes]
     generator = torch.Generator().manual_seed(3)
     wide = torch.randn(m, c, generator=generator).to(dtype).to(DEVICE)
     narrow = torch.randn(m, math.ceil(r / 8) * 8, generator=generator).to(dtype).to(DEVICE)[:, :r]
+    if row is not None:
+        wide = in_rows_of(row, wide)
     p, q = (wide, narrow) if wide_first else (narrow, wide)
     dropout = Dropout(0.3, draw_seed(DEVICE)) if masked else None
     grad = cuda.rank_grad(p, q, dtype=grad_dtype, dropout=dropout)
@@ -150,6 +191,17 @@ def test_any_rank(design: int, r: int, mask: str) -> None:
 def test_sizes_off_the_tile(design: int, m: int, k: int, n: int) -> None:
     check(design, m=m, k=k, n=n)
     check(design, m=m, k=k, n=n, backward=True, mask="product")
+
+
+@pytest.mark.parametrize("mask", ["none", "input"])
+def test_rows_that_end_inside_16_bytes(tile: int, design: int, mask: str) -> None:
+    """K = 100 in rows of 104: tensor copies must fill by the element, not by the chunk, or NaN gets into the sums."""
+    check(design, m=tile, k=100, mask=mask, row=104)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+def test_rank_grad_of_rows_that_end_inside_16_bytes(masked: bool) -> None:
+    check_rank_grad(c=100, row=104, masked=masked)
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -247,6 +299,10 @@ def test_the_library_refuses_in_words_before_it_launches(change: dict[str, Any],
     answer = cuda_abi.require_library().lora_matmul.run(bytes(call), 0, 0, None)
     assert answer is not None
     assert words in answer.decode()
+
+
+def test_the_padding_of_y_stays() -> None:
+    check_padding_of_y()
 
 
 SHAPES = [
@@ -397,6 +453,7 @@ FAULTS: dict[str, tuple[list[tuple[str, str, str]], str | None]] = {
         ],
         None,
     ),
+    "n_of_any_size": ([("lora_matmul_sm90.cu", "if (c.n % 8 != 0) return", "if (c.n < 0) return")], "beyond N"),
     "tiles_before_their_z": (
         [
             ("schedule.cuh", "return job < z_jobs;", "return job >= row_units * columns;"),
@@ -496,6 +553,7 @@ def test_a_planted_fault_shows(name: str, tmp_path: Path, monkeypatch: pytest.Mo
             ("lora_matmul", lambda: check(m=150, k=520, n=264, mask="input")),
             # So few trips a tile that the producer is two tiles ahead.
             ("lora_matmul", lambda: check(m=400, k=96, n=520)),
+            ("lora_matmul", check_padding_of_y),
             # Clusters of one.
             ("lora_matmul", lambda: check(m=100, k=96, n=520)),
             ("rank_grad", lambda: check_rank_grad(m=1100, c=200, masked=True)),

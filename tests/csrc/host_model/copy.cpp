@@ -110,10 +110,12 @@ bool Store::step() {
     read_source();
     return false;
   }
+  // Whole chunks of 16 bytes: a row that ends inside one overwrites the rest of it (an H100 does, Triton issue 11583).
+  const int64_t end = ceil_div(map.columns, 8) * int64_t(8);
   for (uint32_t r = 0; r < map.box_rows; ++r) {
     uint8_t* to = row_of(map, c1, r);
     for (int64_t i = 0; to != nullptr && i < COLUMNS; ++i) {
-      if (inside(map, c0 + i)) std::memcpy(to + (c0 + i) * 2, &data[r * ROW + 2 * i], 2);
+      if (c0 + i >= 0 && c0 + i < end) std::memcpy(to + (c0 + i) * 2, &data[r * ROW + 2 * i], 2);
     }
   }
   grid->remove(this);
