@@ -16,7 +16,9 @@ struct Consumer {
   Ring<L::STAGES, L::STAGE_BYTES, CLUSTER> ring;
   JobQueue<CLUSTER> jobs;
   Shared y_buffers;
-  uint32_t consumer = thread_index() / WARPGROUP - 1, thread = thread_index() % WARPGROUP;
+  // The same in all lanes, as the compiler must know: descriptors and operands of copies are then made once a warp.
+  uint32_t consumer;
+  uint32_t thread = thread_index() % WARPGROUP;
   Fragment fragment = Fragment(thread);
   uint32_t rank = CLUSTER > 1 ? cluster_rank() : 0;
   uint32_t y_buffer = 0;

@@ -91,7 +91,7 @@ struct JobQueue {
   // Consumer: a whole warp.
   __device__ __forceinline__ uint32_t receive(uint32_t lane) {
     barrier_wait(full(), at.parity);
-    const uint32_t job = load_shared(word());
+    const uint32_t job = shuffle(load_shared(word()), 0);
     warp_sync();
     if (lane == 0) acknowledge();
     at.advance();

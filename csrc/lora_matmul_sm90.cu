@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_matmul_kernel(const __grid_co
   }
   warp_sync();
   if (CLUSTER > 1) {
-    cluster_sync();
+    cluster_sync_initialised();
   } else {
     cta_sync();
   }
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_matmul_kernel(const __grid_co
     warp_sync();
   } else {
     registers_increase<CONSUMER_REGISTERS>();
-    Consumer<T, TILE_N, CLUSTER, TRANSPOSED>{p, ring, jobs, memory + L::Y}.run();
+    Consumer<T, TILE_N, CLUSTER, TRANSPOSED>{p, ring, jobs, memory + L::Y, warp / 4 - 1}.run();
   }
   // Until both CTAs have arrived, the other may still write into this one's shared memory.
   if (CLUSTER > 1) cluster_sync();

@@ -24,8 +24,11 @@ struct Words4 {
 
 __device__ __forceinline__ uint32_t thread_index() { return threadIdx.x; }
 
+// A lane's value in the whole warp; the compiler keeps it in a register that lanes share.
+__device__ __forceinline__ uint32_t shuffle(uint32_t value, uint32_t lane) { return __shfl_sync(~0u, value, lane); }
+
 // By a shuffle, so that the compiler knows that all lanes have the same value.
-__device__ __forceinline__ uint32_t warp_index() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
+__device__ __forceinline__ uint32_t warp_index() { return shuffle(threadIdx.x / 32, 0); }
 
 __device__ __forceinline__ uint32_t block_index() { return blockIdx.x; }
 __device__ __forceinline__ uint32_t block_index_y() { return blockIdx.y; }
@@ -183,6 +186,11 @@ __device__ __forceinline__ void warp_sync() { __syncwarp(); }
 // barrier.cluster (9.7.13.4).
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" : : : "memory");
+}
+
+// The same after a fence_barrier_init, which has released all that others need: without a fence of the whole GPU.
+__device__ __forceinline__ void cluster_sync_initialised() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" : : : "memory");
 }
 
 // Named barrier of whole warps; 0 is cta_sync's. bar.sync (9.7.13.1).

@@ -88,7 +88,8 @@ struct Consumer {
   const Parameters& p;
   typename L::Ring ring;
   Shared last;
-  uint32_t consumer = thread_index() / WARPGROUP - 1, thread = thread_index() % WARPGROUP;
+  uint32_t consumer;  // known to be the same in all lanes
+  uint32_t thread = thread_index() % WARPGROUP;
   uint32_t first_c = block_index() * COLUMNS + consumer * PANEL;
   Fragment fragment = Fragment(thread);
 
@@ -209,7 +210,7 @@ __global__ void __launch_bounds__(THREADS, 1) rank_grad_kernel(const __grid_cons
     if (warp == 0 && elect_one()) produce<PANELS>(p, ring, first_m, last_m);
   } else {
     registers_increase<CONSUMER_REGISTERS>();
-    Consumer<T, PANELS>{p, ring, memory + L::LAST}.run(first_m, last_m);
+    Consumer<T, PANELS>{p, ring, memory + L::LAST, warp / 4 - 1}.run(first_m, last_m);
   }
 }
 

@@ -435,6 +435,10 @@ FAULTS: dict[str, tuple[list[tuple[str, str, str]], str | None]] = {
         [("lora_matmul_consumer.cuh", "fence_async_shared();\n    sync();", "sync();")],
         "fence",
     ),
+    "barriers_not_made_known_to_the_cluster": (
+        [("lora_matmul_sm90.cu", "fence_barrier_init();\n    prefetch_map(&p.x);", "prefetch_map(&p.x);")],
+        "cluster_sync_initialised before a fence_barrier_init",
+    ),
     "y_buffer_taken_too_early": (
         [("lora_matmul_consumer.cuh", "if (thread == 0) tma_store_wait_read<L::Y_BUFFERS - 1>();", "")],
         None,

@@ -356,7 +356,7 @@ def test_a_multicast_lands_in_both_ctas_of_a_cluster(library: Library, resident:
 
 PAIR_FAULTS = {
     "no cluster_sync before": "no barrier was initialised|before a fence_barrier_init",
-    "barrier not fenced": r"barrier landed.* is used before a fence_barrier_init",
+    "barrier not fenced": r"cluster_sync_initialised before a fence_barrier_init of barrier landed",
     "ends before its peer": "CTA 1 of the cluster has ended|the CTA ends while",
     "arrives at one that has ended": "CTA 1 of the cluster has ended",
 }

@@ -38,6 +38,7 @@ void set_registers(uint32_t registers, bool increase);
 }  // namespace model
 
 uint32_t thread_index();
+uint32_t shuffle(uint32_t value, uint32_t lane);
 uint32_t warp_index();
 uint32_t block_index();
 uint32_t block_index_y();
@@ -69,6 +70,7 @@ void barrier_wait(Shared barrier, uint32_t parity);
 void cta_sync();
 void warp_sync();
 void cluster_sync();
+void cluster_sync_initialised();
 void named_barrier_sync(uint32_t id, uint32_t threads);
 uint32_t shuffle_xor(uint32_t value, uint32_t mask);
 

@@ -172,6 +172,20 @@ void cluster_sync() {
   breathe(false);
 }
 
+void cluster_sync_initialised() {
+  for (const Barrier& b : current->cta->barriers) {
+    if (b.initialiser == current && !b.published) {
+      fail("cluster_sync_initialised before a fence_barrier_init of barrier %s[%d]", b.name, b.index);
+    }
+  }
+  cluster_sync();
+}
+
+uint32_t shuffle(uint32_t value, uint32_t lane) {
+  const uint32_t generation = gather_warp("shuffle", value);
+  return current->warp->values[generation][lane & 31];
+}
+
 uint32_t shuffle_xor(uint32_t value, uint32_t mask) {
   const uint32_t generation = gather_warp("shuffle_xor", value);
   return current->warp->values[generation][(current->lane ^ mask) & 31];
