@@ -281,6 +281,8 @@ struct BF16 {
   static constexpr bool IS_BF16 = true;
   static __device__ __forceinline__ uint16_t round(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
   static __device__ __forceinline__ float widen(uint16_t x) { return __bfloat162float(__ushort_as_bfloat16(x)); }
+  // The high half of a word, in one instruction.
+  static __device__ __forceinline__ float widen_high(uint32_t word) { return __uint_as_float(word & 0xFFFF0000); }
   // low and high half of a word, each rounded to nearest even.
   static __device__ __forceinline__ uint32_t pack(float low, float high) {
     uint32_t word;
@@ -293,6 +295,7 @@ struct FP16 {
   static constexpr bool IS_BF16 = false;
   static __device__ __forceinline__ uint16_t round(float x) { return __half_as_ushort(__float2half_rn(x)); }
   static __device__ __forceinline__ float widen(uint16_t x) { return __half2float(__ushort_as_half(x)); }
+  static __device__ __forceinline__ float widen_high(uint32_t word) { return widen(word >> 16); }
   static __device__ __forceinline__ uint32_t pack(float low, float high) {
     uint32_t word;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));

@@ -435,6 +435,14 @@ FAULTS: dict[str, tuple[list[tuple[str, str, str]], str | None]] = {
         [("lora_matmul_consumer.cuh", "fence_async_shared();\n    sync();", "sync();")],
         "fence",
     ),
+    "bias_of_another_lane": (
+        [("lora_matmul_consumer.cuh", "4 * group + fragment.lane % 4)", "4 * group + fragment.lane / 8)")],
+        "y",
+    ),
+    "bias_of_the_next_columns": (
+        [("lora_matmul_consumer.cuh", "first_n + chunk * PANEL + 2 * fragment.lane;", "first_n + 2 * fragment.lane;")],
+        "y",
+    ),
     "barriers_not_made_known_to_the_cluster": (
         [("lora_matmul_sm90.cu", "fence_barrier_init();\n    prefetch_map(&p.x);", "prefetch_map(&p.x);")],
         "cluster_sync_initialised before a fence_barrier_init",
