@@ -235,6 +235,13 @@ def test_rank_grad(r: int, masked: bool, dtypes: str) -> None:
     check_rank_grad(r=r, c=264, masked=masked, dtypes=dtypes)
 
 
+@pytest.mark.parametrize("dtypes", sorted(set(DTYPES) - {"fp32"}))
+@pytest.mark.parametrize("r", [4, 12, 16, 70])
+def test_rank_grad_along_its_rows(r: int, dtypes: str) -> None:
+    """db: 8 neighbouring r lie side by side, in whole 16 bytes or not, and the last of them may be beyond R."""
+    check_rank_grad(m=600, c=136, r=r, dtypes=dtypes, wide_first=True)
+
+
 @pytest.mark.parametrize(("m", "c"), [(1, 8), (64, 128), (65, 136), (700, 72), (1100, 392)])
 def test_rank_grad_off_the_tile_and_split(m: int, c: int) -> None:
     check_rank_grad(m=m, c=c, r=8)
@@ -517,6 +524,11 @@ FAULTS: dict[str, tuple[list[tuple[str, str, str]], str | None]] = {
         ],
         None,
     ),
+    "last_split_left_out": (
+        [("rank_grad_sm90.cu", "split = 0; split < grid_blocks_y();", "split = 0; split + 1 < grid_blocks_y();")],
+        "grad",
+    ),
+    "r_of_the_next_piece": ([("rank_grad_sm90.cu", "quads[0], high = quads[1]", "quads[1], high = quads[0]")], "grad"),
     "tokens_of_the_next_split": (
         [
             (
