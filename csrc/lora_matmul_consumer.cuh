@@ -296,7 +296,7 @@ struct Consumer {
         for (int j = 0; j < 8; ++j) {
           const uint32_t r = i * PANEL + 8 * j + fragment.column();
           const float low = z_mr[i][4 * j + 2 * h] * p.scale, high = z_mr[i][4 * j + 2 * h + 1] * p.scale;
-          if (m < p.m && r < p.z_columns) *reinterpret_cast<uint32_t*>(row + r) = T::pack(low, high);
+          if (m < p.m && r < p.z_columns) hand_over(reinterpret_cast<uint32_t*>(row + r), T::pack(low, high));
         }
       }
     }

@@ -111,6 +111,12 @@ __device__ __forceinline__ void store_async(Shared address, uint32_t rank, uint3
 
 // ---- Global memory between CTAs (9.7.13, 9.7.9)
 
+// A store that a launch after this one reads, once it has waited for this one. The host model keeps account of these.
+template <class Value>
+__device__ __forceinline__ void hand_over(Value* to, Value value) {
+  *to = value;
+}
+
 __device__ __forceinline__ uint32_t atomic_add(uint32_t* address, uint32_t value) {
   uint32_t old;
   asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(address), "r"(value) : "memory");
@@ -254,11 +260,11 @@ __device__ __forceinline__ void tma_store_wait_read() {
 // All of this thread's stores are done.
 __device__ __forceinline__ void tma_store_wait_all() { asm volatile("cp.async.bulk.wait_group 0;" : : : "memory"); }
 
-// ---- Dependent launches (9.7.13.13). Waits until the grid before has ended and its memory is visible.
+// ---- Dependent launches (9.7.13.13). Waits until the grid before has ended and its memory is visible to this grid.
 
 __device__ __forceinline__ void grid_dependency_wait() { asm volatile("griddepcontrol.wait;" : : : "memory"); }
 
-// Lets the next grid start once every CTA has called this or ended.
+// Lets a dependent grid start once every CTA has called this, in one thread or more, or ended.
 __device__ __forceinline__ void grid_dependency_launch() {
   asm volatile("griddepcontrol.launch_dependents;" : : : "memory");
 }

@@ -11,6 +11,7 @@
 // and is computed again. Both operands are read as stored, tokens outermost: wgmma takes both MN-major.
 // Bytes: one read of wide, C / 128 of narrow (from L2), 8 · splits · C · R of partial sums. Memory-bound for R <= 64.
 // The same bits run after run: the splits follow from the shapes, and the last CTA adds them in order.
+// Launches: prepare, which clears the counts of ended splits, and one that depends on it; this alone where one split is.
 
 #include <cstdint>
 #include <cstdio>
@@ -20,6 +21,7 @@
 #include <layout.cuh>
 #include <philox.cuh>
 #include <pipeline.cuh>
+#include <prepare.cuh>
 #include <ptx.cuh>
 
 #include <launch.cuh>
@@ -46,7 +48,7 @@ constexpr uint32_t PIECE = 8;
 
 struct Parameters {
   TensorMap wide, narrow;
-  // [splits, c, r_padded] float32, and per block of columns the number of splits that have ended.
+  // [splits, c, r_padded] float32, and per block of columns the number of splits that have ended; NULL: there is one.
   float* partial;
   uint32_t* ended;
   void* grad;
@@ -172,7 +174,9 @@ struct Consumer {
   // One thread's addition releases what all consumers wrote, and acquires what those of the other splits wrote.
   __device__ __forceinline__ bool is_last() const {
     named_barrier_sync(1 + CONSUMERS, CONSUMERS * WARPGROUP);
+    if (p.ended == nullptr) return true;
     if (consumer == 0 && thread == 0) {
+      grid_dependency_wait();  // for the zeros
       store_shared(last, add_acquire_release(p.ended + block_index(), 1) + 1 == grid_blocks_y());
     }
     named_barrier_sync(1 + CONSUMERS, CONSUMERS * WARPGROUP);
@@ -285,6 +289,7 @@ struct Plan {
 template <class T, int PANELS>
 const char* launch_panels(const Parameters& p, const Plan& plan, void* stream) {
   LaunchShape shape = {};
+  shape.dependent = p.ended != nullptr;
   shape.blocks_x = plan.blocks;
   shape.blocks_y = plan.splits;
   shape.threads = THREADS;
@@ -297,7 +302,6 @@ const char* run_rank_grad(const fastlora_rank_grad& c, void* workspace, void* st
   const Plan plan(c);
   Parameters p = {};
   p.partial = static_cast<float*>(workspace);
-  p.ended = reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(workspace) + plan.partial_bytes(c));
   p.grad = c.grad.data;
   p.grad_stride_r = c.grad.row_stride;
   p.grad_stride_c = c.grad.column_stride;
@@ -311,7 +315,13 @@ const char* run_rank_grad(const fastlora_rank_grad& c, void* workspace, void* st
   p.mask = {c.mask.seed, c.mask.threshold, c.mask.rescale};
   if (const char* error = make_map(&p.wide, c.wide.data, c.m, c.c, 2 * c.wide.row_stride, TOKENS)) return error;
   if (const char* error = make_map(&p.narrow, c.narrow.data, c.m, c.r, 2 * c.narrow.row_stride, TOKENS)) return error;
-  if (const char* error = set_zero(p.ended, 4 * plan.blocks, stream)) return error;
+  if (plan.splits > 1) {
+    p.ended = reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(workspace) + plan.partial_bytes(c));
+    Preparation preparation = {};
+    preparation.words = p.ended;
+    preparation.count = plan.blocks;
+    if (const char* error = prepare<T>(preparation, stream)) return error;
+  }
   const uint32_t panels = ceil_div(c.r, PANEL);
   return panels == 1   ? launch_panels<T, 1>(p, plan, stream)
          : panels == 2 ? launch_panels<T, 2>(p, plan, stream)

@@ -281,6 +281,23 @@ def test_the_same_bits_however_the_hardware_interleaves(host_model: Path, design
         assert all(torch.equal(first, again) for first, again in zip(results[0], other, strict=True))
 
 
+@pytest.mark.skipif(ON_GPU, reason="the host model counts launches")
+@pytest.mark.parametrize("dtypes", ["bf16", "bf16_fp32_adapters"])
+def test_launches_of_a_call(host_model: Path, dtypes: str) -> None:
+    """One that clears and packs in front of one that computes, or two; none where one split needs no count."""
+    statistic = ctypes.CDLL(str(host_model)).fastlora_model_statistic
+
+    def launches(call: Callable[[], object]) -> int:
+        interleave(host_model, seed=1)
+        call()
+        return int(statistic(b"launches"))
+
+    counts = {name: launches(lambda d=d: check(d, dtypes=dtypes)) for d, name in enumerate(cuda.DESIGNS)}
+    assert counts == {"z_jobs": 2, "serial": 3}
+    assert launches(lambda: check_rank_grad(m=600, dtypes=dtypes)) == 2
+    assert launches(lambda: check_rank_grad(m=200, dtypes=dtypes)) == 1
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -481,6 +498,42 @@ FAULTS: dict[str, tuple[list[tuple[str, str, str]], str | None]] = {
         ],
         "deadlock.*global memory",
     ),
+    "job_taken_before_the_counter_is_clear": (
+        [
+            ("lora_matmul_producer.cuh", "      await_launch_before();\n      if (p.s", "      if (p.s"),
+            (
+                "lora_matmul_producer.cuh",
+                "load_z_job(row_block(unit));\n",
+                "load_z_job(row_block(unit));\nawait_z(0);\n",
+            ),
+        ],
+        "atomic_add of what a launch before hands over",
+    ),
+    "no_wait_for_the_launch_before": (
+        [("lora_matmul_producer.cuh", "    grid_dependency_wait();\n", "")],
+        "hands over|never called grid_dependency_wait",
+    ),
+    "tiles_let_go_before_their_counter_is_clear": (
+        [
+            (
+                "lora_matmul_producer.cuh",
+                "await_launch_before();\n      if (p.schedule.columns == 0) grid_dependency_launch();",
+                "grid_dependency_launch();\n      await_launch_before();",
+            )
+        ],
+        "atomic_add of what a launch before hands over",
+    ),
+    "z_of_the_launch_before_taken_too_early": (
+        [
+            ("lora_matmul_producer.cuh", "    await_z(block);\n    for", "    for"),
+            ("lora_matmul_producer.cuh", "r, first_m);\n", "r, first_m);\nawait_z(block);\n"),
+        ],
+        "tma_load of what a launch before hands over",
+    ),
+    "splits_counted_before_the_count_is_clear": (
+        [("rank_grad_sm90.cu", "grid_dependency_wait();  // for the zeros\n", "")],
+        "hands over",
+    ),
     "job_never_acknowledged": (
         [("lora_matmul_shared.cuh", "if (lane == 0) acknowledge();", "")],
         "deadlock.*job_empty\\[",
@@ -578,6 +631,8 @@ def test_a_planted_fault_shows(name: str, tmp_path: Path, monkeypatch: pytest.Mo
             # So few trips a tile that the producer is two tiles ahead.
             ("lora_matmul", lambda: check(m=400, k=96, n=520)),
             ("lora_matmul", check_padding_of_y),
+            # Two launches that depend on one before.
+            ("lora_matmul", lambda: check(1, m=400, k=96, n=520, dtypes="bf16_fp32_adapters")),
             # Clusters of one.
             ("lora_matmul", lambda: check(m=100, k=96, n=520)),
             ("rank_grad", lambda: check_rank_grad(m=1100, c=200, masked=True)),

@@ -37,6 +37,7 @@ void issue_load(Cta& cta, const TensorMap& map, Shared to, Shared barrier, int32
   check_fenced(cta, to, bytes, "tma_load");
   const Barrier& b = barrier_at(cta, barrier, "tma_load");
   if (!b.published) fail("tma_load: barrier %s[%d] is used before a fence_barrier_init", b.name, b.index);
+  check_handed_over(map.base, (map.rows - 1) * map.row_bytes + 2 * map.columns, "tma_load");
   // Whoever reads before the copy lands reads NaNs.
   std::memset(memory, 0xFF, bytes);
   const uint32_t split = grid->random.percent(50) ? 0 : grid->random.below(map.box_rows);

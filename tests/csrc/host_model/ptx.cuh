@@ -2,6 +2,7 @@
 // the hardware is modelled, and what is not, stands in README.md.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "elements.hpp"
@@ -34,6 +35,7 @@ void issue_wgmma(const WgmmaShape& shape, float* d, uint64_t a, uint64_t b, bool
 void wait_wgmma(uint32_t pending);
 void wait_stores_read(uint32_t pending);
 void set_registers(uint32_t registers, bool increase);
+void note_hand_over(const void* to, size_t bytes);
 
 }  // namespace model
 
@@ -55,6 +57,11 @@ void store_shared4(Shared address, const Words4& v);
 void store_matrices4(Shared address, const Words4& v);
 void store_async(Shared address, uint32_t rank, uint32_t value, Shared barrier);
 
+template <class Value>
+void hand_over(Value* to, Value value) {
+  model::note_hand_over(to, sizeof(Value));
+  *to = value;
+}
 uint32_t atomic_add(uint32_t* address, uint32_t value);
 uint32_t add_acquire_release(uint32_t* address, uint32_t value);
 uint32_t load_acquire(const uint32_t* address);

@@ -197,8 +197,15 @@ void back_off() {
   yield();
 }
 
-void grid_dependency_wait() { grid->waited_for_dependency = true; }
+void grid_dependency_wait() {
+  breathe();
+  grid->waited_for_dependency = true;
+  current->cta->cluster->waited = true;
+}
 
-void grid_dependency_launch() {}
+void grid_dependency_launch() {
+  breathe();
+  if (!current->cta->cluster->waited) chain.lets_go_early = true;
+}
 
 }  // namespace fastlora
