@@ -58,6 +58,14 @@ struct JobQueue {
     }
   }
 
+  __device__ __forceinline__ void await_word() const {
+    if constexpr (CLUSTER > 1) {
+      barrier_wait_cluster(full(), at.parity);
+    } else {
+      barrier_wait(full(), at.parity);
+    }
+  }
+
   // To the first CTA: this warp, or producer, has read the word.
   __device__ __forceinline__ void acknowledge() const {
     if constexpr (CLUSTER > 1) {
@@ -80,7 +88,7 @@ struct JobQueue {
       for (uint32_t cta = 1; cta < CLUSTER; ++cta) store_async(word(), cta, job, full());
     } else {
       barrier_arrive_expect(full(), 4);
-      barrier_wait(full(), at.parity);
+      await_word();
       job = load_shared(word());
       acknowledge();
     }
@@ -90,7 +98,7 @@ struct JobQueue {
 
   // Consumer: a whole warp.
   __device__ __forceinline__ uint32_t receive(uint32_t lane) {
-    barrier_wait(full(), at.parity);
+    await_word();
     const uint32_t job = shuffle(load_shared(word()), 0);
     warp_sync();
     if (lane == 0) acknowledge();

@@ -183,6 +183,18 @@ __device__ __forceinline__ void barrier_wait(Shared barrier, uint32_t parity) {
       : "memory");
 }
 
+// The same where the phase hands over what another CTA of the cluster wrote.
+__device__ __forceinline__ void barrier_wait_cluster(Shared barrier, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "AGAIN:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra AGAIN;\n}\n"
+      :
+      : "r"(barrier), "r"(parity)
+      : "memory");
+}
+
 // ---- Barriers of threads
 
 __device__ __forceinline__ void cta_sync() { __syncthreads(); }

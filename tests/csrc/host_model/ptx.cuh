@@ -73,6 +73,7 @@ void barrier_arrive_expect(Shared barrier, uint32_t bytes);
 void barrier_arrive(Shared barrier);
 void barrier_arrive_at(Shared barrier, uint32_t rank);
 void barrier_wait(Shared barrier, uint32_t parity);
+void barrier_wait_cluster(Shared barrier, uint32_t parity);
 
 void cta_sync();
 void warp_sync();
