@@ -114,6 +114,20 @@ def test_a_wgmma_that_reads_an_operand_from_registers() -> None:
     assert faults(sass=register) == ["1 HGMMA with an operand in registers"]
 
 
+@pytest.mark.parametrize(
+    ("instruction", "touched"),
+    [
+        ("FADD R30, R151, R2 ;", 1),
+        ("LDS.128 R20, [R152] ;", 0),
+        ("WARPGROUP.DEPBAR.LE gsb0, 0x1 ;\n        /*0091*/                   MOV R2, R24 ;", 1),
+        ("WARPGROUP.DEPBAR.LE gsb0, 0x0 ;\n        /*0091*/                   MOV R2, R24 ;", 0),
+    ],
+)
+def test_a_sum_that_is_touched_while_its_wgmma_runs(instruction: str, touched: int) -> None:
+    sass = SASS.replace("        /*1a0b0*/", f"        /*0190*/                   {instruction}\n        /*1a0b0*/")
+    assert faults(sass=sass) == ([f"{touched} instructions that name a sum of a wgmma in flight"] if touched else [])
+
+
 def test_an_asynchronous_store_into_a_cluster_of_one() -> None:
     remote = SASS.replace(HGMMA, "STAS [R6.64], R2 ;")
     assert faults(sass=remote) == ["1 STAS in a cluster of one CTA"]
