@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .dropout import Dropout
 
-ABI = 3
+ABI = 4
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 MASK_NONE, MASK_INPUT, MASK_PRODUCT = 0, 1, 2
 NO_MATRIX: tuple[int, ...] = (0, 0, 0)
