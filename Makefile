@@ -6,7 +6,7 @@ VENV := .venv
 NEWEST_TRITON := 3.9.0
 GPU_TESTS_triton := tests/kernels/test_kernels.py
 GPU_TESTS_cuda := tests/csrc/test_cuda_kernels.py
-CPP := $(wildcard $(foreach folder,csrc tests/csrc tests/csrc/host_model,$(addprefix $(folder)/*.,cu cuh h cpp)))
+CPP := $(wildcard $(foreach folder,csrc tests/csrc tests/csrc/host_model tests/stub_gpu,$(addprefix $(folder)/*.,cu cuh h cpp)))
 CLANG_FORMAT = $(PY) -c "from clang_format import clang_format; clang_format()"
 
 ifdef PY
