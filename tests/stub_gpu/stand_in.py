@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch.overrides import TorchFunctionMode
 
 DEVICE = torch.device("cuda", 0)
@@ -96,6 +97,8 @@ class OnTheCpu(TorchFunctionMode):
             return _ANSWERS[func]
         if func is torch.Tensor.get_device:
             return 0
+        if func is torch.device:
+            return func(*args, **(kwargs or {}))
         args = tuple(_on_cpu(value) for value in args)
         kwargs = {name: _on_cpu(value) for name, value in (kwargs or {}).items()}
         if func is torch.mm and "out_dtype" in kwargs:
@@ -129,6 +132,9 @@ def enter() -> None:
             return generator.__new__(generator, device=_on_cpu(device))
 
     torch.Generator = Generator
+    _see_through_in_checkpoints()
+    load = torch.load
+    torch.load = lambda file, map_location=None, **options: load(file, map_location=_on_cpu(map_location), **options)
 
 
 def _re_enter_in_backward(mode: OnTheCpu) -> None:
@@ -142,20 +148,34 @@ def _re_enter_in_backward(mode: OnTheCpu) -> None:
     torch.autograd._engine_run_backward = run_in_mode
 
 
-def _functions() -> dict[str, Any]:
-    """The names of ``torch.cuda`` that are replaced."""
+def _see_through_in_checkpoints() -> None:
+    """A checkpoint compares where tensors are inside operators, with the mode suspended, and outside of them."""
+    checks = torch.utils.checkpoint._allowed_determinism_checks_to_fns
+    extract = checks["default"]
 
-    def does_nothing(*args: object, **options: object) -> None:
-        return None
+    def extracted(x: torch.Tensor) -> Any:
+        with torch._C.DisableTorchFunction():
+            return extract(x)
 
-    def answers(value: Any) -> Callable[..., Any]:
-        return lambda *args, **options: value
+    checks["default"] = extracted
 
+
+def _answers(value: Any) -> Callable[..., Any]:
+    """A function of its own: dynamo keeps a table of torch's, in which none may stand twice."""
+    return lambda *args, **options: value
+
+
+def _context() -> Callable[..., Any]:
     @contextlib.contextmanager
-    def context(*args: object, **options: object) -> Iterator[None]:
+    def entered(*args: object, **options: object) -> Iterator[None]:
         yield
 
-    cuda_names = {
+    return entered
+
+
+def _functions() -> dict[str, Any]:
+    """The names of ``torch.cuda`` that are replaced."""
+    answers = {
         "is_available": True,
         "is_initialized": True,
         "device_count": 1,
@@ -174,9 +194,9 @@ def _functions() -> dict[str, Any]:
     }
     nothing = ("init", "_lazy_init", "set_device", "synchronize", "empty_cache", "reset_peak_memory_stats", "_sleep")
     return {
-        **{name: answers(value) for name, value in cuda_names.items()},
-        **dict.fromkeys((*nothing, "manual_seed", "manual_seed_all"), does_nothing),
-        **dict.fromkeys(("device", "stream", "graph"), context),
+        **{name: _answers(value) for name, value in answers.items()},
+        **{name: _answers(None) for name in (*nothing, "manual_seed", "manual_seed_all")},
+        **{name: _context() for name in ("device", "stream", "graph")},
         "Event": Event,
         "Stream": Stream,
         "CUDAGraph": Graph,
