@@ -76,6 +76,7 @@ class Outcome(NamedTuple):
     maps: int = 0
     dependent: int = 0
     clusters: int = 0
+    tile: str | None = None
 
 
 def calls(everything: bool) -> Iterator[Call]:
@@ -162,8 +163,10 @@ def _outcome(
     if asked is not None and (reason := kernel.refuses(asked)) is not None:
         return outcome._replace(refusal=reason)
     library.stub_take()
+    tile = None
     try:
-        run(kernel)
+        result = run(kernel)
+        tile = result if isinstance(result, str) else None
     except Exception as error:
         outcome = outcome._replace(error=f"{type(error).__name__}: {error}")
     seen = json.loads(library.stub_take())
@@ -175,6 +178,7 @@ def _outcome(
         maps=seen["maps"],
         dependent=sum(launch["dependent"] for launch in launches),
         clusters=sum(launch["cluster"] != [1, 1, 1] for launch in launches),
+        tile=tile,
     )
 
 
@@ -220,7 +224,12 @@ def _product(c: Call) -> tuple[Callable[[], Any], Callable[[Any], object]]:
         seed=None if dropout is None else dropout.seed,
         on_product=c.mask == "product",
     )
-    return lambda: Request.of_lora_matmul(product), lambda kernel: kernel.run(product)
+
+    def run(kernel: Any) -> str | None:
+        kernel.run(product)
+        return kernel.tile(product) if kernel.tile and not c.z_only else None
+
+    return lambda: Request.of_lora_matmul(product), run
 
 
 def _gradient(g: Gradient) -> tuple[Callable[[], Any], Callable[[Any], object]]:

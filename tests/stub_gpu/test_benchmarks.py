@@ -105,6 +105,15 @@ def test_every_arm_that_can_run_is_timed_on_the_device_and_none_fails(folder: Pa
     assert all((row.device_ms is None) == row.case.is_host for row in timed)
 
 
+def test_rows_of_a_kernel_with_tiles_say_which(folder: Path) -> None:
+    rows = [row for row in results(folder, "layers").rows if isinstance(row, LayerRow) and row.status == "ok"]
+    tiled = {kernel.name for kernel in dispatch.KERNELS["lora_matmul"] if kernel.tile is not None}
+    ours = [row for row in rows if row.kernel is not None and set(row.kernel.split("+")) <= tiled]
+    assert ours
+    assert {row.arm for row in ours if row.tile} == {row.arm for row in ours}
+    assert {row.tile for row in ours if row.arm.startswith("fastlora-cuda")} <= {"128x128x64, clusters of 1"}
+
+
 def test_models_are_trained_by_every_kernel(folder: Path) -> None:
     rows = [row for row in results(folder, "model").rows if isinstance(row, ModelRow)]
     assert [(row.arm, row.reason) for row in rows if row.status not in ("ok", "absent")] == []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import re
 from collections import defaultdict
 
 import pytest
@@ -78,6 +79,16 @@ def test_clusters_and_dependent_launches_go_through_csrc(found: list[Outcome]) -
         assert any(outcome.clusters for outcome in ours)
         assert all(outcome.maps for outcome in ours)
         assert any(outcome.dependent for outcome in ours) == (name == "cuda-serial")
+
+
+@needs_runtime
+def test_the_tile_in_words_is_that_of_the_kernel_which_csrc_launches(found: list[Outcome]) -> None:
+    tiles = {(outcome.tile, outcome.launches[-1]) for outcome in found if "cuda" in outcome.kernel and outcome.tile}
+    for words, kernel in tiles:
+        rows, columns, cluster = re.fullmatch(r"(\d+)x(\d+)x64, clusters of (\d)", words).groups()
+        assert rows == "128"
+        assert f", {columns}, {cluster}, " in kernel
+    assert {words.partition(",")[0] for words, _ in tiles} == {"128x128x64", "128x256x64"}
 
 
 # By name, what the message says of it.
