@@ -1,4 +1,4 @@
-"""Launches into the stub driver that are wrong on purpose, and one that is right: prints each one's error, or null."""
+"""Launches into the stub driver that are wrong on purpose, and two that are right: prints each one's error, or null."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tests.stub_gpu import stand_in
+from tests.stub_gpu import launch, stand_in
 
 _CLUSTER_DIMENSION = 4
 _MAX_DYNAMIC_SHARED = 8
@@ -84,6 +84,28 @@ def _add_one(x_ptr, y_ptr, size, BLOCK: tl.constexpr):
     tl.store(y_ptr + i, tl.load(x_ptr + i, mask=i < size) + 1, mask=i < size)
 
 
+def product_with_wrong_strides() -> None:
+    """A call of ``triton-serial`` whose every tensor map has rows that start on 8 bytes."""
+    from fastlora.backends import dispatch
+
+    kernel = next(kernel for kernel in dispatch.KERNELS["lora_matmul"] if kernel.name == "triton-serial")
+    right = TensorDescriptor.from_tensor
+
+    def wrong(tensor: torch.Tensor, block: list[int]) -> TensorDescriptor:
+        descriptor = right(tensor, block)
+        descriptor.strides = [descriptor.strides[0] + 4, 1]
+        return descriptor
+
+    TensorDescriptor.from_tensor = staticmethod(wrong)
+    try:
+        call = launch.Call()
+        outcome = launch.outcome_of(ctypes.CDLL("libcuda.so.1"), kernel, "lora_matmul", call, *launch.product(call))
+    finally:
+        TensorDescriptor.from_tensor = staticmethod(right)
+    if outcome.error is not None:
+        raise RuntimeError(outcome.error)
+
+
 def main() -> None:
     """Plants each fault, through Triton's launcher or by the driver's own calls."""
     stand_in.enter()
@@ -109,6 +131,7 @@ def main() -> None:
         "none": described(),
         "none_by_hand": by_hand(cluster=2),
         "map_stride": described(strides=[68, 1]),
+        "map_stride_of_a_product": product_with_wrong_strides,
         "map_base": described(base=x.view(-1)[4:]),
         "null_pointer": lambda: _add_one[(2,)](torch.empty(0, dtype=torch.bfloat16), y, 100, BLOCK=128),
         "argument_missing": by_hand(dropped=3),

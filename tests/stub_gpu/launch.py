@@ -139,25 +139,26 @@ def outcomes(family: str, everything: bool) -> Iterator[Outcome]:
         library = ctypes.CDLL(str(build.LIBRARY))
     else:
         library = ctypes.CDLL("libcuda.so.1")
-    library.stub_take.restype = ctypes.c_char_p
 
     from fastlora.backends import dispatch
 
     for kernel in dispatch.KERNELS["lora_matmul"]:
         if kernel.name.partition("-")[0] == family:
             for call in calls(everything):
-                yield _outcome(library, kernel, "lora_matmul", call, *_product(call))
+                yield outcome_of(library, kernel, "lora_matmul", call, *product(call))
             for step in steps(everything):
-                yield _outcome(library, kernel, "lora_matmul", step, lambda: None, _stepped(kernel.name, step))
+                yield outcome_of(library, kernel, "lora_matmul", step, lambda: None, _stepped(kernel.name, step))
     for kernel in dispatch.KERNELS["rank_grad"]:
         if kernel.name == family:
             for gradient in gradients(everything):
-                yield _outcome(library, kernel, "rank_grad", gradient, *_gradient(gradient))
+                yield outcome_of(library, kernel, "rank_grad", gradient, *_gradient(gradient))
 
 
-def _outcome(
+def outcome_of(
     library: ctypes.CDLL, kernel: Any, verb: str, call: Any, request: Callable[[], Any], run: Callable[[Any], object]
 ) -> Outcome:
+    """Asks a kernel, and runs it where it does not refuse; ``library`` is the stub that it launches into."""
+    library.stub_take.restype = ctypes.c_char_p
     outcome = Outcome(kernel.name, verb, stand_in.capability(), call.dtype, _words(call))
     asked = request()
     if asked is not None and (reason := kernel.refuses(asked)) is not None:
@@ -208,12 +209,13 @@ def _dropout(p: float = 0.1) -> Any:
     return Dropout(p, draw_seed(stand_in.DEVICE))
 
 
-def _product(c: Call) -> tuple[Callable[[], Any], Callable[[Any], object]]:
+def product(c: Call) -> tuple[Callable[[], Any], Callable[[Any], object]]:
+    """The request of a call, and what runs it by a kernel."""
     from fastlora.backends.request import Product, Request
 
     dtype, adapter_dtype = _dtypes(c.dtype, c.adapter_dtype)
     dropout = None if c.mask == "none" else _dropout()
-    product = Product(
+    operands = Product(
         x=_tensor(c.m, c.k, dtype, gap=c.gap),
         w=None if c.z_only else _tensor(c.n, c.k, dtype, c.backward),
         a=_tensor(c.r, c.k, adapter_dtype, c.backward),
@@ -226,10 +228,10 @@ def _product(c: Call) -> tuple[Callable[[], Any], Callable[[Any], object]]:
     )
 
     def run(kernel: Any) -> str | None:
-        kernel.run(product)
-        return kernel.tile(product) if kernel.tile and not c.z_only else None
+        kernel.run(operands)
+        return kernel.tile(operands) if kernel.tile and not c.z_only else None
 
-    return lambda: Request.of_lora_matmul(product), run
+    return lambda: Request.of_lora_matmul(operands), run
 
 
 def _gradient(g: Gradient) -> tuple[Callable[[], Any], Callable[[Any], object]]:

@@ -9,10 +9,11 @@ import ctypes
 import json
 import re
 from collections import defaultdict
+from typing import Any
 
 import pytest
 
-from fastlora.backends import cuda, dispatch
+from fastlora.backends import cuda, cuda_abi, dispatch
 from tests.stub_gpu import build, launch
 from tests.stub_gpu.launch import Outcome
 from tests.test_repository import LEDGER
@@ -91,9 +92,46 @@ def test_the_tile_in_words_is_that_of_the_kernel_which_csrc_launches(found: list
     assert {words.partition(",")[0] for words, _ in tiles} == {"128x128x64", "128x256x64"}
 
 
+@needs_runtime
+@pytest.mark.parametrize(
+    ("change", "device", "shift", "words"),
+    [
+        ({}, 0, 0, None),
+        ({"adapter_dtype": 2}, 0, 0, None),
+        ({"adapter_dtype": 2}, 0, 8, "refused a tensor map"),
+        ({}, 1, 0, "device 1 of 1"),
+        ({"r": 257}, 0, 0, "r must be at most 256"),
+        ({"x": (20, 1)}, 0, 0, "rows of x must be contiguous and start on 16 bytes"),
+    ],
+    ids=["right", "packed", "workspace_off_16_bytes", "no_such_device", "rank", "rows"],
+)
+def test_csrc_answers_in_words(change: dict[str, Any], device: int, shift: int, words: str | None) -> None:
+    library = cuda_abi.load(str(build.library()))
+    assert isinstance(library, cuda_abi.Library)
+    assert (library.device_type, library.obstacle) == ("cuda", None)
+    stub = ctypes.CDLL(str(build.LIBRARY))
+    stub.stub_take.restype = ctypes.c_char_p
+    stub.stub_take()
+    memory = ctypes.create_string_buffer(1 << 20)
+    start = (ctypes.addressof(memory) + 255) // 256 * 256
+    strides = dict(x=(96, 1), w=(96, 1), a=(96, 1), b=(16, 1), y=(256, 1), z=(16, 1))
+    numbers = dict(m=128, k=96, n=256, r=16, dtype=0, adapter_dtype=0)
+    numbers |= {name: value for name, value in change.items() if name not in strides}
+    matrices = {name: (start, *change.get(name, pair)) for name, pair in strides.items()}
+    call = bytes(cuda_abi.LoraMatmul(**matrices, **numbers))
+    answer = library.lora_matmul.run(call, start + shift, device, None)
+    launches = json.loads(stub.stub_take())["operations"]
+    if words is None:
+        assert answer is None
+        assert launches
+    else:
+        assert words in answer.decode()
+
+
 # By name, what the message says of it.
 DRIVER_FAULTS = {
     "map_stride": "stride 0 is 136 bytes, expected a multiple of 16",
+    "map_stride_of_a_product": "stride 0 is 200 bytes, expected a multiple of 16",
     "map_base": "the matrix does not start on 16 bytes",
     "null_pointer": "argument 1 of 5 is a NULL pointer",
     "argument_missing": "argument 3 of 5 is missing",
