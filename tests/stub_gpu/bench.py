@@ -1,7 +1,7 @@
 """``python -m benchmarks`` as on a GPU: the stand-in for ``torch.cuda``, and kernels that launch into the stubs.
 
 What a kernel launches computes nothing, so its results are filled in from the reference afterwards: an arm passes the
-gate and is timed like any other. The paper's claims are measured on a small decoder.
+gate and is timed like any other. The paper's claims are measured on a small decoder, host-sized layers in few rounds.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ def main() -> int:
         os.environ["FASTLORA_CUDA_LIBRARY"] = str(build.LIBRARY)
 
     from benchmarks.__main__ import main
+    from benchmarks.layers import case
     from benchmarks.paper import command as paper
     from benchmarks.paper.claims import Lab
     from fastlora.backends import dispatch
@@ -45,6 +46,7 @@ def main() -> int:
         dispatch.KERNELS[verb] = tuple(
             _filled_in(kernel, verb) if kernel.name.startswith(launch.FAMILIES) else kernel for kernel in kernels
         )
+    case.HOST_ROUNDS = 1
     paper.LABS["cuda"]["quick"] = Lab(
         paper.CUDA, "tiny", "tiny", batch=2, sequence=8, rounds=2, seconds=0.0, inputs=((2, 3),), width=64
     )
