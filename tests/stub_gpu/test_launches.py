@@ -33,14 +33,6 @@ every_kernel = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(scope="session")
-def found() -> list[Outcome]:
-    """What became of every call."""
-    outcomes, _ = launch.launch_everywhere()
-    print(launch.table(outcomes))
-    return outcomes
-
-
 @every_kernel
 def test_what_a_kernel_does_not_refuse_it_launches(verb: str, name: str, found: list[Outcome]) -> None:
     ours = [outcome for outcome in found if (outcome.verb, outcome.kernel) == (verb, name)]
