@@ -66,12 +66,13 @@ def test_a_rank_and_a_tile_of_every_kind_go_through_triton(found: list[Outcome])
 
 @needs_runtime
 def test_clusters_and_dependent_launches_go_through_csrc(found: list[Outcome]) -> None:
-    names = [f"cuda-{design}" for design in cuda.DESIGNS]
-    for name in names:
-        ours = [outcome for outcome in found if outcome.kernel == name and outcome.launches]
+    for design in cuda.DESIGNS:
+        ours = [outcome for outcome in found if outcome.kernel == f"cuda-{design}" and outcome.launches]
         assert any(outcome.clusters for outcome in ours)
         assert all(outcome.maps for outcome in ours)
-        assert any(outcome.dependent for outcome in ours) == (name == "cuda-serial")
+    # Its launch of tiles may start before that of z has ended.
+    serial = [outcome for outcome in found if outcome.kernel == "cuda-serial" and outcome.launches]
+    assert any(outcome.dependent for outcome in serial)
 
 
 @needs_runtime
