@@ -15,7 +15,7 @@ from tests.stub_gpu import build, launch, stand_in
 
 def _filled_in(kernel: Any, verb: str) -> Any:
     """The kernel with the numbers it would have computed."""
-    from fastlora.backends import reference
+    from fastlora.backends import library, reference
 
     def lora_matmul(p: Any) -> Any:
         made = kernel.run(p)
@@ -27,7 +27,14 @@ def _filled_in(kernel: Any, verb: str) -> Any:
     def rank_grad(p: Any, q: Any, **options: Any) -> Any:
         return kernel.run(p, q, **options).copy_(reference.rank_grad(p, q, **options))
 
-    return kernel._replace(run={"lora_matmul": lora_matmul, "rank_grad": rank_grad}[verb])
+    def gradients(p: Any, dy: Any, z: Any) -> Any:
+        made = kernel.gradients(p, dy, z)
+        for mine, right in zip(made, library.gradients(p, dy, z), strict=True):
+            mine.copy_(right)
+        return made
+
+    run = {"lora_matmul": lora_matmul, "rank_grad": rank_grad}[verb]
+    return kernel._replace(run=run, gradients=kernel.gradients and gradients)
 
 
 def main() -> int:

@@ -175,7 +175,7 @@ def outcome_of(
         outcome = outcome._replace(error=f"nobody looked at the stub's refusal: {seen['refusals']}")
     launches = [operation for operation in seen["operations"] if "kernel" in operation]
     return outcome._replace(
-        launches=tuple(operation.get("kernel") or operation["operation"] for operation in seen["operations"]),
+        launches=tuple(launch["kernel"] for launch in launches),
         maps=seen["maps"],
         dependent=sum(launch["dependent"] for launch in launches),
         clusters=sum(launch["cluster"] != [1, 1, 1] for launch in launches),
@@ -228,7 +228,9 @@ def product(c: Call) -> tuple[Callable[[], Any], Callable[[Any], object]]:
     )
 
     def run(kernel: Any) -> str | None:
-        kernel.run(operands)
+        _, z = kernel.run(operands)
+        if kernel.gradients is not None and not (c.backward or c.z_only):
+            kernel.gradients(operands, _tensor(c.m, c.n, dtype, gap=c.gap), z)
         return kernel.tile(operands) if kernel.tile and not c.z_only else None
 
     return lambda: Request.of_lora_matmul(operands), run
