@@ -70,6 +70,10 @@ FASTLORA_API size_t fastlora_lora_matmul_workspace(const fastlora_lora_matmul* c
 FASTLORA_API const char* fastlora_lora_matmul_sm90(const fastlora_lora_matmul* call, void* workspace, int32_t device,
                                                    void* stream);
 
+// The tile that a call would be run by on this device, in words; NULL where it makes z alone or there is no such device.
+// Valid until the thread asks again.
+FASTLORA_API const char* fastlora_lora_matmul_tile(const fastlora_lora_matmul* call, int32_t device);
+
 // g = pᵀ D(q), where wide and narrow are the wider and the narrower of p and q.
 //
 //   wide [m, c], narrow [m, r]: dtype; rows contiguous, base and row stride multiples of 16 bytes

@@ -103,6 +103,11 @@ uint32_t choose_tile_columns(const fastlora_lora_matmul& c, uint32_t sms) {
   return c.n > 128 && 2 * tiles > sms ? 256 : 128;
 }
 
+// Whether two CTAs share each tile of w's columns: a cluster.
+bool runs_in_pairs(const fastlora_lora_matmul& c, uint32_t tile_columns) {
+  return tile_columns == 256 && ceil_div(c.m, TILE_M) > 1;
+}
+
 // z jobs and tiles in one launch, or z jobs in one and tiles in the next.
 template <class T, int TILE_N, int CLUSTER, bool TRANSPOSED>
 const char* launch_jobs(Parameters& p, bool makes_tiles, bool serial, uint32_t sms, void* stream) {
@@ -130,7 +135,7 @@ const char* run_lora_matmul(const fastlora_lora_matmul& c, void* workspace, uint
   const Plan plan(c);
   const bool makes_tiles = c.w.data != nullptr;
   const uint32_t tile_n = makes_tiles ? choose_tile_columns(c, sms) : 256;
-  const bool pairs = tile_n == 256 && plan.row_blocks > 1;
+  const bool pairs = runs_in_pairs(c, tile_n);
   uint8_t* memory = static_cast<uint8_t*>(workspace);
 
   Parameters p = {};
@@ -241,6 +246,18 @@ const char* kernels() {
 
 extern "C" size_t fastlora_lora_matmul_workspace(const fastlora_lora_matmul* call) {
   return fastlora::lora_matmul::Plan(*call).bytes();
+}
+
+extern "C" const char* fastlora_lora_matmul_tile(const fastlora_lora_matmul* call, int32_t device) {
+  using namespace fastlora;
+  using namespace fastlora::lora_matmul;
+  thread_local char words[64];
+  uint32_t sms;
+  if (call->w.data == nullptr || count_multiprocessors(device, &sms) != nullptr) return nullptr;
+  const uint32_t columns = choose_tile_columns(*call, sms);
+  std::snprintf(words, sizeof(words), "%dx%ux%d, clusters of %d", TILE_M, columns, PANEL,
+                runs_in_pairs(*call, columns) ? 2 : 1);
+  return words;
 }
 
 extern "C" const char* fastlora_lora_matmul_sm90(const fastlora_lora_matmul* call, void* workspace, int32_t device,
