@@ -108,6 +108,11 @@ def gradients_of(p: Product, dy: Tensor) -> Callable[[Product, Tensor, Tensor], 
     return None if kernel.name == "library" and not dy.is_cpu else kernel.gradients
 
 
+def small_of(x: Tensor) -> Callable[[Product, bool], Tensor | None] | None:
+    """The kernel's own way with small calls, or None where it has none."""
+    return _on_a_cpu("lora_matmul").small if x.is_cpu and _environment.get(_NAME, _AUTO) == _AUTO else None
+
+
 @functools.cache
 def _on_a_cpu(verb: str) -> Kernel:
     """What ``auto`` takes on a CPU, whatever the call: the kernels before it are kept for GPUs."""

@@ -134,6 +134,8 @@ class Kernel(NamedTuple):
         gradients: dx, da and db in one call, for eager code, from a product (with x [M, K]), dy [M, N] and z: what the
             two verbs give, for less; on a CPU bit for bit, on a GPU perhaps with sums in another order, each within the
             error rule. None where the verbs are called, as traced code always does.
+        small: y [M, N] in torch's own differentiable operators, for eager calls in which a Function's time would show;
+            returns None for other calls. Takes the product without a seed, and whether dropout is on.
     """
 
     name: str
@@ -141,6 +143,7 @@ class Kernel(NamedTuple):
     run: Callable[..., Any]
     tile: Callable[[Product], str] | None = None
     gradients: Callable[[Product, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None
+    small: Callable[[Product, bool], Tensor | None] | None = None
 
 
 def runs_anything(request: Request) -> str | None:

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from ..backends import dispatch
 from ..backends.dropout import Dropout
 from ..backends.request import Product, new_middle
+from . import flops
 from .eager import is_eager
 
 _ops = torch.library.Library("fastlora", "FRAGMENT")
@@ -62,6 +63,8 @@ _unsafe_view = torch.ops.aten._unsafe_view.default
 
 def multiply(p: Product, eager: bool = False) -> Tensor:
     """y [..., N] of a product of plain tensors whose x is [..., K]; ``eager`` where :func:`is_eager` holds."""
+    if not eager and not torch.compiler.is_compiling():
+        flops.register()
     if not torch.is_grad_enabled():
         rows = _by_rows(p)
         return _unrows((dispatch.lora_matmul(rows) if eager else lora_matmul_op(*rows))[0], p.x)
