@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 COLUMNS_PER_CALL = 8
 ROUNDS = 7
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
