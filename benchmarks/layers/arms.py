@@ -159,6 +159,43 @@ def _fastlora(wide: bool = False) -> Callable[[Case, Operands, float], Built]:
     return build
 
 
+# Other entries to the same product, timed in the host's cases alone; no picture shows them.
+HOST_ARMS = ("injected", "patched", "drop-in")
+
+
+def _host_only(case: Case) -> None:
+    if not case.is_host:
+        raise AbsentError("the same product as fastlora's: timed where the host's time alone is looked at")
+
+
+def _injected(case: Case, o: Operands, p: float) -> Built:
+    _host_only(case)
+    model = nn.Sequential(o.linear())
+    fastlora.inject(model, ["0"], r=case.r, lora_alpha=o.scale * case.r, lora_dropout=p)
+    layer: Any = model[0]
+    a, b = layer.lora_A["default"], layer.lora_B["default"] = o.adapters()
+    return Built(layer, {"da": a, "db": b})
+
+
+def _patched(case: Case, o: Operands, p: float) -> Built:
+    _host_only(case)
+    built = _peft(wide=False)(case, o, p)
+    fastlora.patch_peft(nn.ModuleList([built.layer]))  # type: ignore[list-item]
+    return built
+
+
+def _drop_in(case: Case, o: Operands, p: float) -> Built:
+    from fastlora import loralib
+
+    _host_only(case)
+    layer = loralib.Linear(case.k, case.n, r=case.r, lora_dropout=p, merge_weights=False, bias=case.bias)
+    base = o.linear()
+    layer.weight, layer.bias = base.weight, base.bias
+    layer.lora_A, layer.lora_B = o.adapters()
+    layer.scaling = o.scale
+    return Built(layer, {"da": layer.lora_A, "db": layer.lora_B})
+
+
 def arms() -> dict[str, LayerArm]:
     """Every arm by name, the floor first; fastlora's kernels are forced one by one."""
     peft = needs_module("peft")
@@ -172,6 +209,11 @@ def arms() -> dict[str, LayerArm]:
         LayerArm("loralib", "loralib.Linear, adapters in the base's dtype", _loralib, require=needs_module("loralib")),
         LayerArm("full", "full fine-tuning: nn.Linear with its weight trained", _full),
         *PEERS,
+        LayerArm("injected", "fastlora.inject, in the host's cases", _injected, own_mask=True),
+        LayerArm(
+            "patched", "PEFT under fastlora.patch_peft, in the host's cases", _patched, own_mask=True, require=peft
+        ),
+        LayerArm("drop-in", "fastlora.loralib.Linear, in the host's cases", _drop_in, own_mask=True),
         LayerArm("fastlora", "fastlora, kernel chosen by itself", _fastlora(), own_mask=True),
         LayerArm("fastlora-fp32", "the same with float32 adapters", _fastlora(wide=True), own_mask=True),
         *map(_forced, KERNELS),

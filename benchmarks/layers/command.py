@@ -29,7 +29,7 @@ _FIXED_WORK = 2e8
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The subcommand's options. An axis given on the command line replaces the profile's own."""
-    runner.add_arguments(parser)
+    runner.add_arguments(parser, list(dict.fromkeys(name for group in PROFILES.values() for name in group)))
     axes = parser.add_argument_group("axes", "each replaces the profile's own; several values make a product")
     axes.add_argument("--layer", nargs="+", type=layer_name, metavar="NAME", help="named layers, or KxN: 4096x14336")
     axes.add_argument("--tokens", dest="m", nargs="+", type=positive, metavar="M", help="tokens")

@@ -33,9 +33,11 @@ class StopError(Exception):
         self.status = status
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
+def add_arguments(
+    parser: argparse.ArgumentParser, profiles: Sequence[str] = ("quick", "full")
+) -> argparse._MutuallyExclusiveGroup:
     """The options of every measuring subcommand; returns the group that says where results go."""
-    parser.add_argument("--profile", choices=("quick", "full"), default="quick", help="which cases; see --list")
+    parser.add_argument("--profile", choices=profiles, default="quick", help="which cases; see --list")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where (default: cuda if there is one)")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--json", type=Path, metavar="PATH", help="write the rows here (JSON Lines)")
@@ -151,7 +153,10 @@ def start(
         )
     if args.publish and not (whole and all(values is None for values in axes.values())):
         raise StopError(2, "--publish takes a whole profile: drop the options that select or shorten")
-    profile = profiles[device.type][args.profile]
+    profile = profiles[device.type].get(args.profile)
+    if profile is None:
+        there = ", ".join(profiles[device.type])
+        raise StopError(2, f"--profile {args.profile} is not for --device {device.type}: expected one of {there}")
     return Run(command, args, device, profile, profile.cases(**axes), dict(settings))
 
 

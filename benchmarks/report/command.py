@@ -22,6 +22,9 @@ NO_GPU = "No GPU result yet: `make publish` on a machine with one adds its table
 # The pictures that the README shows, by suffix.
 _BRIEF = ("", "-throughput")
 
+# The profiles that the README may show, the first that is there.
+_PROFILES = ("quick", "full")
+
 R = TypeVar("R", bound=Row)
 Runs = dict[Path, Results]
 
@@ -79,7 +82,8 @@ def readme_section(folders: dict[Path, Runs], relative_to: Path) -> str:
     for folder, runs in folders.items():
         sections.append(f"**{markdown.machine(_first(runs).environment)}**")
         for command in ("layers", "model"):
-            if chosen := next((path for path in sorted(runs, reverse=True) if path.name.startswith(command)), None):
+            known = {path.stem: path for path in runs}
+            if chosen := next((known[name] for p in _PROFILES if (name := f"{command}-{p}") in known), None):
                 sections += _section(chosen, runs[chosen], relative_to, brief=True)
         link = _link(folder / "README.md", relative_to)
         sections.append(
@@ -100,7 +104,7 @@ def _section(path: Path, results: Results, relative_to: Path, brief: bool) -> li
     rows = results.rows
     tables: list[str] = []
     if layers := _of(rows, LayerRow):
-        tables.append((markdown.layers_in_brief if brief else markdown.layers)(layers))
+        tables += [markdown.layers_in_brief(layers)] if brief else [markdown.layers(layers), markdown.host(layers)]
     if models := _of(rows, ModelRow):
         tables += [markdown.models_in_brief(models)] if brief else [markdown.models(models), markdown.memory(models)]
     if claims := _of(rows, ClaimRow):
@@ -110,7 +114,7 @@ def _section(path: Path, results: Results, relative_to: Path, brief: bool) -> li
         if picture.exists() and (suffix in _BRIEF or not brief):
             tables.append(f"![{caption}]({_link(picture, relative_to)})")
     absent = "" if brief else markdown.absences([row for row in rows if isinstance(row, Measured)])
-    return [markdown.provenance(results.environment), *tables, *([absent] if absent else [])]
+    return [markdown.provenance(results.environment), *filter(None, tables), *([absent] if absent else [])]
 
 
 def _of(rows: Sequence[Row], kind: type[R]) -> list[R]:

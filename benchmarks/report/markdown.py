@@ -41,7 +41,7 @@ def layers_in_brief(rows: Sequence[LayerRow]) -> str:
         cells = [_setting(case, case.layer), str(case.m), f"{case.k} → {case.n}", str(case.r)]
         cells += [_ratio(steps.get(OURS), bold=True), _ratio(steps.get(PEFT)), f"{best} {two_digits(ratio)}".strip()]
         lines.append(_line(cells))
-    return "\n".join([*lines, "", *_notes(rows)]).strip()
+    return "\n".join([*lines, "", *_notes(rows), *_host_overhead(rows)]).strip()
 
 
 def layers(rows: Sequence[LayerRow]) -> str:
@@ -51,7 +51,7 @@ def layers(rows: Sequence[LayerRow]) -> str:
     the FLOPs allow; ``kept`` are the bytes that fastlora and PEFT keep for the backward beyond x.
     """
     steps = {(row.case, row.arm): row for row in rows if row.mode == "step"}
-    arms = _arms([row for row in shown(rows) if row.ms is not None and row.arm != FLOOR])
+    arms = _arms([row for row in shown(rows) if row.ms is not None and row.arm != FLOOR and not row.case.is_host])
     heads = ["layer", "M", "K → N", "R", "dtype", "dropout", "frozen, ms", "arithmetic", *arms, "kept: ours / PEFT"]
     lines = [_line(heads), _line(["---"] * 3 + ["--:"] * (len(heads) - 3))]
     for case in dict.fromkeys(row.case for row in rows if not row.case.is_host):
@@ -64,6 +64,24 @@ def layers(rows: Sequence[LayerRow]) -> str:
         cells.append(" / ".join(readable_bytes(row.kept_bytes if row else None) for row in kept))
         lines.append(_line(cells))
     return "\n".join([*lines, "", *_notes(rows)]).strip()
+
+
+def host(rows: Sequence[LayerRow]) -> str:
+    """Medians of layers whose products are nothing, every arm in every mode: the time is the host's, in µs."""
+    group = [row for row in shown(rows) if row.case.is_host and row.wall_ms is not None]
+    if not group:
+        return ""
+    cases, modes = list(dict.fromkeys(row.case for row in group)), list(dict.fromkeys(row.mode for row in group))
+    times = {(row.case, row.arm, row.mode): 1e3 * row.wall_ms.p50 for row in group if row.wall_ms}
+    columns = [(case, mode) for case in cases for mode in modes]
+    heads = [f"{case.dtype}{f', dropout {case.dropout:g}' if case.dropout else ''}: {mode}" for case, mode in columns]
+    first = cases[0]
+    lines = [f"The host's time, µs (M = {first.m}, K = {first.k}, N = {first.n}, R = {first.r}):", ""]
+    lines += [_line(["arm", *heads]), _line(["---", *["--:"] * len(heads)])]
+    for arm in _arms(group):
+        cells = [times.get((case, arm, mode)) for case, mode in columns]
+        lines.append(_line([f"`{arm}`", *("-" if time is None else f"{time:.1f}" for time in cells)]))
+    return "\n".join(lines)
 
 
 def models_in_brief(rows: Sequence[ModelRow]) -> str:
@@ -115,7 +133,7 @@ def absences(rows: Sequence[Measured]) -> str:
 
 
 def _notes(rows: Sequence[LayerRow]) -> list[str]:
-    return [*_noise(rows), *_speedups(rows), *_wall(rows), *_host_overhead(rows)]
+    return [*_noise(rows), *_speedups(rows), *_wall(rows)]
 
 
 def _noise(rows: Sequence[LayerRow]) -> list[str]:
@@ -163,7 +181,7 @@ def _host_overhead(rows: Sequence[LayerRow]) -> list[str]:
     for case in dict.fromkeys(row.case for row in rows if row.case.is_host):
         steps = [row for row in shown(rows) if row.case == case and row.mode == "step"]
         times = ", ".join(f"{row.arm} {1e3 * row.wall_ms.p50:.0f}" for row in steps if row.wall_ms)
-        lines.append(f"- host overhead of a step (M = {case.m}, K = N = {case.k}, {case.dtype}), µs: {times}")
+        lines.append(f"- host overhead of a step ({_setting(case, f'M = {case.m}, K = N = {case.k}')}), µs: {times}")
     return lines
 
 

@@ -73,7 +73,7 @@ def lora_matmul(p: Product) -> tuple[Tensor | None, Tensor]:
     Raises:
         RuntimeError: ``FASTLORA_BACKEND`` names an unknown kernel, or one that refuses.
     """
-    simple = p.x.is_cpu and _environment.get(_NAME, _AUTO) == _AUTO
+    simple = p.x.is_cpu and _environment.get(_NAME, _AUTO) in _LIBRARY
     kernel = _on_a_cpu("lora_matmul") if simple else _choose(Request.of_lora_matmul(p), _forced())
     result: tuple[Tensor | None, Tensor] = kernel.run(p)
     return result
@@ -85,7 +85,7 @@ def rank_grad(p: Tensor, q: Tensor, dtype: torch.dtype, dropout: Dropout | None)
     Raises:
         RuntimeError: ``FASTLORA_BACKEND`` names an unknown kernel, or one that refuses.
     """
-    simple = q.is_cpu and _environment.get(_NAME, _AUTO) == _AUTO
+    simple = q.is_cpu and _environment.get(_NAME, _AUTO) in _LIBRARY
     kernel = (
         _on_a_cpu("rank_grad") if simple else _choose(Request.of_rank_grad(p, q, dtype, dropout is not None), _forced())
     )
@@ -100,7 +100,7 @@ def gradients_of(p: Product, dy: Tensor) -> Callable[[Product, Tensor, Tensor], 
         p: the forward's product, with x [M, K].
         dy: gradient of the output [M, N].
     """
-    if dy.is_cpu and _environment.get(_NAME, _AUTO) == _AUTO:
+    if dy.is_cpu and _environment.get(_NAME, _AUTO) in _LIBRARY:
         return _on_a_cpu("lora_matmul").gradients
     turned = Product(dy, p.w.T, p.b.T, p.a.T, p.scale, None, p.dropout_p, p.seed, on_product=True)  # type: ignore[union-attr]
     kernel = _choose(Request.of_lora_matmul(turned), _forced())
@@ -110,7 +110,7 @@ def gradients_of(p: Product, dy: Tensor) -> Callable[[Product, Tensor, Tensor], 
 
 def small_of(x: Tensor) -> Callable[[Product, bool], Tensor | None] | None:
     """The kernel's own way with small calls, or None where it has none."""
-    return _on_a_cpu("lora_matmul").small if x.is_cpu and _environment.get(_NAME, _AUTO) == _AUTO else None
+    return _on_a_cpu("lora_matmul").small if x.is_cpu and _environment.get(_NAME, _AUTO) in _LIBRARY else None
 
 
 @functools.cache
@@ -138,6 +138,8 @@ def forget() -> None:
 # os.environ encodes the name in each look and raises inside where it is not set, half a microsecond; this is its dict.
 _environment = os.environ._data  # type: ignore[attr-defined]
 _NAME, _AUTO = os.environ.encodekey("FASTLORA_BACKEND"), os.environ.encodevalue("auto")
+# The settings that come to the library on a CPU.
+_LIBRARY = frozenset({_AUTO, os.environ.encodevalue("library")})
 
 
 def _forced() -> str:

@@ -12,7 +12,7 @@ import torch
 from benchmarks.cases import FLOOR, Case
 from benchmarks.layers import arm as layers_arm
 from benchmarks.layers.arm import imported
-from benchmarks.layers.arms import arms
+from benchmarks.layers.arms import HOST_ARMS, arms
 from benchmarks.layers.case import run_case
 from benchmarks.layers.operands import make_operands
 from benchmarks.measure.clocks import Clock
@@ -136,7 +136,7 @@ def outcome(row):
 
 
 def test_every_arm_has_a_mark_of_its_own_in_pictures():
-    marks = [plots._STYLES[name] for name in arms() if name != FLOOR]
+    marks = [plots._STYLES[name] for name in arms() if name not in (FLOOR, *HOST_ARMS)]
     assert len({(mark.colour, mark.marker) for mark in marks}) == len(marks)
 
 
@@ -145,7 +145,9 @@ def test_the_floor_is_first_and_fastlora_last():
     assert names[0] == FLOOR
     start = names.index("full") + 1
     assert names[start : start + len(PEERS)] == PEERS
-    assert all(name.startswith("fastlora") for name in names[start + len(PEERS) :])
+    start += len(PEERS)
+    assert tuple(names[start : start + len(HOST_ARMS)]) == HOST_ARMS
+    assert all(name.startswith("fastlora") for name in names[start + len(HOST_ARMS) :])
     assert {"plain", "addmm", "compiled", "peft-fp32", "peft-same", "loralib"} < set(names[:start])
 
 

@@ -230,3 +230,17 @@ def test_committed_pictures_are_not_stale():
         found = [picture for picture in pictures if picture.exists()]
         assert found or path.stem.startswith("paper"), path
         assert {image.open(picture).text.get("Description") for picture in found} <= {plots.digest(path)}, STALE
+
+
+def test_the_host_table_has_every_arm_and_mode() -> None:
+    rows = [
+        replace(LayerRow.of(Case("host", 1, 8, "fp32", p), arm, mode), wall_ms=Spread(0.01, 0.02, 0.03))
+        for p in (0.0, 0.1)
+        for arm in ("frozen", "fastlora", "patched")
+        for mode in ("forward", "step")
+    ]
+    table = markdown.host(rows).splitlines()
+    assert table[2] == "| arm | fp32: forward | fp32: step | fp32, dropout 0.1: forward | fp32, dropout 0.1: step |"
+    assert table[-1] == "| `fastlora` | 20.0 | 20.0 | 20.0 | 20.0 |"
+    assert [line.split(" ")[1] for line in table[4:]] == ["`frozen`", "`patched`", "`fastlora`"]
+    assert markdown.host([replace(row, layer="gpt2.attn") for row in rows]) == ""
