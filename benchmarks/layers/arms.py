@@ -196,6 +196,12 @@ def _drop_in(case: Case, o: Operands, p: float) -> Built:
     return Built(layer, {"da": layer.lora_A, "db": layer.lora_B})
 
 
+def _compiled_fastlora(case: Case, o: Operands, p: float) -> Built:
+    torch._dynamo.reset()
+    built = _fastlora()(case, o, p)
+    return replace(built, layer=torch.compile(built.layer, fullgraph=True, dynamic=False))
+
+
 def arms() -> dict[str, LayerArm]:
     """Every arm by name, the floor first; fastlora's kernels are forced one by one."""
     peft = needs_module("peft")
@@ -214,6 +220,12 @@ def arms() -> dict[str, LayerArm]:
             "patched", "PEFT under fastlora.patch_peft, in the host's cases", _patched, own_mask=True, require=peft
         ),
         LayerArm("drop-in", "fastlora.loralib.Linear, in the host's cases", _drop_in, own_mask=True),
+        LayerArm(
+            "compiled-fastlora",
+            "fastlora under torch.compile, static shapes",
+            _compiled_fastlora,
+            require=_needs_inductor,
+        ),
         LayerArm("fastlora", "fastlora, kernel chosen by itself", _fastlora(), own_mask=True),
         LayerArm("fastlora-fp32", "the same with float32 adapters", _fastlora(wide=True), own_mask=True),
         *map(_forced, KERNELS),

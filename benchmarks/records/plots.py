@@ -30,6 +30,7 @@ _STYLES = {
     "plain": _Style("#7f7f7f", "s"),
     "addmm": _Style("#1f77b4", "^"),
     "compiled": _Style("#17becf", "P"),
+    "compiled-fastlora": _Style("#9edae5", "P"),
     "peft-same": _Style("#9467bd", "D"),
     "peft-fp32": _Style("#c5b0d5", "D"),
     "loralib": _Style("#bcbd22", "p"),
