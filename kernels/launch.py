@@ -15,9 +15,9 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]
     options: dict[str, int]
 
-    def run(self) -> None:
-        """Launches on the current device and stream."""
-        self.kernel[self.grid](**self.arguments, **self.options)
+    def run(self) -> Any:
+        """Launches on the current device and stream; returns the compiled kernel, None in the interpreter."""
+        return self.kernel[self.grid](**self.arguments, **self.options)
 
 
 def strided(name: str, tensor: Tensor, axes: str) -> dict[str, Any]:

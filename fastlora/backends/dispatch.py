@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..text import dtype_name
-from . import cuda, first_use, library, measured, reference, triton, triton_skinny
+from . import cuda, first_use, library, measured, reference, replay, triton, triton_skinny
 from .dropout import Dropout
 from .measured import Proof
 from .request import Kernel, Product, Request
@@ -132,6 +132,7 @@ def forget() -> None:
     """Lets every choice be made anew."""
     _chosen.clear()
     first_use.forget()
+    replay.forget()
     _on_a_cpu.cache_clear()
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..kernels.tiles import TMA_CAPABILITIES
 from ..text import dtype_name
 from .dropout import Dropout
+from .replay import replay
 from .request import Kernel, Product, Request, new_middle
 
 _INTERPRETED_CAPABILITY = 90
@@ -98,8 +99,6 @@ def launches_serial(p: Product, capability: int, precision: str) -> Launches:
 def _launches(p: Product, precision: str, base: Callable[[Product, Tensor], tuple[Tensor, Any]]) -> Launches:
     from ..kernels import middle
 
-    if p.bias is not None and not p.bias.is_contiguous():
-        p = p._replace(bias=p.bias.contiguous())
     z = new_middle(p.x, p.a.shape[0])
     steps = middle.launches(p, z, precision=precision)
     if p.w is None:
@@ -109,13 +108,24 @@ def _launches(p: Product, precision: str, base: Callable[[Product, Tensor], tupl
 
 
 def _run(launches: Callable[[Product, int, str], Launches]) -> Callable[[Product], tuple[Tensor | None, Tensor]]:
-    def run(p: Product) -> tuple[Tensor | None, Tensor]:
-        with device_of(p.x):
-            y, z, steps = launches(p, capability_of(p.x.device), precision())
-            run_all(steps)
-        return y, z
+    return lambda p: run_product(launches, p)
 
-    return run
+
+def run_product(launches: Callable[[Product, int, str], Launches], p: Product) -> tuple[Tensor | None, Tensor]:
+    """y and z of a product, by launches that were made for it or for one like it."""
+    if p.bias is not None and not p.bias.is_contiguous():
+        p = p._replace(bias=p.bias.contiguous())
+    with device_of(p.x):
+        capability, how = capability_of(p.x.device), precision()
+
+        def launcher() -> tuple[tuple[Tensor | None, Tensor], list[Any]]:
+            y, z, steps = launches(p, capability, how)
+            return (y, z), for_this_gpu(steps)
+
+        constants = (p.scale, p.dropout_p, p.on_product, capability, how)
+        operands = (p.x, p.w, p.a, p.b, p.bias, p.seed)
+        y, z = replay(launches.__qualname__, operands, constants, p.x.device, launcher)
+    return y, z  # type: ignore[return-value]
 
 
 def _tile(launches: Callable[[Product, int, str], Launches]) -> Callable[[Product], str]:
@@ -133,17 +143,27 @@ def rank_grad(p: Tensor, q: Tensor, *, dtype: torch.dtype, dropout: Dropout | No
     from ..kernels import rank_grad as kernel
 
     with device_of(q):
-        grad: Tensor
-        grad, steps = kernel.launches(p, q, dtype=dtype, precision=precision(), dropout=dropout)
-        run_all(steps)
-    return grad
+        how = precision()
+
+        def launcher() -> tuple[tuple[Tensor], list[Any]]:
+            grad, steps = kernel.launches(p, q, dtype=dtype, precision=how, dropout=dropout)
+            return (grad,), for_this_gpu(steps)
+
+        seed, dropped = (None, None) if dropout is None else (dropout.seed, dropout.p)
+        (grad,) = replay("rank_grad", (p, q, seed), (dtype, dropped, how), q.device, launcher)
+    return grad  # type: ignore[return-value]
 
 
 def run_all(steps: Iterable[Any]) -> None:
     """Launches on the current device and stream."""
-    for step in steps:
-        # A workgroup of an AMD GPU has 64 KiB for its operands: one buffer of each.
-        (step._replace(options=step.options | {"num_stages": 2}) if torch.version.hip else step).run()
+    for step in for_this_gpu(steps):
+        step.run()
+
+
+def for_this_gpu(steps: Iterable[Any]) -> list[Any]:
+    """The launches with the options that the GPU's maker asks for."""
+    # A workgroup of an AMD GPU has 64 KiB for its operands: one buffer of each.
+    return [step._replace(options=step.options | {"num_stages": 2}) if torch.version.hip else step for step in steps]
 
 
 def precision() -> str:

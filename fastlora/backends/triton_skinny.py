@@ -19,18 +19,22 @@ from torch import Tensor
 
 from . import triton
 from .dropout import Dropout
+from .replay import replay
 from .request import Kernel, Product, new_middle
 
 
 def lora_matmul(p: Product) -> tuple[Tensor | None, Tensor]:
     """x [M, K], w [N, K] or None for z alone, a [R, K], b [N, R], bias [N] → y [M, N], z [M, R]."""
-    with triton.device_of(p.x):
-        y, z, steps = launches(p, triton.precision())
-        triton.run_all(steps)
+    y, z = launch(p)
     return (None if y is None else y.addmm_(p.x, p.w.T)), z  # type: ignore[union-attr]
 
 
-def launches(p: Product, precision: str) -> triton.Launches:
+def launch(p: Product) -> tuple[Tensor | None, Tensor]:
+    """z bᵀ + bias and z: all of :func:`lora_matmul` but the vendor's GEMM."""
+    return triton.run_product(launches, p)
+
+
+def launches(p: Product, capability: int, precision: str) -> triton.Launches:
     """The memory of y and z, and the launches that fill z and write z bᵀ + bias into y."""
     from ..kernels import middle, rank_update
 
@@ -38,18 +42,29 @@ def launches(p: Product, precision: str) -> triton.Launches:
     steps = middle.launches(p, z, precision=precision)
     if p.w is None:
         return None, z, steps
-    if p.bias is not None and not p.bias.is_contiguous():
-        p = p._replace(bias=p.bias.contiguous())
     y, step = rank_update.launch(p, z, precision=precision)
     return y, z, [*steps, step]
 
 
 def gradients(p: Product, dy: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """dx [M, K], da [R, K] and db [N, R], with one read of dy for t and db where that pays."""
-    with triton.device_of(dy):
-        dx, da, db, steps = gradient_launches(p, dy, z, triton.capability_of(dy.device), triton.precision())
-        triton.run_all(steps)
+    dx, da, db = launch_gradients(p, dy, z)
     return dx.addmm_(dy, p.w), da, db  # type: ignore[arg-type]
+
+
+def launch_gradients(p: Product, dy: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """D'(t a), da and db: all of :func:`gradients` but the vendor's GEMM."""
+    with triton.device_of(dy):
+        capability, precision = triton.capability_of(dy.device), triton.precision()
+
+        def launcher() -> tuple[tuple[Tensor, Tensor, Tensor], list[Any]]:
+            dx, da, db, steps = gradient_launches(p, dy, z, capability, precision)
+            return (dx, da, db), triton.for_this_gpu(steps)
+
+        constants = (p.scale, p.dropout_p, capability, precision)
+        operands = (p.x, dy, p.a, p.b, z, p.seed)
+        dx, da, db = replay("gradient_launches", operands, constants, dy.device, launcher)
+    return dx, da, db  # type: ignore[return-value]
 
 
 def gradient_launches(

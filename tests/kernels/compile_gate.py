@@ -92,7 +92,7 @@ class Case(NamedTuple):
             z = new_middle(dy, self.r)
             return triton_skinny.gradient_launches(product, dy, z, self.capability, self.precision)[3]
         bits = [] if dropout is None else [philox.launch(dropout, torch.empty(64, self.k, dtype=torch.int16), 0)]
-        return [*triton_skinny.launches(product, self.precision)[2], *bits]
+        return [*triton_skinny.launches(product, self.capability, self.precision)[2], *bits]
 
 
 class Finding(NamedTuple):

@@ -295,7 +295,7 @@ def test_launches_and_bytes_of_a_step(m: int, k: int, n: int, r: int, launches: 
     bf16 = torch.bfloat16
     x, dy, w, a, b = (torch.empty(size, dtype=bf16, device="meta") for size in ((m, k), (m, n), (n, k), (r, k), (n, r)))
     p = Product(x, w, a, b, SCALE)
-    _, z, steps = triton_skinny.launches(p, "ieee")
+    _, z, steps = triton_skinny.launches(p, 90, "ieee")
     steps += triton_skinny.gradient_launches(p, dy, z, 90, "ieee")[3]
     assert len(steps) == launches
     assert round(moved(steps) / 1e6) == megabytes

@@ -174,6 +174,12 @@ def outcome_of(
     if seen["refusals"] and outcome.error is None:
         outcome = outcome._replace(error=f"nobody looked at the stub's refusal: {seen['refusals']}")
     launches = [operation for operation in seen["operations"] if "kernel" in operation]
+    if outcome.error is None:
+        # Once more: what is kept of a call must launch what its launcher did.
+        run(kernel)
+        again = json.loads(library.stub_take())
+        if again["refusals"] or [o for o in again["operations"] if "kernel" in o] != launches:
+            outcome = outcome._replace(error=f"the second call launched {again}, the first {seen}")
     return outcome._replace(
         launches=tuple(launch["kernel"] for launch in launches),
         maps=seen["maps"],
