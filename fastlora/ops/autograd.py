@@ -32,8 +32,15 @@ _ops.define(
 _ops.define("rank_grad(Tensor p, Tensor q, ScalarType dtype, float dropout_p, Tensor? seed) -> Tensor")
 
 
+def _without_zero_strides(dy: Tensor) -> Tensor:
+    """dy of a sum as rows: a copy costs less than what kernels and vendors do about such strides, or than a refusal."""
+    return dy.contiguous() if 0 in dy.stride() else dy
+
+
 def _lora_matmul(*operands: Any) -> tuple[Tensor, Tensor]:
     product = Product(*operands)
+    if product.on_product:
+        product = product._replace(x=_without_zero_strides(product.x))
     y, z = dispatch.lora_matmul(product)
     return (product.x.new_empty(0) if y is None else y), z
 
@@ -45,7 +52,8 @@ def _lora_matmul_fake(*operands: Any) -> tuple[Tensor, Tensor]:
 
 
 def _rank_grad(p: Tensor, q: Tensor, dtype: torch.dtype, dropout_p: float, seed: Tensor | None) -> Tensor:
-    return dispatch.rank_grad(p, q, dtype, None if seed is None else Dropout(dropout_p, seed))
+    dropout = None if seed is None else Dropout(dropout_p, seed)
+    return dispatch.rank_grad(_without_zero_strides(p), q, dtype, dropout)
 
 
 def _rank_grad_fake(p: Tensor, q: Tensor, dtype: torch.dtype, dropout_p: float, seed: Tensor | None) -> Tensor:
@@ -147,6 +155,8 @@ def _gradients(ctx: Any, dy: Tensor) -> Gradients:
             return _gradients(ctx, dy)
     dy_mn = rows_of(dy)
     eager = is_eager()
+    if eager:
+        dy_mn = _without_zero_strides(dy_mn)
     needs = ctx.needs_input_grad[:5]
     saved = ctx.saved_tensors
     if eager and needs in _USUAL:

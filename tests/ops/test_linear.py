@@ -14,6 +14,8 @@ from torch import Tensor
 from fastlora import lora_linear
 from fastlora.accuracy import oracle_step
 from fastlora.backends.dropout import Dropout
+from fastlora.backends.request import Product
+from fastlora.ops import autograd
 from tests.cases import (
     DTYPES,
     LAYOUTS,
@@ -23,7 +25,9 @@ from tests.cases import (
     assert_matches_reference,
     check_against_reference,
     gradient_of,
+    kernel_named,
     make,
+    replace_kernel,
     run,
     upcoming_dropout,
 )
@@ -117,6 +121,27 @@ def test_gradient_of_a_sum_arrives_with_zero_strides() -> None:
     operands().sum().backward()
     actual = {name: t.grad for name, t in operands.named().items()}
     assert_matches_reference(actual, operands, torch.ones(37, 29, dtype=F64))
+
+
+@pytest.mark.parametrize("by_operators", [False, True], ids=["eager", "operators"])
+def test_no_kernel_meets_the_zero_strides_of_a_sum(by_operators: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that copies rows would refuse them, after its forward has run."""
+    strides: list[tuple[int, ...]] = []
+    run, gradients = kernel_named("library").run, kernel_named("library").gradients
+
+    def noted(p: Product) -> object:
+        strides.append(p.x.stride())
+        return run(p)
+
+    def noted_gradients(p: Product, dy: Tensor, z: Tensor) -> object:
+        strides.append(dy.stride())
+        return gradients(p, dy, z)
+
+    replace_kernel(monkeypatch, "library", run=noted, gradients=noted_gradients)
+    if by_operators:
+        monkeypatch.setattr(autograd, "is_eager", lambda: False)
+    make(lead=(3, 5)).leaves()().sum().backward()
+    assert strides == [(48, 1), (29, 1)]
 
 
 @pytest.mark.parametrize("p", [0.0, 0.25], ids=["no_dropout", "dropout"])
