@@ -9,6 +9,7 @@ import platform
 import torch
 
 from . import __version__
+from .backends import dropout_cpu
 from .ops.linear import explain
 
 PACKAGES = ("torch", "triton", "numpy", "peft", "transformers", "safetensors")
@@ -27,6 +28,8 @@ def report() -> str:
     lines.append(f"  {'CUDA':<14}{torch.version.cuda or 'this torch has none'}")
     for variable in VARIABLES:
         lines.append(f"  {variable:<24}{os.environ.get(variable, 'not set')}")
+    built = dropout_cpu.is_built()
+    lines.append(f"  {'CPU code':<14}{'built' if built else 'not built: dropout on a CPU takes torch operators'}")
     devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     for device in devices:
         major, minor = torch.cuda.get_device_capability(device)
