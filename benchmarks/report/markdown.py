@@ -37,7 +37,7 @@ def layers_in_brief(rows: Sequence[LayerRow]) -> str:
     for case in dict.fromkeys(row.case for row in rows if not row.case.is_host):
         steps = {row.arm: row for row in rows if row.case == case and row.mode == "step"}
         others = [(row.ratio, arm) for arm, row in steps.items() if row.ratio and arm not in (FLOOR, FULL)]
-        ratio, best = min((other for other in others if not other[1].startswith(OURS)), default=(None, ""))
+        ratio, best = min((other for other in others if OURS not in other[1]), default=(None, ""))
         cells = [_setting(case, case.layer), str(case.m), f"{case.k} → {case.n}", str(case.r)]
         cells += [_ratio(steps.get(OURS), bold=True), _ratio(steps.get(PEFT)), f"{best} {two_digits(ratio)}".strip()]
         lines.append(_line(cells))
