@@ -196,15 +196,17 @@ def finetune(args: argparse.Namespace) -> dict[str, Any]:
     """The whole job: pretrain, adapt three ways, check the adapter. Returns all there is to report."""
     preset, device = PRESETS[args.preset], args.device
     steps = args.steps or preset.steps
+    pretrain_steps = args.pretrain_steps or preset.pretrain_steps
     read = functools.partial(corpus.read, context=preset.context)
     first = (read(args.text) if args.text else corpus.python_sources(preset.context)).to(device)
     second = (read(args.adapt_text) if args.adapt_text else corpus.python_reference(preset.context)).to(device)
 
     torch.manual_seed(args.seed)
-    base = Decoder(preset.shape).to(device)
-    pretraining = Run("base", base, preset.pretrain_lr, preset.pretrain_steps, preset.dtype)
+    with device:  # a thousand million weights take one CPU thread eight seconds
+        base = Decoder(preset.shape)
+    pretraining = Run("base", base, preset.pretrain_lr, pretrain_steps, preset.dtype)
     print(f"Pretraining {pretraining.trainable:,} weights on {first.name} (loss, tokens/s)", flush=True)
-    train([pretraining], first.batches(preset.context, preset.batch, preset.pretrain_steps, args.seed))
+    train([pretraining], first.batches(preset.context, preset.batch, pretrain_steps, args.seed))
     del pretraining
 
     with_plain = functools.partial(PlainLoRA, rank=args.rank, alpha=args.alpha, dropout=args.dropout)
@@ -235,6 +237,7 @@ def finetune(args: argparse.Namespace) -> dict[str, Any]:
         "environment": report.environment(device),
         "settings": {
             **{name: getattr(args, name) for name in ("preset", "rank", "alpha", "dropout", "seed")},
+            "pretrain_steps": pretrain_steps,
             "steps": steps,
             "context": preset.context,
             "batch": preset.batch,
@@ -258,6 +261,7 @@ def parsed(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.
     parser.add_argument("--rank", type=int, default=16, help="rank of the adapters (default: 16)")
     parser.add_argument("--alpha", type=float, default=32, help="the update is scaled by alpha / rank (default: 32)")
     parser.add_argument("--dropout", type=float, default=0, help="on the adapters' input; the curves then differ")
+    parser.add_argument("--pretrain-steps", type=int, help="steps of pretraining (default: the preset's)")
     parser.add_argument("--steps", type=int, help="steps of adaptation (default: the preset's)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and dropout (default: 0)")
     parser.add_argument("--device", help="as torch names it (default: cuda for the gpu preset, else cpu)")
@@ -272,8 +276,11 @@ def parsed(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.
         parser.error(f"--rank must be at least 1, got {args.rank}")
     if not 0 <= args.dropout < 1:
         parser.error(f"--dropout must be at least 0 and below 1, got {args.dropout}")
-    if args.steps is not None and args.steps <= WARMUP_STEPS:
-        parser.error(f"--steps must be above the {WARMUP_STEPS} of the warm-up, got {args.steps}")
+    for name in ("pretrain_steps", "steps"):
+        value = getattr(args, name)
+        if value is not None and value <= WARMUP_STEPS:
+            option = name.replace("_", "-")
+            parser.error(f"--{option} must be above the {WARMUP_STEPS} of the warm-up, got {value}")
     try:
         args.device = torch.empty(0, device=args.device or ("cuda" if args.preset == "gpu" else "cpu")).device
     except (RuntimeError, AssertionError) as error:

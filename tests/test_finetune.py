@@ -88,6 +88,7 @@ def test_finetune_reads_any_file(example: ModuleType, tmp_path: Path) -> None:
         (["--rank", "0"], "--rank must be at least 1, got 0"),
         (["--dropout", "1"], "--dropout must be at least 0 and below 1, got 1.0"),
         (["--steps", "3"], "--steps must be above the 3 of the warm-up, got 3"),
+        (["--pretrain-steps", "2"], "--pretrain-steps must be above the 3 of the warm-up, got 2"),
         (["--device", "abacus"], "no such device here"),
     ],
 )
