@@ -43,19 +43,17 @@ def _split_columns(acc_mn):
 
 
 @triton.jit
-def _store_y(y_desc, bias_ptr, acc_mn, first_m, first_n, N):
+def _store_y(y_desc, acc_mn, bias_n, first_m, first_n):
     """y_mn = acc_mn + bias_n, in halves: y then takes half the shared memory on its way out."""
-    left, right = _split_columns(acc_mn)
-    _store_slice(y_desc, bias_ptr, left, first_m, first_n, N)
-    _store_slice(y_desc, bias_ptr, right, first_m, first_n + left.shape[1], N)
-
-
-@triton.jit
-def _store_slice(y_desc, bias_ptr, acc_mn, first_m, first_n, N):
-    if bias_ptr is not None:
-        n = first_n + tl.arange(0, acc_mn.shape[1])
-        acc_mn += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    y_desc.store([first_m, first_n], acc_mn.to(y_desc.dtype))
+    left_mn, right_mn = _split_columns(acc_mn)
+    half: tl.constexpr = left_mn.shape[1]
+    if bias_n is not None:
+        left_n, right_n = tl.split(tl.permute(tl.reshape(bias_n.to(tl.float32), (2, half)), (1, 0)))
+        y_desc.store([first_m, first_n], (left_mn + left_n[None, :]).to(y_desc.dtype))
+        y_desc.store([first_m, first_n + half], (right_mn + right_n[None, :]).to(y_desc.dtype))
+    else:
+        y_desc.store([first_m, first_n], left_mn.to(y_desc.dtype))
+        y_desc.store([first_m, first_n + half], right_mn.to(y_desc.dtype))
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -90,6 +88,11 @@ def _serial_kernel(
         block_m, block_n = tile_position(tile, blocks_m, blocks_n, GROUP_M)
         first_m = block_m * BLOCK_M
         first_n = block_n * BLOCK_N
+        # An element or two a thread, spread out after the loop: read there, it is what each accumulator register needs.
+        bias_n = None
+        if bias_ptr is not None:
+            n = first_n + tl.arange(0, BLOCK_N)
+            bias_n = tl.load(bias_ptr + n, mask=n < N, other=0.0)
         acc_mn = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         if MASK_PRODUCT:
             acc_mn = low_rank_product(
@@ -104,7 +107,7 @@ def _serial_kernel(
             acc_mn = low_rank_product(
                 acc_mn, z_ptr, b_ptr, first_m, first_n, M, N, R, stride_zm, stride_bn, stride_br, BLOCK_R, None
             )
-        _store_y(y_desc, bias_ptr, acc_mn, first_m, first_n, N)
+        _store_y(y_desc, acc_mn, bias_n, first_m, first_n)
 
 
 def launch(p: Any, z: Tensor) -> tuple[Tensor, Launch]:
