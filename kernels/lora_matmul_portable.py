@@ -23,7 +23,7 @@ from torch import Tensor
 from .indexing import low_rank_product, tile_position
 from .launch import Launch, strided
 from .philox import Mask, keep_mask
-from .tiles import GROUP_M, matmul_tile, portable_rows, rank_trip
+from .tiles import GROUP_M, matmul_tile, portable_rows, rank_trip, sms
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -105,7 +105,7 @@ def launch(p: Any, z: Tensor, *, capability: int, precision: str) -> tuple[Tenso
     sizes = (k, n, *x.stride(), *w.stride(), x.data_ptr(), w.data_ptr())
     ragged = any(size % 16 for size in sizes if size != 1)
     kind = "ragged" if ragged else precision if x.dtype is torch.float32 else None
-    tile = matmul_tile(portable_rows(capability, kind, masked=mask.seed is not None), m, n)
+    tile = matmul_tile(portable_rows(capability, kind, masked=mask.seed is not None), m, n, sms(x.device))
     return y, Launch(
         _portable_kernel,
         (triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns),),

@@ -24,7 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .indexing import low_rank_product, tile_position
 from .launch import Launch, strided
 from .philox import Mask, keep_mask
-from .tiles import GROUP_M, SCALAR_LOADS, matmul_tile, rank_trip, tma_rows
+from .tiles import GROUP_M, SCALAR_LOADS, matmul_tile, rank_trip, sms, tma_rows
 
 
 @triton.jit
@@ -122,12 +122,13 @@ def launch(p: Any, z: Tensor) -> tuple[Tensor, Launch]:
     (m, k), (n, r) = x.shape, b.shape
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     mask = Mask.of(p.mask_product)
-    tile = matmul_tile(tma_rows(SCALAR_LOADS if mask.seed is not None and r % 16 else 0), m, n)
+    tile = matmul_tile(tma_rows(SCALAR_LOADS if mask.seed is not None and r % 16 else 0), m, n, sms(x.device))
     w_k_by_n = w.stride(1) != 1
     tiles = triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns)
     return y, Launch(
         _serial_kernel,
-        (min(tiles, _sms(x.device)),),
+        # In the interpreter a few CTAs, which then walk several tiles each.
+        (min(tiles, sms(x.device) if x.is_cuda else 4),),
         strided("z", z, "m")
         | strided("b", b, "nr")
         | dict(
@@ -154,8 +155,3 @@ def launch(p: Any, z: Tensor) -> tuple[Tensor, Launch]:
         ),
         tile.options,
     )
-
-
-def _sms(device: torch.device) -> int:
-    """Streaming multiprocessors: the CTAs of a persistent grid. In the interpreter any number will do."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

@@ -7,9 +7,13 @@ it is meant for.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
-# Bytes of shared memory one CTA may have, by compute capability (CUDA C++ Programming Guide, technical specifications).
+import torch
+
+# Bytes of shared memory one CTA may have (CUDA C++ Programming Guide, technical specifications; AMD's instruction set
+# manuals: the LDS of a workgroup).
 SHARED_MEMORY = {
     80: 163 << 10,
     86: 99 << 10,
@@ -21,6 +25,9 @@ SHARED_MEMORY = {
     120: 99 << 10,
     121: 99 << 10,
 }
+
+# Multiprocessors where there is no GPU to ask: an H100's.
+DEFAULT_SMS = 132
 
 
 class Tile(NamedTuple):
@@ -66,23 +73,37 @@ SCALAR_LOADS = 128
 # Row blocks that walk the columns together, so that their w stays in L2.
 GROUP_M = 8
 
-# As many tiles as occupy a large GPU once; below it a smaller tile uses more of the machine.
-_ONE_WAVE = 108
+# What a row or a column of a tile costs beside its products, in products: half of the time in which the L2 delivers
+# its 2 bytes, at 64 bytes a clock, while the SM makes 2048 products a clock.
+_OPERAND_COST = 32
 
 
-def matmul_tile(rows: tuple[Tile, ...], m: int, n: int) -> Tile:
-    """The row for an [m, n] output: the largest tile that still gives every SM one, else the smallest."""
-    for tile in rows:
-        if -(-m // tile.rows) * -(-n // tile.columns) >= _ONE_WAVE:
-            return tile
-    return rows[-1]
+@functools.cache
+def sms(device: torch.device) -> int:
+    """A device's streaming multiprocessors, or compute units."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else DEFAULT_SMS
+
+
+def matmul_tile(rows: tuple[Tile, ...], m: int, n: int, sms: int = DEFAULT_SMS) -> Tile:
+    """The row with which ``sms`` multiprocessors are soonest done with an [m, n] output; of equals the first.
+
+    The tiles come in waves of ``sms``, the last of which takes as long as the others. A tile takes the time of its
+    products and, in part, of its operands' loads, without which the smallest tile would nearly always be best.
+    """
+
+    def time(tile: Tile) -> int:
+        tiles = -(-m // tile.rows) * -(-n // tile.columns)
+        return -(-tiles // sms) * (tile.rows * tile.columns + _OPERAND_COST * (tile.rows + tile.columns))
+
+    return min(rows, key=time)
 
 
 def portable_rows(capability: int, kind: str | None, masked: bool) -> tuple[Tile, ...]:
     """Rows of the pointer kernel.
 
-    ``kind`` is "ragged", or Triton's ``input_precision`` for fp32 operands, or None for aligned 16-bit ones; ``masked``
-    says that the product is, whose Philox words take half an accumulator.
+    ``capability`` is an architecture's number, AMD's too. ``kind`` is "ragged", or Triton's ``input_precision`` for
+    fp32 operands, or None for aligned 16-bit ones; ``masked`` says that the product is, whose Philox words take half an
+    accumulator.
     """
     rows = PORTABLE[kind or ("large" if capability in TMA_CAPABILITIES else "small")]
     return tuple(tile for tile in rows if _fits(tile, tile.columns // 2 if masked else 0))

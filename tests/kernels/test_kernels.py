@@ -142,13 +142,13 @@ def test_any_rank(kernel: Kernel, r: int) -> None:
 @pytest.mark.parametrize("mask", MASKS)
 def test_every_tile_row(mask: str, tile: tiles.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small sizes would take the smallest row only."""
-    monkeypatch.setattr(lora_matmul_serial, "matmul_tile", lambda rows, m, n: tile)
+    monkeypatch.setattr(lora_matmul_serial, "matmul_tile", lambda rows, m, n, sms: tile)
     check(SERIAL, m=tile.rows + 1, k=72, n=tile.columns + 8, r=12, mask=mask, backward=mask == "product")
 
 
 @pytest.mark.parametrize("tile", tiles.PORTABLE["large"] + tiles.PORTABLE["small"], ids=lambda tile: str(tile[:3]))
 def test_every_tile_row_of_the_portable_kernel(tile: tiles.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lora_matmul_portable, "matmul_tile", lambda rows, m, n: tile)
+    monkeypatch.setattr(lora_matmul_portable, "matmul_tile", lambda rows, m, n, sms: tile)
     check(PORTABLE, m=tile.rows + 1, k=72, n=tile.columns + 8, r=12)
 
 
@@ -275,7 +275,7 @@ def test_forced_by_family_the_kernel_follows_the_strides(expanded: bool, monkeyp
 def test_a_tile_is_that_of_the_launch(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     tile = tiles.Tile(64, 64, 32, 4, 2)
     for module in (lora_matmul_portable, lora_matmul_serial):
-        monkeypatch.setattr(module, "matmul_tile", lambda rows, m, n: tile)
+        monkeypatch.setattr(module, "matmul_tile", lambda rows, m, n, sms: tile)
     product = on_device(make(64, 64, 64, dtype=DTYPES[HALF][0])).product()
     assert kernel.tile(product) == "64x64x32, 4 warps, 2 stages"
 
@@ -290,6 +290,34 @@ def test_a_gradient_expanded_from_one_number(monkeypatch: pytest.MonkeyPatch) ->
     oracle, baseline = oracle_step(product, dy), reference_step(product, dy)
     for name, tensor in (("dx", operands.x), ("da", operands.lora_a), ("db", operands.lora_b)):
         assert_close_to_oracle(tensor.grad, oracle=getattr(oracle, name), baseline=getattr(baseline, name), name=name)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "sms", "expected"),
+    [
+        (8192, 4096, 132, (128, 256)),
+        (17 * 128, 8 * 256, 136, (128, 256)),
+        (17 * 128, 8 * 256, 132, (64, 128)),
+        (18 * 128, 10 * 256, 132, (128, 128)),
+        (18 * 128, 10 * 256, 180, (128, 256)),
+        (12 * 64, 9 * 128, 132, (64, 128)),
+        (8, 8, 132, (64, 64)),
+    ],
+    ids=["large", "one_wave", "a_wave_and_a_bit", "a_wave_and_a_third", "a_larger_gpu", "small", "tiny"],
+)
+def test_the_tile_is_the_one_that_is_done_first(m: int, n: int, sms: int, expected: tuple[int, int]) -> None:
+    tile = tiles.matmul_tile(tiles.PORTABLE["large"], m, n, sms)
+    assert (tile.rows, tile.columns) == expected
+
+
+def test_the_larger_of_two_tiles_that_are_done_together() -> None:
+    first = tiles.Tile(128, 128, 64, 8, 3)
+    second = first._replace(warps=4)
+    assert tiles.matmul_tile((first, second), 512, 512) == first
+
+
+def test_without_a_gpu_to_ask_a_tile_is_chosen_for_132_multiprocessors() -> None:
+    assert tiles.sms(torch.device("cpu")) == tiles.DEFAULT_SMS == 132
 
 
 def test_an_unknown_architecture_gets_the_smallest_shared_memory() -> None:
