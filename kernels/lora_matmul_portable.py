@@ -1,14 +1,14 @@
 """``triton-portable``: y = x wᵀ + z bᵀ + bias from a finished z, through masked pointer loads.
 
     for each block of M, block of N:
-        acc_mn = z_mr · b_nrᵀ                      masked where the mask sits on the product
         for k:  acc_mn += x_mk · w_nkᵀ
+        acc_mn += z_mr · b_nrᵀ                     first of all where the mask sits on the product, and masked
         y_mn = acc_mn + bias_n
 
 Operands: x [M, K], w [N, K], bias [N] in bf16, fp16 or fp32; b [N, R] in that dtype or fp32, cast tile by tile;
 z [M, R] and y [M, N] in the dtype of x. In the backward the same kernel makes dx: x is dy, w is wᵀ, b is aᵀ, all
 strided views, and the mask sits on the product. Bytes: the frozen GEMM's, plus one read of x by ``middle.py``, which
-makes z; y is stored once. Any strides, sm_80 and newer: used where TMA cannot go.
+makes z; y is stored once. Any strides, sm_80 and newer, AMD: used where TMA cannot go.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .fence import copy_stages, fence_async_proxy
 from .indexing import low_rank_product, tile_position
 from .launch import Launch, strided
 from .philox import Mask, keep_mask
@@ -64,23 +65,29 @@ def _portable_kernel(
     k = tl.arange(0, BLOCK_K)
 
     acc_mn = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    acc_mn = low_rank_product(
-        acc_mn, z_ptr, b_ptr, first_m, first_n, M, N, R, stride_zm, stride_bn, stride_br, BLOCK_R, PRECISION
-    )
     if MASK_PRODUCT:
         # The product comes before the base, so it can be masked in the accumulator itself.
+        acc_mn = low_rank_product(
+            acc_mn, z_ptr, b_ptr, first_m, first_n, M, N, R, stride_zm, stride_bn, stride_br, BLOCK_R, PRECISION
+        )
         keep_mn = keep_mask(seed_ptr, first_m, first_n, threshold, BLOCK_M, BLOCK_N)
         acc_mn = tl.where(keep_mn, acc_mn * rescale, 0.0)
 
     x_ptrs = x_ptr + m.to(tl.int64)[:, None] * stride_xm + k.to(tl.int64)[None, :] * stride_xk
     w_ptrs = w_ptr + k.to(tl.int64)[:, None] * stride_wk + n.to(tl.int64)[None, :] * stride_wn
-    for first_k in range(0, K, BLOCK_K):
+    for first_k in tl.range(0, K, BLOCK_K, num_stages=copy_stages()):
         inside_k = first_k + k < K
         x_mk = tl.load(x_ptrs, mask=(m < M)[:, None] & inside_k[None, :], other=0.0)
         w_kn = tl.load(w_ptrs, mask=inside_k[:, None] & (n < N)[None, :], other=0.0)
+        fence_async_proxy(first_k)
         acc_mn = tl.dot(x_mk, w_kn, acc_mn, input_precision=PRECISION)
         x_ptrs += BLOCK_K * tl.cast(stride_xk, tl.int64)
         w_ptrs += BLOCK_K * tl.cast(stride_wk, tl.int64)
+    if not MASK_PRODUCT:
+        # Last, as a trip of its own: an accumulator that enters the loop running makes ptxas serialise its wgmmas.
+        acc_mn = low_rank_product(
+            acc_mn, z_ptr, b_ptr, first_m, first_n, M, N, R, stride_zm, stride_bn, stride_br, BLOCK_R, PRECISION
+        )
 
     if bias_ptr is not None:
         acc_mn += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
@@ -94,7 +101,7 @@ def launch(p: Any, z: Tensor, *, capability: int, precision: str) -> tuple[Tenso
     Args:
         p: the ``Product`` whose x, w, b, bias (contiguous) and mask on the product are read; M >= 1.
         z: [M, R], rows contiguous.
-        capability: compute capability as a number, 90 for sm_90; picks the tile.
+        capability: the architecture's number, 90 for sm_90, 0x942 for gfx942; picks the tile.
         precision: Triton's ``input_precision`` for fp32 operands.
     """
     x, w, b = p.x, p.w, p.b
