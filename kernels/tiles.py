@@ -12,6 +12,9 @@ from typing import NamedTuple
 
 import torch
 
+# An architecture is a number: 90 for sm_90, and for AMD the hexadecimal digits of its name: 0x942 for gfx942.
+_FIRST_AMD, _FIRST_WAVE32 = 0x900, 0x1000
+
 # Bytes of shared memory one CTA may have (CUDA C++ Programming Guide, technical specifications; AMD's instruction set
 # manuals: the LDS of a workgroup).
 SHARED_MEMORY = {
@@ -24,6 +27,9 @@ SHARED_MEMORY = {
     103: 227 << 10,
     120: 99 << 10,
     121: 99 << 10,
+    0x942: 64 << 10,
+    0x950: 160 << 10,
+    0x1100: 64 << 10,
 }
 
 # Multiprocessors where there is no GPU to ask: an H100's.
@@ -51,12 +57,13 @@ class Tile(NamedTuple):
 
 # The pointer kernel, largest first. "large" is for the GPUs whose matrix instructions read shared memory; "small" for
 # those that hold operands in registers too, and have 99 KiB at the least; "ragged" for strides that no vector load can
-# follow, where every element holds an address.
+# follow, where every element holds an address. "wave32" is AMD's gfx11, whose fp32 products take twice the registers.
 PORTABLE = {
     "large": (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 3)),
     "small": (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 4), Tile(64, 64, 64, 4, 3)),
     "tf32": (Tile(128, 128, 32, 8, 2), Tile(64, 64, 32, 4, 3)),
     "ieee": (Tile(64, 64, 32, 4, 2),),
+    "ieee_wave32": (Tile(64, 64, 16, 8, 2),),
     "ragged": (Tile(64, 64, 16, 4, 2),),
 }
 
@@ -105,6 +112,8 @@ def portable_rows(capability: int, kind: str | None, masked: bool) -> tuple[Tile
     fp32 operands, or None for aligned 16-bit ones; ``masked`` says that the product is, whose Philox words take half an
     accumulator.
     """
+    if kind == "ieee" and is_amd(capability) and warp_size(capability) == 32:
+        kind = "ieee_wave32"
     rows = PORTABLE[kind or ("large" if capability in TMA_CAPABILITIES else "small")]
     return tuple(tile for tile in rows if _fits(tile, tile.columns // 2 if masked else 0))
 
@@ -160,6 +169,21 @@ def rank_trip(r: int, itemsize: int) -> int:
 def padded_rank(r: int) -> int:
     """The rank inside a kernel: a power of two, at least the 16 that the matrix instructions need."""
     return max(16, 1 << (r - 1).bit_length())
+
+
+def is_amd(capability: int) -> bool:
+    """Whether an architecture's number is that of an AMD one."""
+    return capability >= _FIRST_AMD
+
+
+def warp_size(capability: int) -> int:
+    """Threads of a warp: AMD's are 64 wide before gfx10."""
+    return 64 if is_amd(capability) and capability < _FIRST_WAVE32 else 32
+
+
+def architecture(capability: int) -> str:
+    """The name of an architecture: sm_90, gfx942."""
+    return f"gfx{capability:x}" if is_amd(capability) else f"sm_{capability}"
 
 
 def shared_memory(capability: int) -> int:
