@@ -147,6 +147,12 @@ def rank_update_tile(r: int, itemsize: int) -> Tile:
 def middle_and_grad_tile(r: int, itemsize: int, capability: int) -> Tile:
     """The row for (t, db) from one read of dy: R, N, M."""
     rows = padded_rank(r)
+    if is_amd(capability):
+        return (
+            Tile(rows, 128 if warp_size(capability) == 64 else 64, 32, 4, 2)
+            if itemsize == 2
+            else Tile(rows, 64, 16, 8, 2)
+        )
     if itemsize != 2:
         return Tile(rows, 64, 32, 4, 2)
     if rows > 16:
@@ -174,6 +180,11 @@ def padded_rank(r: int) -> int:
 def is_amd(capability: int) -> bool:
     """Whether an architecture's number is that of an AMD one."""
     return capability >= _FIRST_AMD
+
+
+def amd_capability(name: str) -> int:
+    """The number of an AMD architecture by the name that ROCm gives it: 0x942 for "gfx942:sramecc+:xnack-"."""
+    return int(name.partition(":")[0].removeprefix("gfx"), 16)
 
 
 def warp_size(capability: int) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.tiles import TMA_CAPABILITIES
+from ..kernels.tiles import TMA_CAPABILITIES, amd_capability, architecture
 from ..text import dtype_name
 from .dropout import Dropout
 from .request import Kernel, Product, Request, new_middle
@@ -36,8 +36,6 @@ def refuses(request: Request) -> str | None:
         return None
     if request.device.type != "cuda":
         return f"x is on {request.device.type}: the kernels need a CUDA GPU (or TRITON_INTERPRET=1 to try them without)"
-    if torch.version.hip:
-        return "AMD GPUs: the kernels have never been tried there"
     capability = capability_of(request.device)
     if capability < 80:
         return f"sm_{capability}: the kernels need sm_80 or newer"
@@ -50,7 +48,7 @@ def refuses_serial(request: Request) -> str | None:
         return reason
     capability = capability_of(request.device)
     if capability not in TMA_CAPABILITIES:
-        return f"TMA tiles are for {', '.join(f'sm_{c}' for c in TMA_CAPABILITIES)}, this is sm_{capability}"
+        return f"TMA tiles are for {', '.join(f'sm_{c}' for c in TMA_CAPABILITIES)}, this is {architecture(capability)}"
     if request.dtype not in (torch.bfloat16, torch.float16):
         return f"{dtype_name(request.dtype)}: TMA tiles are for 16-bit operands"
     return request.unaligned
@@ -117,8 +115,8 @@ def rank_grad(p: Tensor, q: Tensor, *, dtype: torch.dtype, dropout: Dropout | No
 
 
 def _precision() -> str:
-    """How fp32 operands are multiplied: as torch's own matmul does."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    """How fp32 operands are multiplied: as torch's own matmul does, but never as tf32 on AMD GPUs."""
+    return "tf32" if not torch.version.hip and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _device(x: Tensor) -> Any:
@@ -128,9 +126,11 @@ def _device(x: Tensor) -> Any:
 
 @functools.cache
 def capability_of(device: torch.device) -> int:
-    """A device's compute capability as a number, 90 for sm_90; the interpreter runs what is for sm_90."""
+    """A device's architecture as a number, 90 for sm_90, 0x942 for gfx942; the interpreter runs what is for sm_90."""
     if device.type != "cuda":
         return _INTERPRETED_CAPABILITY
+    if torch.version.hip:
+        return amd_capability(torch.cuda.get_device_properties(device).gcnArchName)
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 

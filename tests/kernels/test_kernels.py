@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -316,6 +317,18 @@ def test_the_larger_of_two_tiles_that_are_done_together() -> None:
     assert tiles.matmul_tile((first, second), 512, 512) == first
 
 
+@pytest.mark.parametrize(
+    ("name", "capability", "warp"),
+    [("gfx942:sramecc+:xnack-", 0x942, 64), ("gfx90a:sramecc+:xnack-", 0x90A, 64), ("gfx1100", 0x1100, 32)],
+)
+def test_amd_architectures_are_numbers_too(name: str, capability: int, warp: int) -> None:
+    assert tiles.amd_capability(name) == capability
+    assert tiles.architecture(capability) == name.partition(":")[0]
+    assert tiles.is_amd(capability)
+    assert tiles.warp_size(capability) == warp
+    assert not any(map(tiles.is_amd, tiles.TMA_CAPABILITIES))
+
+
 def test_without_a_gpu_to_ask_a_tile_is_chosen_for_132_multiprocessors() -> None:
     assert tiles.sms(torch.device("cpu")) == tiles.DEFAULT_SMS == 132
 
@@ -344,6 +357,21 @@ def test_each_refusal_has_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "x is on cpu: the kernels need a CUDA GPU" in backend.refuses(REQUEST)
     monkeypatch.setattr(backend, "_installed", lambda: False)
     assert "pip install triton" in backend.refuses(REQUEST)
+
+
+@pytest.mark.parametrize("name", ["gfx942:sramecc+:xnack-", "gfx1100"])
+def test_forced_the_portable_kernel_tries_on_amd(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``auto`` never takes it: nothing is proven there."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=name))
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    backend.capability_of.cache_clear()
+    request = REQUEST._replace(device=torch.device("cuda", 0), dtype=torch.float16)
+    assert backend.refuses(request) is None
+    assert f"this is {name.partition(':')[0]}" in backend.refuses_serial(request)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision="tf32"))
+    assert backend._precision() == "ieee"
+    backend.capability_of.cache_clear()
 
 
 def test_serial_refuses_where_tma_cannot_go(monkeypatch: pytest.MonkeyPatch) -> None:
