@@ -4,9 +4,9 @@
 PYTHON ?= python3
 VENV := .venv
 NEWEST_TRITON := 3.9.0
-GPU_TESTS_triton := tests/kernels/test_kernels.py
+GPU_TESTS_triton := tests/kernels/test_kernels.py tests/kernels/test_skinny.py
 GPU_TESTS_cuda := tests/csrc/test_cuda_kernels.py
-CPP := $(wildcard $(foreach folder,csrc tests/csrc tests/csrc/host_model,$(addprefix $(folder)/*.,cu cuh h cpp)))
+CPP := $(wildcard $(foreach folder,csrc tests/csrc tests/csrc/host_model tests/stub_gpu,$(addprefix $(folder)/*.,cu cuh h hpp cpp)))
 CLANG_FORMAT = $(PY) -c "from clang_format import clang_format; clang_format()"
 
 ifdef PY
@@ -19,7 +19,7 @@ endif
 .PHONY: help test bench publish lint format csrc gate test-gpu test-newest-triton clean
 
 help:
-	@echo "make test                the compile gate, then the tests: oracle, autograd, kernels in Triton's interpreter"
+	@echo "make test                the compile gate, then the tests: oracle, autograd, interpreter, launches without a GPU"
 	@echo "make bench               what a LoRA layer and a LoRA model cost here, then a real fine-tune"
 	@echo "make publish             measures this machine for benchmarks/results/ and renders README.md from it"
 	@echo "make lint                ruff, clang-format and mypy"
@@ -72,7 +72,7 @@ test-gpu: $(READY) csrc
 
 test-newest-triton: $(READY)
 	$(PY) -m pip install --quiet --no-deps --upgrade --target .cache/triton-$(NEWEST_TRITON) triton==$(NEWEST_TRITON)
-	PYTHONPATH=.cache/triton-$(NEWEST_TRITON) $(PY) -m pytest tests/kernels/test_kernels.py
+	PYTHONPATH=.cache/triton-$(NEWEST_TRITON) $(PY) -m pytest $(GPU_TESTS_triton)
 
 clean:
 	rm -rf fastlora/*.so $(VENV) .cache build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

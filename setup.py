@@ -1,7 +1,7 @@
-"""Installs fastlora: Python, and the CUDA kernels (``csrc/build.py``) where there is a compiler for them.
+"""Installs fastlora: Python, and the CUDA kernels and CPU code (``csrc/build.py``) where there is a compiler for them.
 
 ``kernels/`` is installed as ``fastlora.kernels`` through the symlink ``fastlora/kernels``. ``FASTLORA_BUILD_CUDA=0|1``
-keeps the CUDA kernels out or insists on them.
+keeps the CUDA kernels out or insists on them, ``FASTLORA_BUILD_CPU=0`` keeps the CPU code out.
 """
 
 import re
@@ -17,17 +17,19 @@ _ROOT = Path(__file__).resolve().parent
 _INIT = (_ROOT / "fastlora" / "__init__.py").read_text()
 
 sys.path.insert(0, str(_ROOT))  # pip leaves it out
-from csrc import build as cuda  # noqa: E402
+from csrc import build as csrc  # noqa: E402
 
 try:
-    _OBSTACLE = cuda.obstacle()
-except cuda.BuildError as error:
+    _OBSTACLE, _CPU_OBSTACLE = csrc.obstacle(), csrc.cpu_obstacle()
+except csrc.BuildError as error:
     sys.exit(f"error: {error}")
 
 
 def _say_what_is_missing() -> None:
     if _OBSTACLE is not None:
         print(f"fastlora is installed without its CUDA kernels: {_OBSTACLE}")
+    if _CPU_OBSTACLE is not None:
+        print(f"fastlora is installed without its CPU code: {_CPU_OBSTACLE}")
 
 
 class _BuildPython(build_py):
@@ -37,7 +39,7 @@ class _BuildPython(build_py):
 
 
 class _BuildLibrary(build_ext):
-    """The one extension is a plain shared library, for ctypes: any Python loads it."""
+    """The extensions are plain shared libraries, for ctypes: any Python loads them."""
 
     def run(self) -> None:
         if self.extensions:
@@ -46,9 +48,13 @@ class _BuildLibrary(build_ext):
             _say_what_is_missing()
 
     def build_extension(self, ext: Extension) -> None:
+        library = Path(self.get_ext_fullpath(ext.name))
         try:
-            cuda.build(Path(self.get_ext_fullpath(ext.name)))
-        except cuda.BuildError as error:
+            if ext.name.endswith(csrc.CPU_NAME):
+                csrc.build_cpu(library)
+            else:
+                csrc.build(library)
+        except csrc.BuildError as error:
             sys.exit(f"error: {error}")
 
     def get_ext_filename(self, fullname: str) -> str:
@@ -73,6 +79,10 @@ setup(
         "fastlora.peft",
     ],
     package_data={"fastlora": ["py.typed"]},
-    ext_modules=[] if _OBSTACLE else [Extension(f"fastlora.{cuda.NAME}", sources=[])],
+    ext_modules=[
+        Extension(f"fastlora.{name}", sources=[])
+        for name, obstacle in ((csrc.NAME, _OBSTACLE), (csrc.CPU_NAME, _CPU_OBSTACLE))
+        if obstacle is None
+    ],
     cmdclass={"build_py": _BuildPython, "build_ext": _BuildLibrary, "bdist_wheel": _Wheel},
 )

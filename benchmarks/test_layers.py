@@ -19,7 +19,7 @@ from .layers.arms import arms
 from .layers.gate import Gate
 from .layers.operands import make_operands
 from .layers.work import broken, prepare
-from .measure.clocks import Clock, Work
+from .measure.clocks import Clock, Hold, Work
 from .measure.failures import AbsentError
 from .records import environment
 from .records.rows import Spread
@@ -57,6 +57,7 @@ def _synchronised(work: Work) -> None:
 def test_layer(case: Case, name: str, mode: str, benchmark: BenchmarkFixture) -> None:
     """One arm in one mode of one case."""
     arm, operands, clock = arms()[name], make_operands(case, DEVICE), Clock(DEVICE)
+    hold = Hold()
     if reason := arm.absence(DEVICE):
         pytest.skip(reason)
     calls = itertools.count()
@@ -81,7 +82,7 @@ def test_layer(case: Case, name: str, mode: str, benchmark: BenchmarkFixture) ->
             rounds=ROUNDS,
             warmup_rounds=WARM_UP,
         )
-        samples = [clock.device(prepare(mode, built, operands, next(calls))) for _ in range(ROUNDS)]
+        samples = [clock.device(prepare(mode, built, operands, next(calls)), hold) for _ in range(ROUNDS)]
     times = [ms for ms in samples if ms is not None]
     benchmark.extra_info.update(
         kernel=built.kernel,

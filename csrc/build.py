@@ -1,8 +1,11 @@
 """Builds the CUDA kernels: every ``csrc/*.cu`` by nvcc, through ninja, into one shared library with a C ABI.
 
-    python csrc/build.py    for development: compiles what changed, puts the library into the package
+    python csrc/build.py    for development: compiles what changed, puts the libraries into the package
 
-``setup.py`` calls :func:`build` for an install. It needs Linux, nvcc (from ``CUDA_HOME``, ``CUDA_PATH``, ``PATH`` or
+And, where there is a C++ compiler, ``csrc/dropout_cpu.cpp`` into a library of its own, by :func:`build_cpu`.
+``FASTLORA_BUILD_CPU=0`` leaves it out; without it dropout on a CPU takes torch's operators, and longer.
+
+``setup.py`` calls both for an install. It needs Linux, nvcc (from ``CUDA_HOME``, ``CUDA_PATH``, ``PATH`` or
 ``/usr/local/cuda``), the C++ compiler that nvcc calls, and ninja; nothing of torch. Where one is missing the package is
 pure Python. ``FASTLORA_BUILD_CUDA=1`` makes that an error, ``0`` builds nothing.
 """
@@ -21,6 +24,9 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "libfastlora_cuda"
 LIBRARY = ROOT / "fastlora" / f"{NAME}.so"
+CPU_NAME = "libfastlora_cpu"
+CPU_LIBRARY = ROOT / "fastlora" / f"{CPU_NAME}.so"
+CPU_SOURCE = Path("csrc", "dropout_cpu.cpp")
 
 # Objects, the compiler's messages (``*.log``) and build.ninja, below the root.
 FOLDER = Path("build", "csrc")
@@ -30,6 +36,7 @@ OLDEST_NVCC = (12, 5)
 
 _TARGET = "-gencode=arch=compute_90a,code=sm_90a"
 _COMPILE = f"-std=c++17 -O3 -I csrc {_TARGET} -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v"
+_COMPILE_CPU = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fvisibility=hidden", "-pthread")
 # The runtime inside, and its names hidden: torch brings another one into the same process.
 _LINK = f"-shared {_TARGET} -cudart static -Xlinker --exclude-libs,ALL -Xlinker -z,defs"
 
@@ -106,6 +113,46 @@ def build(library: Path = LIBRARY, root: Path = ROOT) -> None:
     fresh = library.with_name(f"{library.name}.new")
     shutil.copy2(root / FOLDER / f"{NAME}.so", fresh)
     fresh.replace(library)
+
+
+def cpu_obstacle() -> str | None:
+    """Gives the reason why no library of CPU code is built here, in one line, or None where one is.
+
+    Raises:
+        BuildError: ``FASTLORA_BUILD_CPU`` is neither 0 nor 1.
+    """
+    setting = os.environ.get("FASTLORA_BUILD_CPU", "1")
+    if setting not in ("0", "1"):
+        raise BuildError(f"FASTLORA_BUILD_CPU={setting!r} is unknown: expected 0, or 1 to build where a compiler is")
+    if setting == "0":
+        return "FASTLORA_BUILD_CPU=0"
+    return None if find_cxx() else "there is no C++ compiler: install g++ or clang++, or set CXX"
+
+
+def build_cpu(library: Path = CPU_LIBRARY, root: Path = ROOT) -> None:
+    """Compiles the CPU code and puts the library where it is asked for.
+
+    Raises:
+        BuildError: there is no compiler, or it failed; its messages are printed before.
+    """
+    compiler = find_cxx()
+    if compiler is None:
+        raise BuildError(str(cpu_obstacle()))
+    library.parent.mkdir(parents=True, exist_ok=True)
+    fresh = library.with_name(f"{library.name}.new")
+    command = [*compiler, *_COMPILE_CPU, str(root / CPU_SOURCE), "-o", str(fresh)]
+    if subprocess.run(command, check=False).returncode != 0:
+        raise BuildError("the CPU code does not compile, see above; FASTLORA_BUILD_CPU=0 installs without it")
+    fresh.replace(library)
+
+
+def find_cxx() -> list[str] | None:
+    """The C++ compiler of this machine, as the words of a command."""
+    names = [named] if (named := os.environ.get("CXX")) else ["c++", "g++", "clang++"]
+    for words in map(shlex.split, names):
+        if words and shutil.which(words[0]):
+            return words
+    return None
 
 
 def write_plan(nvcc: Nvcc, root: Path = ROOT) -> Path:
@@ -192,6 +239,9 @@ def _write(path: Path, text: str) -> None:
 def main() -> int:
     """Builds into the package, or prints in one line why not."""
     try:
+        if (reason := cpu_obstacle()) is None:
+            build_cpu()
+        print(f"{CPU_LIBRARY} is up to date" if reason is None else f"fastlora's CPU code is not built: {reason}")
         reason = obstacle()
         if reason is None:
             build()

@@ -16,7 +16,7 @@ extern "C" {
 #endif
 
 // Grows with every change of a struct or a function; fastlora/backends/cuda_abi.py refuses a library of another one.
-#define FASTLORA_ABI 3
+#define FASTLORA_ABI 4
 FASTLORA_API int32_t fastlora_abi(void);
 
 // The device whose memory the calls take, as torch names it: "cuda", or "cpu" for a stand-in without a GPU.
@@ -70,6 +70,10 @@ FASTLORA_API size_t fastlora_lora_matmul_workspace(const fastlora_lora_matmul* c
 FASTLORA_API const char* fastlora_lora_matmul_sm90(const fastlora_lora_matmul* call, void* workspace, int32_t device,
                                                    void* stream);
 
+// The tile that a call would be run by on this device, in words; NULL where it makes z alone or there is no such device.
+// Valid until the thread asks again.
+FASTLORA_API const char* fastlora_lora_matmul_tile(const fastlora_lora_matmul* call, int32_t device);
+
 // g = pᵀ D(q), where wide and narrow are the wider and the narrower of p and q.
 //
 //   wide [m, c], narrow [m, r]: dtype; rows contiguous, base and row stride multiples of 16 bytes
@@ -89,7 +93,8 @@ FASTLORA_API const char* fastlora_rank_grad_sm90(const fastlora_rank_grad* call,
                                                  void* stream);
 
 // One line per kernel of the library: its name without namespaces, where * stands for anything, its threads, its bytes
-// of dynamic shared memory, and 1 if it multiplies by wgmma, else 0. For tests/csrc/cuda_gate.py.
+// of dynamic shared memory, 1 if it multiplies by wgmma, else 0, and the CTAs of its cluster. For
+// tests/csrc/cuda_gate.py.
 FASTLORA_API const char* fastlora_kernels(void);
 
 #ifdef __cplusplus

@@ -101,8 +101,4 @@ inline const char* count_multiprocessors(int32_t device, uint32_t* count) {
   return error_of(error);
 }
 
-inline const char* set_zero(void* memory, size_t bytes, void* stream) {
-  return error_of(cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(stream)));
-}
-
 }  // namespace fastlora

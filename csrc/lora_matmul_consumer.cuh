@@ -16,10 +16,11 @@ struct Consumer {
   Ring<L::STAGES, L::STAGE_BYTES, CLUSTER> ring;
   JobQueue<CLUSTER> jobs;
   Shared y_buffers;
-  uint32_t consumer = thread_index() / WARPGROUP - 1, thread = thread_index() % WARPGROUP;
+  // The same in all lanes, as the compiler must know: descriptors and operands of copies are then made once a warp.
+  uint32_t consumer;
+  uint32_t thread = thread_index() % WARPGROUP;
   Fragment fragment = Fragment(thread);
   uint32_t rank = CLUSTER > 1 ? cluster_rank() : 0;
-  uint32_t y_buffer = 0;
 
   __device__ void run() {
     for (uint32_t job = jobs.receive(fragment.lane); job != NO_JOB; job = jobs.receive(fragment.lane)) {
@@ -93,13 +94,20 @@ struct Consumer {
         ring.advance();
       }
     }
+    // Before the wait, which hides L2's latency.
+    uint32_t bias_n[TILE_N / PANEL] = {};
+    if (p.bias != nullptr) load_bias(bias_n, first_n);
     ring.drain();
     wgmma_settle(acc_mn);
     if (masked) {
       while (mask.calls < TileMask::CALLS) mask.make_some(*this, first_m, first_n);
       add_masked_product(acc_mn, mask);
     }
-    store_y(acc_mn, first_m, first_n);
+    if (p.bias != nullptr) {
+      store_y<true>(acc_mn, bias_n, first_m, first_n);
+    } else {
+      store_y<false>(acc_mn, bias_n, first_m, first_n);
+    }
   }
 
   // The mask's bits for this thread's part of the tile, one per accumulator, made one Philox call at a time: each lane
@@ -162,21 +170,31 @@ struct Consumer {
     }
   }
 
-  // Through shared memory in panels: the copy engine writes whole rows of 128 bytes, and this warpgroup goes on.
-  __device__ void store_y(const float (&acc_mn)[TILE_N / 2], uint32_t first_m, uint32_t first_n) {
-    const uint32_t* bias = static_cast<const uint32_t*>(p.bias);
+  // A word of bias for each lane and 64 columns, two elements: store_y hands them round.
+  __device__ __forceinline__ void load_bias(uint32_t (&bias_n)[TILE_N / PANEL], uint32_t first_n) const {
 #pragma unroll
     for (int chunk = 0; chunk < TILE_N / PANEL; ++chunk) {
-      const Shared panel = y_buffers + (consumer * L::Y_BUFFERS + y_buffer) * PANEL_64;
-      y_buffer ^= 1;
-      const uint32_t chunk_n = first_n + chunk * PANEL;
-      // Before the barrier, which hides part of L2's latency.
-      uint32_t bias_n[8] = {};
+      const uint32_t n = first_n + chunk * PANEL + 2 * fragment.lane;
+      if (n < p.n) bias_n[chunk] = static_cast<const uint32_t*>(p.bias)[n / 2];
+    }
+  }
+
+  // y_mn <- acc_mn (+ bias_n), through shared memory in panels: the copy engine writes whole rows of 128 bytes, and this
+  // warpgroup goes on.
+  template <bool BIAS>
+  __device__ __forceinline__ void store_y(const float (&acc_mn)[TILE_N / 2], const uint32_t (&bias_n)[TILE_N / PANEL],
+                                          uint32_t first_m, uint32_t first_n) const {
+    static_assert(TILE_N / PANEL % L::Y_BUFFERS == 0, "each tile starts with the first buffer");
+    const Shared buffers = y_buffers + consumer * L::Y_BUFFERS * PANEL_64;
+    // Matrices: rows 0-7 and 8-15 of a group of 8 columns, then of the next group.
+    Shared places[4];
 #pragma unroll
-      for (int group = 0; group < 8; ++group) {
-        const uint32_t n = chunk_n + 8 * group + fragment.column();
-        if (bias != nullptr && n < p.n) bias_n[group] = bias[n / 2];
-      }
+    for (int i = 0; i < 4; ++i) {
+      places[i] = buffers + panel_chunk(16 * fragment.warp + fragment.lane % 16, 2 * i + fragment.lane / 16);
+    }
+#pragma unroll
+    for (int chunk = 0; chunk < TILE_N / PANEL; ++chunk) {
+      const uint32_t buffer = chunk % L::Y_BUFFERS * PANEL_64;
       if (thread == 0) tma_store_wait_read<L::Y_BUFFERS - 1>();
       sync();
 #pragma unroll
@@ -185,18 +203,19 @@ struct Consumer {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int group = j + i / 2, at = chunk * (PANEL / 2) + 4 * group + 2 * (i % 2);
-          const float low = acc_mn[at] + T::widen(bias_n[group] & 0xFFFF);
-          const float high = acc_mn[at + 1] + T::widen(bias_n[group] >> 16);
+          float low = acc_mn[at], high = acc_mn[at + 1];
+          if constexpr (BIAS) {
+            const uint32_t pair = shuffle(bias_n[chunk], 4 * group + fragment.lane % 4);
+            low += T::widen(pair & 0xFFFF), high += T::widen_high(pair);
+          }
           words.w[i] = T::pack(low, high);
         }
-        // Matrices: rows 0-7 and 8-15 of group j, then of group j + 1.
-        const uint32_t row = 16 * fragment.warp + fragment.lane % 16, group = j + fragment.lane / 16;
-        store_matrices4(panel + panel_chunk(row, group), words);
+        store_matrices4(places[j / 2] + buffer, words);
       }
       fence_async_shared();
       sync();
       if (thread == 0) {
-        tma_store(&p.y, panel, chunk_n, first_m);
+        tma_store(&p.y, buffers + buffer, first_n + chunk * PANEL, first_m);
         tma_store_commit();
       }
     }
@@ -277,7 +296,7 @@ struct Consumer {
         for (int j = 0; j < 8; ++j) {
           const uint32_t r = i * PANEL + 8 * j + fragment.column();
           const float low = z_mr[i][4 * j + 2 * h] * p.scale, high = z_mr[i][4 * j + 2 * h + 1] * p.scale;
-          if (m < p.m && r < p.z_columns) *reinterpret_cast<uint32_t*>(row + r) = T::pack(low, high);
+          if (m < p.m && r < p.z_columns) hand_over(reinterpret_cast<uint32_t*>(row + r), T::pack(low, high));
         }
       }
     }

@@ -18,6 +18,12 @@ struct Producer {
   bool z_is_there = false;
 
   __device__ void run() {
+    // Before a counter is touched or a packed adapter read. The launch of tiles alone waits later, for its z: its counter
+    // is clear, since the launch before lets it start when its own wait is over.
+    if (p.schedule.z_jobs > 0) {
+      await_launch_before();
+      if (p.schedule.columns == 0) grid_dependency_launch();
+    }
     for (uint32_t job = next_job(); job != NO_JOB; job = next_job()) {
       const Schedule& s = p.schedule;
       if (s.makes_z(job)) {
@@ -74,16 +80,21 @@ struct Producer {
     }
   }
 
-  // Ordinary writes stored z and the copy engine reads it next: hence the fence.
+  // Ordinary writes stored what the copy engine reads next: hence the fences.
+  __device__ __forceinline__ void await_launch_before() const {
+    grid_dependency_wait();
+    fence_async_global();
+  }
+
   __device__ __forceinline__ void await_z(uint32_t block) {
     if (p.flags == nullptr) {
-      if (!z_is_there) grid_dependency_wait();
+      if (!z_is_there) await_launch_before();
       z_is_there = true;
     } else {
       if (block * TILE_M >= p.m) return;
       while (load_acquire(p.flags + block) < CONSUMERS) back_off();
+      fence_async_global();
     }
-    fence_async_global();
   }
 
   __device__ void load_z_job(uint32_t block) {

@@ -33,6 +33,7 @@ struct Parameters {
 // Jobs on their way from the counter to the warps. The producer of the cluster's first CTA broadcasts each job to the
 // consumers of all CTAs and to the other producers, and these acknowledge to it. A slot has two barriers and a word:
 // ``full`` when the word has landed in this CTA, ``empty`` (the first CTA's alone) when the whole cluster has read it.
+// The word of the first CTA is an ordinary store: in a cluster of one the PTX ISA leaves st.async undefined.
 template <int CLUSTER>
 struct JobQueue {
   static constexpr uint32_t SLOTS = 2;
@@ -57,6 +58,23 @@ struct JobQueue {
     }
   }
 
+  __device__ __forceinline__ void await_word() const {
+    if constexpr (CLUSTER > 1) {
+      barrier_wait_cluster(full(), at.parity);
+    } else {
+      barrier_wait(full(), at.parity);
+    }
+  }
+
+  // To the first CTA: this warp, or producer, has read the word.
+  __device__ __forceinline__ void acknowledge() const {
+    if constexpr (CLUSTER > 1) {
+      barrier_arrive_at(empty(), 0);
+    } else {
+      barrier_arrive(empty());
+    }
+  }
+
   // Producer: that of the first CTA takes the next of ``jobs`` and broadcasts it, another receives it.
   __device__ __forceinline__ uint32_t next(uint32_t rank, uint32_t* counter, uint32_t jobs) {
     uint32_t job;
@@ -65,13 +83,14 @@ struct JobQueue {
       job = taken < jobs ? taken : NO_JOB;
       // Until the word before it in the slot has landed and been read, in every CTA.
       barrier_wait(empty(), at.parity ^ 1);
-      barrier_arrive_expect(full(), 4);
-      for (uint32_t cta = 0; cta < CLUSTER; ++cta) store_async(word(), cta, job, full());
+      store_shared(word(), job);
+      barrier_arrive(full());
+      for (uint32_t cta = 1; cta < CLUSTER; ++cta) store_async(word(), cta, job, full());
     } else {
       barrier_arrive_expect(full(), 4);
-      barrier_wait(full(), at.parity);
+      await_word();
       job = load_shared(word());
-      barrier_arrive_at(empty(), 0);
+      acknowledge();
     }
     at.advance();
     return job;
@@ -79,10 +98,10 @@ struct JobQueue {
 
   // Consumer: a whole warp.
   __device__ __forceinline__ uint32_t receive(uint32_t lane) {
-    barrier_wait(full(), at.parity);
-    const uint32_t job = load_shared(word());
+    await_word();
+    const uint32_t job = shuffle(load_shared(word()), 0);
     warp_sync();
-    if (lane == 0) barrier_arrive_at(empty(), 0);
+    if (lane == 0) acknowledge();
     at.advance();
     return job;
   }

@@ -17,9 +17,10 @@
 // The low-rank product is one more trip of the same ring for each 64 of rank, of which it multiplies ceil(R / 16)
 // steps.
 // Operands: x [M, K], y [M, N], z [M, R] 16-bit, rows of whole 16 bytes; w [N, K] or stored [K, N]; a, b as w, packed
-// by a small kernel first where they are float32 or their rows are not whole 16 bytes; R <= 256.
+// by the launch before where they are float32 or their rows are not whole 16 bytes; R <= 256.
 // Bytes: the frozen product's, plus one read of x by the z jobs, on a few CTAs beside the tiles of the others.
 // Designs: Z_JOBS as above; SERIAL makes z in a launch of z jobs alone, and the launch of tiles depends on it.
+// Launches: prepare, which clears the counter and the flags and packs, then one that depends on it, or SERIAL's two.
 
 #include <cstdint>
 #include <cstdio>
@@ -29,9 +30,9 @@
 #include <layout.cuh>
 #include <lora_matmul_consumer.cuh>
 #include <lora_matmul_producer.cuh>
-#include <pack.cuh>
 #include <philox.cuh>
 #include <pipeline.cuh>
+#include <prepare.cuh>
 #include <ptx.cuh>
 #include <schedule.cuh>
 
@@ -56,18 +57,17 @@ __global__ void __launch_bounds__(THREADS, 1) lora_matmul_kernel(const __grid_co
   }
   warp_sync();
   if (CLUSTER > 1) {
-    cluster_sync();
+    cluster_sync_initialised();
   } else {
     cta_sync();
   }
-  grid_dependency_launch();
   if (warp < WARPGROUP / 32) {
     registers_decrease<PRODUCER_REGISTERS>();
     if (warp == 0 && elect_one()) Producer<TILE_N, CLUSTER, TRANSPOSED>{p, ring, jobs}.run();
     warp_sync();
   } else {
     registers_increase<CONSUMER_REGISTERS>();
-    Consumer<T, TILE_N, CLUSTER, TRANSPOSED>{p, ring, jobs, memory + L::Y}.run();
+    Consumer<T, TILE_N, CLUSTER, TRANSPOSED>{p, ring, jobs, memory + L::Y, warp / 4 - 1}.run();
   }
   // Until both CTAs have arrived, the other may still write into this one's shared memory.
   if (CLUSTER > 1) cluster_sync();
@@ -103,6 +103,11 @@ uint32_t choose_tile_columns(const fastlora_lora_matmul& c, uint32_t sms) {
   return c.n > 128 && 2 * tiles > sms ? 256 : 128;
 }
 
+// Whether two CTAs share each tile of w's columns: a cluster.
+bool runs_in_pairs(const fastlora_lora_matmul& c, uint32_t tile_columns) {
+  return tile_columns == 256 && ceil_div(c.m, TILE_M) > 1;
+}
+
 // z jobs and tiles in one launch, or z jobs in one and tiles in the next.
 template <class T, int TILE_N, int CLUSTER, bool TRANSPOSED>
 const char* launch_jobs(Parameters& p, bool makes_tiles, bool serial, uint32_t sms, void* stream) {
@@ -111,11 +116,11 @@ const char* launch_jobs(Parameters& p, bool makes_tiles, bool serial, uint32_t s
   shape.threads = THREADS;
   shape.cluster = CLUSTER;
   shape.shared_bytes = Layout<TILE_N>::BYTES;
+  shape.dependent = true;
   const auto run = [&](bool makes_z, bool makes_tiles) {
     p.schedule = make_schedule(p.m, p.n, TILE_N, CLUSTER, makes_z, makes_tiles, sms);
     const uint32_t clusters = sms / CLUSTER > 0 ? sms / CLUSTER : 1;
     shape.blocks_x = CLUSTER * (p.schedule.jobs() < clusters ? p.schedule.jobs() : clusters);
-    shape.dependent = makes_tiles && !makes_z;
     return launch(+kernel, p, shape, stream);
   };
   if (!makes_tiles || !serial) return run(true, makes_tiles);
@@ -130,7 +135,7 @@ const char* run_lora_matmul(const fastlora_lora_matmul& c, void* workspace, uint
   const Plan plan(c);
   const bool makes_tiles = c.w.data != nullptr;
   const uint32_t tile_n = makes_tiles ? choose_tile_columns(c, sms) : 256;
-  const bool pairs = tile_n == 256 && plan.row_blocks > 1;
+  const bool pairs = runs_in_pairs(c, tile_n);
   uint8_t* memory = static_cast<uint8_t*>(workspace);
 
   Parameters p = {};
@@ -143,33 +148,26 @@ const char* run_lora_matmul(const fastlora_lora_matmul& c, void* workspace, uint
   p.mask_kind = c.mask.kind;
   p.mask = {c.mask.seed, c.mask.threshold, c.mask.rescale};
 
-  PackParameters packing = {};
+  Preparation preparation = {};
   const void* adapters[2] = {plan.a.matrix.data, plan.b.matrix.data};
-  uint32_t most = 0;
   for (int i = 0; i < 2; ++i) {
     const Adapter& q = i == 0 ? plan.a : plan.b;
     if (!q.packed) continue;
     adapters[i] = memory;
-    packing.packing[i] = {q.matrix.data,
-                          reinterpret_cast<uint16_t*>(memory),
-                          q.rows,
-                          q.columns,
-                          q.padded(),
-                          q.matrix.row_stride,
-                          q.matrix.column_stride,
-                          q.is_float};
-    most = q.rows * q.padded() > most ? q.rows * q.padded() : most;
+    preparation.packing[i] = {q.matrix.data,
+                              reinterpret_cast<uint16_t*>(memory),
+                              q.rows,
+                              q.columns,
+                              q.padded(),
+                              q.matrix.row_stride,
+                              q.matrix.column_stride,
+                              q.is_float};
     memory += q.bytes();
   }
   p.counter = reinterpret_cast<uint32_t*>(memory);
   p.flags = p.counter + Plan::MOST_LAUNCHES;
-  if (const char* error = set_zero(p.counter, plan.sync_bytes(), stream)) return error;
-  if (most > 0) {
-    LaunchShape shape = {};
-    shape.blocks_x = ceil_div(most, 4 * PACK_THREADS);
-    shape.threads = PACK_THREADS;
-    if (const char* error = launch(+pack_kernel<T>, packing, shape, stream)) return error;
-  }
+  preparation.words = p.counter;
+  preparation.count = plan.sync_bytes() / 4;
 
   // Boxes as the producer loads them: x and z whole blocks of rows, w and b this CTA's share, y half a block.
   const bool w_transposed = is_transposed(c);
@@ -185,6 +183,7 @@ const char* run_lora_matmul(const fastlora_lora_matmul& c, void* workspace, uint
     if (!error) error = make_map(&p.z, c.z.data, c.m, c.r, 2 * c.z.row_stride, TILE_M);
     if (!error) error = make_map(&p.y, c.y.data, c.m, c.n, 2 * c.y.row_stride, CONSUMER_ROWS);
   }
+  if (!error) error = prepare<T>(preparation, stream);
   if (error) return error;
 
   const bool serial = c.design == FASTLORA_SERIAL;
@@ -235,10 +234,11 @@ const char* refusal(const fastlora_lora_matmul& c) {
 const char* kernels() {
   static char lines[256];
   std::snprintf(lines, sizeof(lines),
-                "lora_matmul_kernel<*, 128, *> %u %u 1\n"
-                "lora_matmul_kernel<*, 256, *> %u %u 1\n"
-                "pack_kernel<*> %u 0 0\n",
-                THREADS, Layout<128>::BYTES, THREADS, Layout<256>::BYTES, PACK_THREADS);
+                "lora_matmul_kernel<*, 128, 1, *> %u %u 1 1\n"
+                "lora_matmul_kernel<*, 256, 1, *> %u %u 1 1\n"
+                "lora_matmul_kernel<*, 256, 2, *> %u %u 1 2\n"
+                "prepare_kernel<*> %u 0 0 1\n",
+                THREADS, Layout<128>::BYTES, THREADS, Layout<256>::BYTES, THREADS, Layout<256>::BYTES, PREPARE_THREADS);
   return lines;
 }
 
@@ -246,6 +246,18 @@ const char* kernels() {
 
 extern "C" size_t fastlora_lora_matmul_workspace(const fastlora_lora_matmul* call) {
   return fastlora::lora_matmul::Plan(*call).bytes();
+}
+
+extern "C" const char* fastlora_lora_matmul_tile(const fastlora_lora_matmul* call, int32_t device) {
+  using namespace fastlora;
+  using namespace fastlora::lora_matmul;
+  thread_local char words[64];
+  uint32_t sms;
+  if (call->w.data == nullptr || count_multiprocessors(device, &sms) != nullptr) return nullptr;
+  const uint32_t columns = choose_tile_columns(*call, sms);
+  std::snprintf(words, sizeof(words), "%dx%ux%d, clusters of %d", TILE_M, columns, PANEL,
+                runs_in_pairs(*call, columns) ? 2 : 1);
+  return words;
 }
 
 extern "C" const char* fastlora_lora_matmul_sm90(const fastlora_lora_matmul* call, void* workspace, int32_t device,

@@ -24,8 +24,11 @@ struct Words4 {
 
 __device__ __forceinline__ uint32_t thread_index() { return threadIdx.x; }
 
+// A lane's value in the whole warp; the compiler keeps it in a register that lanes share.
+__device__ __forceinline__ uint32_t shuffle(uint32_t value, uint32_t lane) { return __shfl_sync(~0u, value, lane); }
+
 // By a shuffle, so that the compiler knows that all lanes have the same value.
-__device__ __forceinline__ uint32_t warp_index() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
+__device__ __forceinline__ uint32_t warp_index() { return shuffle(threadIdx.x / 32, 0); }
 
 __device__ __forceinline__ uint32_t block_index() { return blockIdx.x; }
 __device__ __forceinline__ uint32_t block_index_y() { return blockIdx.y; }
@@ -93,7 +96,8 @@ __device__ __forceinline__ void store_matrices4(Shared address, const Words4& v)
 }
 
 // A word into the shared memory of a CTA of the cluster, at the address that it has here. Its 4 bytes count on the
-// barrier there, as a copy's do: a thread that has waited for it sees the word. mapa (9.7.9.23), st.async (9.7.9.13).
+// barrier there, as a copy's do: a thread that has waited for it sees the word. Undefined in a cluster of one CTA.
+// mapa (9.7.9.23), st.async (9.7.9.13).
 __device__ __forceinline__ void store_async(Shared address, uint32_t rank, uint32_t value, Shared barrier) {
   asm volatile(
       "{\n.reg .b32 remote, remote_barrier;\n"
@@ -106,6 +110,12 @@ __device__ __forceinline__ void store_async(Shared address, uint32_t rank, uint3
 }
 
 // ---- Global memory between CTAs (9.7.13, 9.7.9)
+
+// A store that a launch after this one reads, once it has waited for this one. The host model keeps account of these.
+template <class Value>
+__device__ __forceinline__ void hand_over(Value* to, Value value) {
+  *to = value;
+}
 
 __device__ __forceinline__ uint32_t atomic_add(uint32_t* address, uint32_t value) {
   uint32_t old;
@@ -173,6 +183,18 @@ __device__ __forceinline__ void barrier_wait(Shared barrier, uint32_t parity) {
       : "memory");
 }
 
+// The same where the phase hands over what another CTA of the cluster wrote.
+__device__ __forceinline__ void barrier_wait_cluster(Shared barrier, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "AGAIN:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra AGAIN;\n}\n"
+      :
+      : "r"(barrier), "r"(parity)
+      : "memory");
+}
+
 // ---- Barriers of threads
 
 __device__ __forceinline__ void cta_sync() { __syncthreads(); }
@@ -182,6 +204,11 @@ __device__ __forceinline__ void warp_sync() { __syncwarp(); }
 // barrier.cluster (9.7.13.4).
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" : : : "memory");
+}
+
+// The same after a fence_barrier_init, which has released all that others need: without a fence of the whole GPU.
+__device__ __forceinline__ void cluster_sync_initialised() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" : : : "memory");
 }
 
 // Named barrier of whole warps; 0 is cta_sync's. bar.sync (9.7.13.1).
@@ -226,7 +253,7 @@ __device__ __forceinline__ void tma_load_multicast(Shared to, const TensorMap* m
       : "memory");
 }
 
-// What lies outside the tensor is not written.
+// What lies outside the tensor is not written, but for the rest of the 16 bytes in which a row ends.
 __device__ __forceinline__ void tma_store(const TensorMap* map, Shared from, int32_t c0, int32_t c1) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];"
                :
@@ -245,11 +272,11 @@ __device__ __forceinline__ void tma_store_wait_read() {
 // All of this thread's stores are done.
 __device__ __forceinline__ void tma_store_wait_all() { asm volatile("cp.async.bulk.wait_group 0;" : : : "memory"); }
 
-// ---- Dependent launches (9.7.13.13). Waits until the grid before has ended and its memory is visible.
+// ---- Dependent launches (9.7.13.13). Waits until the grid before has ended and its memory is visible to this grid.
 
 __device__ __forceinline__ void grid_dependency_wait() { asm volatile("griddepcontrol.wait;" : : : "memory"); }
 
-// Lets the next grid start once every CTA has called this or ended.
+// Lets a dependent grid start once every CTA has called this, in one thread or more, or ended.
 __device__ __forceinline__ void grid_dependency_launch() {
   asm volatile("griddepcontrol.launch_dependents;" : : : "memory");
 }
@@ -272,6 +299,8 @@ struct BF16 {
   static constexpr bool IS_BF16 = true;
   static __device__ __forceinline__ uint16_t round(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
   static __device__ __forceinline__ float widen(uint16_t x) { return __bfloat162float(__ushort_as_bfloat16(x)); }
+  // The high half of a word, in one instruction.
+  static __device__ __forceinline__ float widen_high(uint32_t word) { return __uint_as_float(word & 0xFFFF0000); }
   // low and high half of a word, each rounded to nearest even.
   static __device__ __forceinline__ uint32_t pack(float low, float high) {
     uint32_t word;
@@ -284,6 +313,7 @@ struct FP16 {
   static constexpr bool IS_BF16 = false;
   static __device__ __forceinline__ uint16_t round(float x) { return __half_as_ushort(__float2half_rn(x)); }
   static __device__ __forceinline__ float widen(uint16_t x) { return __half2float(__ushort_as_half(x)); }
+  static __device__ __forceinline__ float widen_high(uint32_t word) { return widen(word >> 16); }
   static __device__ __forceinline__ uint32_t pack(float low, float high) {
     uint32_t word;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));

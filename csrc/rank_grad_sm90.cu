@@ -11,6 +11,7 @@
 // and is computed again. Both operands are read as stored, tokens outermost: wgmma takes both MN-major.
 // Bytes: one read of wide, C / 128 of narrow (from L2), 8 · splits · C · R of partial sums. Memory-bound for R <= 64.
 // The same bits run after run: the splits follow from the shapes, and the last CTA adds them in order.
+// Launches: prepare, which clears the counts of ended splits, and one that depends on it; this alone where one split is.
 
 #include <cstdint>
 #include <cstdio>
@@ -20,6 +21,7 @@
 #include <layout.cuh>
 #include <philox.cuh>
 #include <pipeline.cuh>
+#include <prepare.cuh>
 #include <ptx.cuh>
 
 #include <launch.cuh>
@@ -35,9 +37,18 @@ constexpr uint32_t TARGET_CTAS = 132;
 // With fewer tokens per split the partial sums cost more than the reads.
 constexpr uint32_t LEAST_TOKENS = 4 * TOKENS;
 
+// Neighbours in memory that move at once: a row of partial sums has a multiple of 8.
+struct alignas(8) Pair {
+  float low, high;
+};
+struct alignas(16) Quad {
+  float w[4];
+};
+constexpr uint32_t PIECE = 8;
+
 struct Parameters {
   TensorMap wide, narrow;
-  // [splits, c, r_padded] float32, and per block of columns the number of splits that have ended.
+  // [splits, c, r_padded] float32, and per block of columns the number of splits that have ended; NULL: there is one.
   float* partial;
   uint32_t* ended;
   void* grad;
@@ -45,6 +56,8 @@ struct Parameters {
   uint32_t m, c, r, r_padded;
   uint32_t tokens_per_split;
   int32_t grad_dtype;
+  // Whether 8 r of grad lie side by side on 16 bytes.
+  int32_t whole_pieces;
   int32_t masked;
   Mask mask;
 };
@@ -88,7 +101,8 @@ struct Consumer {
   const Parameters& p;
   typename L::Ring ring;
   Shared last;
-  uint32_t consumer = thread_index() / WARPGROUP - 1, thread = thread_index() % WARPGROUP;
+  uint32_t consumer;  // known to be the same in all lanes
+  uint32_t thread = thread_index() % WARPGROUP;
   uint32_t first_c = block_index() * COLUMNS + consumer * PANEL;
   Fragment fragment = Fragment(thread);
 
@@ -149,8 +163,8 @@ struct Consumer {
         for (int j = 0; j < 8; ++j) {
           const uint32_t r = i * PANEL + 8 * j + fragment.column();
           if (c < p.c && r < p.r_padded) {
-            row[r] = acc_cr[i][4 * j + 2 * h] * rescale;
-            row[r + 1] = acc_cr[i][4 * j + 2 * h + 1] * rescale;
+            *reinterpret_cast<Pair*>(row + r) = {acc_cr[i][4 * j + 2 * h] * rescale,
+                                                 acc_cr[i][4 * j + 2 * h + 1] * rescale};
           }
         }
       }
@@ -160,30 +174,76 @@ struct Consumer {
   // One thread's addition releases what all consumers wrote, and acquires what those of the other splits wrote.
   __device__ __forceinline__ bool is_last() const {
     named_barrier_sync(1 + CONSUMERS, CONSUMERS * WARPGROUP);
+    if (p.ended == nullptr) return true;
     if (consumer == 0 && thread == 0) {
+      grid_dependency_wait();  // for the zeros
       store_shared(last, add_acquire_release(p.ended + block_index(), 1) + 1 == grid_blocks_y());
     }
     named_barrier_sync(1 + CONSUMERS, CONSUMERS * WARPGROUP);
     return load_shared(last) != 0;
   }
 
+  // grad_rc <- sum over splits of partial, by this CTA's 128 columns. A piece is 8 neighbouring r of one column: 32 bytes
+  // of each split. Neighbouring lanes take pieces that are neighbours in grad.
   __device__ __forceinline__ void add_splits() const {
-    const uint32_t block_c = block_index() * COLUMNS;
-    const uint32_t columns = p.c - block_c < COLUMNS ? p.c - block_c : COLUMNS;
-    const uint32_t size = columns * p.r;
-    for (uint32_t i = consumer * WARPGROUP + thread; i < size; i += CONSUMERS * WARPGROUP) {
-      // Neighbouring lanes write neighbouring elements.
-      const uint32_t c = p.grad_stride_c == 1 ? i % columns : i / p.r;
-      const uint32_t r = p.grad_stride_c == 1 ? i / columns : i % p.r;
-      const float* partial = p.partial + uint64_t(block_c + c) * p.r_padded + r;
-      float sum = 0.0f;
-      for (uint32_t split = 0; split < grid_blocks_y(); ++split) sum += partial[uint64_t(split) * p.c * p.r_padded];
-      const int64_t at = r * p.grad_stride_r + (block_c + c) * p.grad_stride_c;
-      if (p.grad_dtype == FASTLORA_FP32) {
-        static_cast<float*>(p.grad)[at] = sum;
-      } else {
-        static_cast<uint16_t*>(p.grad)[at] = p.grad_dtype == FASTLORA_BF16 ? BF16::round(sum) : FP16::round(sum);
+    constexpr uint32_t AT_ONCE = 2;
+    const uint32_t pieces = p.r_padded / PIECE, tid = consumer * WARPGROUP + thread;
+    const bool along_c = p.grad_stride_c == 1;
+    const uint64_t split_size = uint64_t(p.c) * p.r_padded;
+    for (uint32_t first = tid; first < COLUMNS * pieces; first += AT_ONCE * CONSUMERS * WARPGROUP) {
+      uint32_t c[AT_ONCE], r[AT_ONCE];
+      const float* partial[AT_ONCE];
+      bool there[AT_ONCE];
+      float sum[AT_ONCE][PIECE] = {};
+#pragma unroll
+      for (uint32_t i = 0; i < AT_ONCE; ++i) {
+        const uint32_t piece = first + i * CONSUMERS * WARPGROUP;
+        const uint32_t column = along_c ? piece % COLUMNS : piece / pieces;
+        c[i] = block_index() * COLUMNS + column;
+        r[i] = PIECE * (along_c ? piece / COLUMNS : piece % pieces);
+        there[i] = piece < COLUMNS * pieces && c[i] < p.c;
+        partial[i] = p.partial + uint64_t(c[i]) * p.r_padded + r[i];
       }
+#pragma unroll 4
+      for (uint32_t split = 0; split < grid_blocks_y(); ++split) {
+#pragma unroll
+        for (uint32_t i = 0; i < AT_ONCE; ++i) {
+          if (!there[i]) continue;
+          const Quad* quads = reinterpret_cast<const Quad*>(partial[i] + split * split_size);
+          const Quad low = quads[0], high = quads[1];
+#pragma unroll
+          for (int j = 0; j < 4; ++j) sum[i][j] += low.w[j], sum[i][4 + j] += high.w[j];
+        }
+      }
+#pragma unroll
+      for (uint32_t i = 0; i < AT_ONCE; ++i) {
+        if (!there[i]) continue;
+        if (p.grad_dtype == FASTLORA_FP32) {
+          store_piece<float>(sum[i], r[i], c[i], [](float x) { return x; });
+        } else if (p.grad_dtype == FASTLORA_BF16) {
+          store_piece<uint16_t>(sum[i], r[i], c[i], BF16::round);
+        } else {
+          store_piece<uint16_t>(sum[i], r[i], c[i], FP16::round);
+        }
+      }
+    }
+  }
+
+  template <class Element, class Round>
+  __device__ __forceinline__ void store_piece(const float (&sum)[PIECE], uint32_t r, uint32_t c, Round round) const {
+    struct alignas(16) Rounded {
+      Element e[PIECE];
+    } piece;
+#pragma unroll
+    for (uint32_t j = 0; j < PIECE; ++j) piece.e[j] = round(sum[j]);
+    Element* to = static_cast<Element*>(p.grad) + r * p.grad_stride_r + c * p.grad_stride_c;
+    if (p.whole_pieces && r + PIECE <= p.r) {
+      *reinterpret_cast<Rounded*>(to) = piece;
+      return;
+    }
+#pragma unroll
+    for (uint32_t j = 0; j < PIECE; ++j) {
+      if (r + j < p.r) to[j * p.grad_stride_r] = piece.e[j];
     }
   }
 };
@@ -209,7 +269,7 @@ __global__ void __launch_bounds__(THREADS, 1) rank_grad_kernel(const __grid_cons
     if (warp == 0 && elect_one()) produce<PANELS>(p, ring, first_m, last_m);
   } else {
     registers_increase<CONSUMER_REGISTERS>();
-    Consumer<T, PANELS>{p, ring, memory + L::LAST}.run(first_m, last_m);
+    Consumer<T, PANELS>{p, ring, memory + L::LAST, warp / 4 - 1}.run(first_m, last_m);
   }
 }
 
@@ -229,6 +289,7 @@ struct Plan {
 template <class T, int PANELS>
 const char* launch_panels(const Parameters& p, const Plan& plan, void* stream) {
   LaunchShape shape = {};
+  shape.dependent = p.ended != nullptr;
   shape.blocks_x = plan.blocks;
   shape.blocks_y = plan.splits;
   shape.threads = THREADS;
@@ -241,18 +302,26 @@ const char* run_rank_grad(const fastlora_rank_grad& c, void* workspace, void* st
   const Plan plan(c);
   Parameters p = {};
   p.partial = static_cast<float*>(workspace);
-  p.ended = reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(workspace) + plan.partial_bytes(c));
   p.grad = c.grad.data;
   p.grad_stride_r = c.grad.row_stride;
   p.grad_stride_c = c.grad.column_stride;
   p.m = c.m, p.c = c.c, p.r = c.r, p.r_padded = plan.r_padded;
   p.tokens_per_split = plan.tokens_per_split;
   p.grad_dtype = c.grad_dtype;
+  const int64_t element = c.grad_dtype == FASTLORA_FP32 ? 4 : 2;
+  p.whole_pieces = c.grad.row_stride == 1 && c.grad.column_stride * element % 16 == 0 &&
+                   reinterpret_cast<uintptr_t>(c.grad.data) % 16 == 0;
   p.masked = c.mask.kind == FASTLORA_MASK_INPUT;
   p.mask = {c.mask.seed, c.mask.threshold, c.mask.rescale};
   if (const char* error = make_map(&p.wide, c.wide.data, c.m, c.c, 2 * c.wide.row_stride, TOKENS)) return error;
   if (const char* error = make_map(&p.narrow, c.narrow.data, c.m, c.r, 2 * c.narrow.row_stride, TOKENS)) return error;
-  if (const char* error = set_zero(p.ended, 4 * plan.blocks, stream)) return error;
+  if (plan.splits > 1) {
+    p.ended = reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(workspace) + plan.partial_bytes(c));
+    Preparation preparation = {};
+    preparation.words = p.ended;
+    preparation.count = plan.blocks;
+    if (const char* error = prepare<T>(preparation, stream)) return error;
+  }
   const uint32_t panels = ceil_div(c.r, PANEL);
   return panels == 1   ? launch_panels<T, 1>(p, plan, stream)
          : panels == 2 ? launch_panels<T, 2>(p, plan, stream)
@@ -276,9 +345,9 @@ const char* refusal(const fastlora_rank_grad& c) {
 const char* kernels() {
   static char lines[256];
   std::snprintf(lines, sizeof(lines),
-                "rank_grad_kernel<*, 1> %u %u 1\n"
-                "rank_grad_kernel<*, 2> %u %u 1\n"
-                "rank_grad_kernel<*, 4> %u %u 1\n",
+                "rank_grad_kernel<*, 1> %u %u 1 1\n"
+                "rank_grad_kernel<*, 2> %u %u 1 1\n"
+                "rank_grad_kernel<*, 4> %u %u 1 1\n",
                 THREADS, Layout<1>::BYTES, THREADS, Layout<2>::BYTES, THREADS, Layout<4>::BYTES);
   return lines;
 }

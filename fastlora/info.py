@@ -14,6 +14,7 @@ from .ops.linear import explain
 PACKAGES = ("torch", "triton", "numpy", "peft", "transformers", "safetensors")
 VARIABLES = (
     "FASTLORA_BACKEND",
+    "FASTLORA_CHECK",
     "FASTLORA_CUDA_LIBRARY",
     "TRITON_INTERPRET",
 )

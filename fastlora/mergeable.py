@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -114,6 +115,14 @@ def parameter_of(module: nn.Module, name: str) -> Any:
         return module._parameters[name]
     except KeyError:  # parametrised, or FSDP1's: a property, or a plain attribute
         return getattr(module, name)
+
+
+def parameters_of(module: nn.Module, names: Sequence[str]) -> tuple[Any, ...]:
+    """Each of the names' :func:`parameter_of`, in one look."""
+    try:
+        return tuple(map(module._parameters.__getitem__, names))
+    except KeyError:
+        return tuple(parameter_of(module, name) for name in names)
 
 
 class Mergeable(nn.Module):

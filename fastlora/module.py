@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .mergeable import Mergeable, Update, check_rank_and_dropout, parameter_of, scale_of, start_adapter, start_linear
+from .mergeable import Mergeable, Update, check_rank_and_dropout, parameters_of, scale_of, start_adapter, start_linear
 from .ops import dtensor
 from .ops.linear import lora_linear
 
@@ -140,13 +140,14 @@ class LoRALinear(Mergeable):
         """x [..., in_features] -> y [..., out_features]; merged, exactly one GEMM and no gradient to A and B."""
         if self.merged:
             return F.linear(x, self.weight, self.bias)
+        weight, a, b, bias = parameters_of(self, ("weight", "lora_A", "lora_B", "bias"))
         return lora_linear(
             x,
-            parameter_of(self, "weight"),
-            parameter_of(self, "lora_A"),
-            parameter_of(self, "lora_B"),
+            weight,
+            a,
+            b,
             scale=self.scale,
-            bias=parameter_of(self, "bias"),
+            bias=bias,
             dropout_p=self.lora_dropout,
             training=self.training,
         )

@@ -19,6 +19,10 @@ class Launch(NamedTuple):
         """Launches on the current device and stream."""
         self.kernel[self.grid](**self.arguments, **self.options)
 
+    def on_amd(self) -> Launch:
+        """The launch as AMD GPUs take it: one buffer of each operand, since a workgroup has 64 KiB for them all."""
+        return self._replace(options=self.options | {"num_stages": min(self.options["num_stages"], 2)})
+
 
 def strided(name: str, tensor: Tensor, axes: str) -> dict[str, Any]:
     """A kernel's arguments for one operand: ``strided("x", x, "mk")`` is x_ptr, stride_xm and stride_xk."""

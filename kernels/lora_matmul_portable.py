@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .fence import copy_stages, fence_async_proxy
 from .indexing import low_rank_product, tile_position
-from .launch import Launch, strided
+from .launch import Launch, in_eights, strided
 from .philox import Mask, keep_mask
 from .tiles import GROUP_M, matmul_tile, portable_rows, rank_trip, sms
 
@@ -49,6 +49,8 @@ def _portable_kernel(
     stride_zm,
     stride_bn,
     stride_br,
+    Z_IN_EIGHTS: tl.constexpr,
+    B_IN_EIGHTS: tl.constexpr,
     MASK_PRODUCT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -57,6 +59,10 @@ def _portable_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
+    if Z_IN_EIGHTS:
+        R, stride_zm = R // 8 * 8, stride_zm // 8 * 8
+    if B_IN_EIGHTS:
+        stride_bn = stride_bn // 8 * 8
     block_m, block_n = tile_position(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     first_m = block_m * BLOCK_M
     first_n = block_n * BLOCK_N
@@ -130,6 +136,8 @@ def launch(p: Any, z: Tensor, *, capability: int, precision: str) -> tuple[Tenso
             N=n,
             K=k,
             R=r,
+            Z_IN_EIGHTS=in_eights(z),
+            B_IN_EIGHTS=in_eights(b),
             MASK_PRODUCT=mask.seed is not None,
             PRECISION=precision,
             BLOCK_M=tile.rows,

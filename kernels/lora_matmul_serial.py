@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .indexing import low_rank_product, tile_position
-from .launch import Launch, strided
+from .launch import Launch, in_eights, strided
 from .philox import Mask, keep_mask
 from .tiles import GROUP_M, SCALAR_LOADS, matmul_tile, rank_trip, sms, tma_rows
 
@@ -74,6 +74,8 @@ def _serial_kernel(
     stride_zm,
     stride_bn,
     stride_br,
+    Z_IN_EIGHTS: tl.constexpr,
+    B_IN_EIGHTS: tl.constexpr,
     MASK_PRODUCT: tl.constexpr,
     W_K_BY_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -82,6 +84,10 @@ def _serial_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
+    if Z_IN_EIGHTS:
+        R, stride_zm = R // 8 * 8, stride_zm // 8 * 8
+    if B_IN_EIGHTS:
+        stride_bn = stride_bn // 8 * 8
     blocks_m = tl.cdiv(M, BLOCK_M)
     blocks_n = tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), blocks_m * blocks_n, tl.num_programs(0)):
@@ -145,6 +151,8 @@ def launch(p: Any, z: Tensor) -> tuple[Tensor, Launch]:
             N=n,
             K=k,
             R=r,
+            Z_IN_EIGHTS=in_eights(z),
+            B_IN_EIGHTS=in_eights(b),
             MASK_PRODUCT=mask.seed is not None,
             W_K_BY_N=w_k_by_n,
             BLOCK_M=tile.rows,

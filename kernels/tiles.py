@@ -74,7 +74,7 @@ TMA_CAPABILITIES = (90, 100, 103)
 # Accumulator registers a thread may hold; with more of them ptxas spills at 255 (seen in the compile gate).
 _ACCUMULATOR_BUDGET = 160
 
-# Accumulator columns to leave free where z is loaded element by element, because its rank is no multiple of 16.
+# Accumulator columns to leave free where z is loaded in eights or one by one, because its rank is no multiple of 16.
 SCALAR_LOADS = 128
 
 # Row blocks that walk the columns together, so that their w stays in L2.
@@ -112,7 +112,7 @@ def portable_rows(capability: int, kind: str | None, masked: bool) -> tuple[Tile
     fp32 operands, or None for aligned 16-bit ones; ``masked`` says that the product is, whose Philox words take half an
     accumulator.
     """
-    if kind == "ieee" and is_amd(capability) and warp_size(capability) == 32:
+    if kind == "ieee" and _is_wave32(capability):
         kind = "ieee_wave32"
     rows = PORTABLE[kind or ("large" if capability in TMA_CAPABILITIES else "small")]
     return tuple(tile for tile in rows if _fits(tile, tile.columns // 2 if masked else 0))
@@ -127,7 +127,7 @@ def _fits(tile: Tile, extra_columns: int) -> bool:
     return tile.rows * (tile.columns + extra_columns) <= 32 * tile.warps * _ACCUMULATOR_BUDGET
 
 
-def middle_tile(r: int, itemsize: int, adapter_itemsize: int) -> Tile:
+def middle_tile(r: int, itemsize: int, adapter_itemsize: int, capability: int) -> Tile:
     """The row for z [M, r]: 32 tokens a CTA.
 
     With 32 rows the product is mma.sync, not wgmma: the masked operand comes from registers, which wgmma must not be
@@ -135,13 +135,17 @@ def middle_tile(r: int, itemsize: int, adapter_itemsize: int) -> Tile:
     """
     columns = min(padded_rank(r), 128 if itemsize == 2 else 64)
     if itemsize != 2:
-        return Tile(32, columns, 32, 4, 4)
+        return Tile(32, columns, 32 if columns <= 16 else 16, 4, 4)
+    if is_amd(capability):
+        return Tile(32, columns, 64 if columns <= 32 else 32, 256 // warp_size(capability), 2)
     return Tile(32, columns, 128 if columns <= 32 else 64, 8, 3 if columns * adapter_itemsize > 256 else 4)
 
 
 def rank_update_tile(r: int, itemsize: int) -> Tile:
     """The row for D(z bᵀ) [M, N]: M, N, R. Few registers and many CTAs, and 32 rows, as in the middle."""
-    return Tile(32, 128 if itemsize == 2 else 64, min(padded_rank(r), 64 if itemsize == 2 else 32), 4, 1)
+    if itemsize != 2:
+        return Tile(32, 64, min(padded_rank(r), 32), 4, 1)
+    return Tile(32, 128, min(padded_rank(r), 64), 8 if padded_rank(r) == 16 else 4, 1)
 
 
 def middle_and_grad_tile(r: int, itemsize: int, capability: int) -> Tile:
@@ -160,11 +164,12 @@ def middle_and_grad_tile(r: int, itemsize: int, capability: int) -> Tile:
     return Tile(rows, 256, 64, 8, 4 if shared_memory(capability) >= 128 << 10 else 3)
 
 
-def rank_grad_tile(r: int, precision: str | None) -> Tile:
+def rank_grad_tile(r: int, precision: str | None, capability: int) -> Tile:
     """The row for an adapter gradient with narrow side r; ``precision`` is Triton's for fp32 operands, else None."""
+    warps = 8 if _is_wave32(capability) else 4
     if precision == "ieee":
-        return Tile(16, 64, 32, 4, 2)
-    return Tile(min(padded_rank(r), 64), 64, 64, 4, 3)
+        return Tile(16, 64, 32, warps, 2)
+    return Tile(min(padded_rank(r), 64), 64, 32 if precision == "tf32" else 64, warps, 3)
 
 
 def rank_trip(r: int, itemsize: int) -> int:
@@ -190,6 +195,10 @@ def amd_capability(name: str) -> int:
 def warp_size(capability: int) -> int:
     """Threads of a warp: AMD's are 64 wide before gfx10."""
     return 64 if is_amd(capability) and capability < _FIRST_WAVE32 else 32
+
+
+def _is_wave32(capability: int) -> bool:
+    return is_amd(capability) and warp_size(capability) == 32
 
 
 def architecture(capability: int) -> str:

@@ -25,10 +25,13 @@ else:
 
 
 @pytest.fixture(autouse=True)
-def same_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def same_start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTLORA_BACKEND", raising=False)
     dispatch.forget()
     torch.manual_seed(0)
+    # Tests are small for time's sake: what they look at is the verbs, but where they ask for small calls.
+    if request.node.get_closest_marker("small_calls") is None:
+        monkeypatch.setattr(dispatch, "small_of", lambda x: None)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from fastlora import lora_linear
 from fastlora.accuracy import Step, assert_close_to_oracle, oracle_step, reference_step
-from fastlora.backends import dispatch, triton
+from fastlora.backends import dispatch, reference, triton
 from fastlora.backends.dropout import Dropout, draw_seed
 from fastlora.kernels import tiles
-from tests.cases import SCALE, Operands
+from tests.cases import SCALE, Operands, kernel_named
 
 pytestmark = pytest.mark.gpu
 
@@ -88,6 +88,19 @@ def test_step_against_the_oracle(
     torch.cuda.set_rng_state(state)
     actual = layer.step(dropout_p)
     layer.check(actual, dropout)
+
+
+def test_rows_that_end_inside_16_bytes(kernel: str) -> None:
+    """K = 100 in rows of 104, NaN beyond: tensor copies must fill with zeros by the element, not by 16 bytes."""
+    layer = Layer(300, 100, 1024, 16, torch.bfloat16, torch.bfloat16)
+    x, w = (torch.full((t.shape[0], 104), float("nan"), device="cuda", dtype=t.dtype) for t in (layer.x, layer.w))
+    x[:, :100], w[:, :100] = layer.x.detach(), layer.w
+    operands = Operands(x[:, :100], w[:, :100], layer.a.detach(), layer.b.detach(), layer.bias)
+    product = operands.product()
+    baseline = reference.lora_matmul(product)
+    oracle = reference.lora_matmul(product.map(Tensor.double))
+    for actual, b, o, name in zip(kernel_named(kernel).run(product), baseline, oracle, ("y", "z"), strict=True):
+        assert_close_to_oracle(actual, oracle=o, baseline=b, name=name)
 
 
 def test_fp32_adapters(kernel: str) -> None:

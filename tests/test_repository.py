@@ -27,6 +27,7 @@ FLOORS: tuple[set[str], ...] = (
     {"mergeable", "accuracy"},
     {"ops"},
     {"backends"},
+    {"error_rule"},
     {"kernels", "atomic", "text"},
 )
 

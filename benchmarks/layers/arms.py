@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 import fastlora
@@ -35,13 +35,26 @@ def _full(case: Case, o: Operands, p: float) -> Built:
     )
 
 
+class _Plain(nn.Module):
+    """What a user writes in a model: a layer over the case's operands."""
+
+    def __init__(self, o: Operands, p: float) -> None:
+        super().__init__()
+        base = o.linear()
+        self.weight, self.bias = base.weight, base.bias
+        self.a, self.b = o.adapters()
+        self.scale, self.p = o.scale, p
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = F.linear(x, self.weight, self.bias)
+        return y + self.scale * ((F.dropout(x, self.p) @ self.a.T) @ self.b.T)
+
+    def built(self) -> Built:
+        return Built(self, {"da": self.a, "db": self.b})
+
+
 def _plain(case: Case, o: Operands, p: float) -> Built:
-    a, b = o.adapters()
-
-    def layer(x: Tensor) -> Tensor:
-        return F.linear(x, o.w, o.bias) + o.scale * ((F.dropout(x, p) @ a.T) @ b.T)
-
-    return Built(layer, {"da": a, "db": b})
+    return _Plain(o, p).built()
 
 
 def _compiled(case: Case, o: Operands, p: float) -> Built:
@@ -86,16 +99,16 @@ class _AddmmLoRA(torch.autograd.Function):
         return dx, None, None, da, db, None
 
 
+class _Addmm(_Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = _AddmmLoRA.apply(x, self.weight, self.bias, self.a, self.b, self.scale)  # type: ignore[no-untyped-call]
+        return y
+
+
 def _addmm(case: Case, o: Operands, p: float) -> Built:
     if case.dropout:
         raise AbsentError("takes no dropout")
-    a, b = o.adapters()
-
-    def layer(x: Tensor) -> Tensor:
-        y: Tensor = _AddmmLoRA.apply(x, o.w, o.bias, a, b, o.scale)  # type: ignore[no-untyped-call]
-        return y
-
-    return Built(layer, {"da": a, "db": b})
+    return _Addmm(o, p).built()
 
 
 def _adapter_dtype(case: Case, wide: bool) -> torch.dtype:

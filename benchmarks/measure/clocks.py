@@ -13,6 +13,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -25,12 +26,21 @@ Work = Callable[[], object]
 _HOLD_CYCLES, _LONGEST_HOLD = 5_000_000, 40_000_000
 
 
+@dataclass
+class Hold:
+    """For how many cycles the stream is held before the calls of one subject.
+
+    Each subject has its own: a call of a thousand launches needs a long one, and every sample waits for its hold.
+    """
+
+    cycles: int = _HOLD_CYCLES
+
+
 class Clock:
     """The two times of a call on one device, in milliseconds."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._hold = _HOLD_CYCLES
         self._cuda = device.type == "cuda"
 
     @functools.cached_property
@@ -51,8 +61,8 @@ class Clock:
         del result
         return 1e3 * elapsed
 
-    def device(self, work: Work) -> float | None:
-        """Times one call on the GPU; None on a CPU, and where the host queued it too late: the next hold is longer.
+    def device(self, work: Work, hold: Hold) -> float | None:
+        """Times one call on the GPU; None on a CPU, and where the host queued it too late: the hold is longer then.
 
         A call that waits for the GPU itself is always late; once the hold is longest, its time counts with its gaps.
         """
@@ -60,15 +70,15 @@ class Clock:
             return None
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._flush.zero_()
-        torch.cuda._sleep(self._hold)
+        torch.cuda._sleep(hold.cycles)
         start.record()
         result = work()
         late = start.query()
         end.record()
         torch.cuda.synchronize()
         del result
-        if late and self._hold < _LONGEST_HOLD:
-            self._hold *= 2
+        if late and hold.cycles < _LONGEST_HOLD:
+            hold.cycles *= 2
             return None
         return float(start.elapsed_time(end))
 

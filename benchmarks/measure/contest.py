@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..records.rows import Measured
-from .clocks import Clock, Work, no_garbage_collection, shuffled
+from .clocks import Clock, Hold, Work, no_garbage_collection, shuffled
 from .failures import failures_into
 
 # Lazy set-up and compilation are over after so many calls.
@@ -30,6 +30,7 @@ class Subject:
         row: receives the times. An exception ends up there too, and the others go on; without a row it passes.
         turn: a context around the subject's calls, entered and left outside the clock.
         wall, device: samples in milliseconds.
+        hold: of the stream before its calls that are timed on the device.
     """
 
     prepare: Callable[[int], Work]
@@ -37,6 +38,7 @@ class Subject:
     turn: Callable[[], AbstractContextManager[None]] = nullcontext
     wall: list[float] = field(default_factory=list)
     device: list[float] = field(default_factory=list)
+    hold: Hold = field(default_factory=Hold)
 
     def sample(self, clock: Clock, numbers: Iterator[int], calls: int, on_device: bool = False) -> None:
         """Times so many calls, unless one has failed before."""
@@ -45,7 +47,7 @@ class Subject:
         with self.turn(), nullcontext() if self.row is None else failures_into([self.row]):
             for _ in range(calls):
                 self.wall.append(clock.wall(self.prepare(next(numbers))))
-                if on_device and (ms := clock.device(self.prepare(next(numbers)))) is not None:
+                if on_device and (ms := clock.device(self.prepare(next(numbers)), self.hold)) is not None:
                     self.device.append(ms)
 
 

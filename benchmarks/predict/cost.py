@@ -77,9 +77,14 @@ def gemm(p: Problem) -> Kernel:
     return Kernel(2.0 * p.m * p.k * p.n, p.moved(x=1, w=1, y=1))
 
 
-def middle(p: Problem, passes: int = 1) -> Kernel:
-    """z = x aᵀ, with so many reads of x."""
-    return Kernel(2.0 * p.m * p.k * p.r, p.moved(x=passes, a=1, z=1))
+def added(p: Problem) -> Kernel:
+    """x wᵀ added to y, which is read and written."""
+    return Kernel(2.0 * p.m * p.k * p.n, p.moved(x=1, w=1, y=2))
+
+
+def middle(p: Problem) -> Kernel:
+    """z = x aᵀ."""
+    return Kernel(2.0 * p.m * p.k * p.r, p.moved(x=1, a=1, z=1))
 
 
 def product(p: Problem, touches: int) -> Kernel:
@@ -102,18 +107,18 @@ def rank_grad(p: Problem) -> Kernel:
     return Kernel(2.0 * p.m * p.k * p.r, p.moved(x=1, z=1, a=1))
 
 
-# CTAs that kernels/rank_grad.py aims at; a test holds its grids to the functions below.
+# CTAs that kernels/rank_grad.py aims at; tests hold grids and bytes of the kernels to the functions below.
 GRAD_CTAS = 264
 
 
 def rank_blocks(p: Problem) -> int:
-    """Counts the reads of x by Triton's skinny kernels: one for each part of the rank that a kernel holds."""
-    return ceil(p.r / tiles.rank_grad_tile(p.r, None).rows)
+    """Counts the parts of the rank of Triton's rank_grad; they are neighbours, and all but one find x in the L2."""
+    return ceil(p.r / tiles.rank_grad_tile(p.r, None, 90).rows)
 
 
 def grad_splits(p: Problem) -> int:
     """Counts the splits of M into which Triton's rank_grad divides da."""
-    tile = tiles.rank_grad_tile(p.r, None)
+    tile = tiles.rank_grad_tile(p.r, None, 90)
     splits = max(1, min(GRAD_CTAS // (ceil(p.k / tile.columns) * rank_blocks(p)), ceil(p.m / (4 * tile.depth))))
     return ceil(p.m / (ceil(ceil(p.m / splits) / tile.depth) * tile.depth))
 
@@ -122,9 +127,44 @@ def rank_grad_triton(p: Problem) -> list[Kernel]:
     """da with its fp32 partial sums: written by one kernel, read and added up by another."""
     splits, flops = grad_splits(p), rank_grad(p).flops
     if splits == 1:
-        return [Kernel(flops, p.moved(x=rank_blocks(p), z=1, a=1))]
+        return [Kernel(flops, p.moved(x=1, z=1, a=1))]
     partial = 4.0 * splits * p.r * p.k
-    return [Kernel(flops, p.moved(x=rank_blocks(p), z=1) + partial), Kernel(0.0, partial + p.moved(a=1))]
+    return [Kernel(flops, p.moved(x=1, z=1) + partial), Kernel(0.0, partial + p.moved(a=1))]
+
+
+# CTAs that kernels/middle.py and kernels/middle_and_grad.py aim at.
+MIDDLE_CTAS, DY_CTAS = 264, 132
+
+
+def middle_triton(p: Problem) -> list[Kernel]:
+    """z as Triton makes it: K is split where few rows leave the GPU idle, and a second kernel adds up."""
+    tile = tiles.middle_tile(p.r, p.itemsize, p.itemsize, 90)
+    blocks = ceil(p.m / tile.rows) * ceil(p.r / tile.columns)
+    splits = max(1, min(MIDDLE_CTAS // blocks, ceil(p.k / (4 * tile.depth))))
+    splits = ceil(p.k / (ceil(ceil(p.k / splits) / tile.depth) * tile.depth))
+    if splits == 1:
+        return [middle(p)]
+    partial = 4.0 * splits * p.m * p.r
+    return [Kernel(middle(p).flops, p.moved(x=1, a=1) + partial), Kernel(0.0, partial + p.moved(z=1))]
+
+
+def middle_and_grad(p: Problem) -> list[Kernel]:
+    """t and db from one read of dy, with partial sums of both; from two reads where those would move more than a read.
+
+    ``p`` is the backward's problem: its x is dy, its K is N.
+    """
+    if tiles.padded_rank(p.r) <= 32:
+        tile = tiles.middle_and_grad_tile(p.r, p.itemsize, 90)
+        blocks = ceil(p.k / tile.columns)
+        splits = max(1, min(DY_CTAS // blocks, ceil(p.m / (4 * tile.depth))))
+        splits = ceil(p.m / (ceil(ceil(p.m / splits) / tile.depth) * tile.depth))
+        t, db = 4.0 * p.r * p.m * blocks * (blocks > 1), 4.0 * p.r * p.k * splits * (splits > 1)
+        if 2 * (t + db) < p.moved(x=1):
+            made = (p.moved(z=1) if t else 0, p.moved(a=1) if db else 0)
+            last = Kernel(0.0, t + db + sum(made))
+            once = Kernel(2 * middle(p).flops, p.moved(x=1, a=2, z=2) - sum(made) + t + db)
+            return [once, last] if t or db else [once]
+    return [*middle_triton(p), *rank_grad_triton(p)]
 
 
 def _constant(name: str) -> int:
@@ -222,8 +262,13 @@ DESIGNS = {
     ),
     "triton-serial": Design(
         "the same as built: t and db each read dy, da and db go through fp32 partial sums (triton-portable, too)",
-        lambda p: [middle(p, rank_blocks(p)), extended(p)],
-        lambda p, q: [middle(q, rank_blocks(q)), extended(q), *rank_grad_triton(p), *rank_grad_triton(q)],
+        lambda p: [*middle_triton(p), extended(p)],
+        lambda p, q: [*middle_triton(q), extended(q), *rank_grad_triton(p), *rank_grad_triton(q)],
+    ),
+    "triton-skinny": Design(
+        "the vendor's GEMM adds to a product that Triton wrote; t and db from one read of dy; sums in fp32 partials",
+        lambda p: [*middle_triton(p), product(p, 1), added(p)],
+        lambda p, q: [*middle_and_grad(q), product(q, 1), added(q), *rank_grad_triton(p)],
     ),
     "cuda-serial": Design(
         "csrc in two launches: z, then x wᵀ + z bᵀ; da and db by a kernel each",

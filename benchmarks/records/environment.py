@@ -22,6 +22,8 @@ _PACKAGES = (*info.PACKAGES, "loralib", "lorafusion", "unsloth", "freesolo-chalk
 _VARIABLES = (*info.VARIABLES, "CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE")
 # Results are written between one published run and the next: they make no tree dirty.
 _STATUS = ["git", "status", "--porcelain", "--", ":(top)", ":(top,exclude)benchmarks/results"]
+# In a query of its own, since an older driver that does not know it answers nothing at all.
+_THROTTLING = ("clocks_event_reasons.active",)
 _GPU_FACTS = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "temperature.gpu")
 
 
@@ -62,7 +64,7 @@ def describe(device: torch.device, command: str, settings: dict[str, Any], cases
         "dirty": None if (status := _run(_STATUS)) is None else bool(status),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "packages": {name: info.version(name) for name in _PACKAGES},
+        "packages": {name: info.version(name) for name in _PACKAGES} | {"torch": str(torch.__version__)},
         "device": device.type,
         "device_name": device_name(device),
         "cpu": _cpu(),
@@ -71,8 +73,9 @@ def describe(device: torch.device, command: str, settings: dict[str, Any], cases
         "threads": torch.get_num_threads(),
         "gpu": _gpu(device),
         "flags": {
-            "float32_matmul_precision": torch.get_float32_matmul_precision(),
-            "tf32": torch.backends.cuda.matmul.allow_tf32,
+            # The older switches cannot be read where somebody has set these.
+            "fp32_precision": torch.backends.cuda.matmul.fp32_precision,
+            "fp32_precision_cpu": torch.backends.mkldnn.matmul.fp32_precision,  # type: ignore[attr-defined]
             "bf16_reduced_precision_reduction": torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
             "fp16_reduced_precision_reduction": torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
             "preferred_blas": str(torch.backends.cuda.preferred_blas_library()),
@@ -101,9 +104,10 @@ def differences(before: Environment, after: Environment) -> list[str]:
 
 
 def seen(device: torch.device) -> dict[str, Any]:
-    """The facts that change during a run: the GPU's clocks, temperature and power, or the CPU's load."""
+    """The facts that change during a run: the GPU's clocks, their limits, heat and power, or the CPU's load."""
     if device.type == "cuda":
-        return {"gpu": _query(device, ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw"))}
+        moving = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
+        return {"gpu": _query(device, moving) | _query(device, _THROTTLING)}
     return {"load_average": _load()}
 
 
@@ -173,7 +177,7 @@ def _query(device: torch.device, facts: Sequence[str]) -> dict[str, str]:
     """Facts from nvidia-smi about the device; empty where it gives none."""
     uuid = torch.cuda.get_device_properties(device).uuid
     answers = _run(["nvidia-smi", f"--query-gpu={','.join(facts)}", "--format=csv,noheader", f"--id=GPU-{uuid}"])
-    values = (answers or "").split(", ")
+    values = answers.split(", ") if answers else []
     return dict(zip(facts, values, strict=True)) if len(values) == len(facts) else {}
 
 

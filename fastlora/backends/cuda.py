@@ -60,21 +60,33 @@ def lora_matmul(p: Product, design: int = 0) -> tuple[Tensor | None, Tensor]:
     and N is a multiple of 8.
     """
     library = cuda_abi.require_library()
-    x, w, a, b, bias = p.x, p.w, p.a, p.b, p.bias
-    (m, k), (n, r) = x.shape, b.shape
-    z = new_middle(x, r)
-    dropped = p.mask_x
-    y: Tensor | None = None
-    w_matrix = y_matrix = NO_MATRIX
-    if w is not None:
-        y = x.new_empty((m, n))
-        w_matrix, y_matrix = (w.data_ptr(), *w.stride()), (y.data_ptr(), *y.stride())
-        dropped = dropped or p.mask_product
+    x, w, b, bias = p.x, p.w, p.b, p.bias
+    z = new_middle(x, b.shape[1])
+    y = None if w is None else x.new_empty((x.shape[0], b.shape[0]))
     if bias is not None:
         bias = bias.contiguous()
         if bias.data_ptr() % 4:
             bias = bias.clone()  # the kernels read it two elements at a time
-    call = cuda_abi.pack_lora_matmul(
+    cuda_abi.launch(library.lora_matmul, _packed(p, y, z, bias, design), x)
+    return y, z
+
+
+def tile(p: Product) -> str:
+    """The tile that the library would take for a product with a w."""
+    # Neither y nor z decides it: x stands for both.
+    words = cuda_abi.require_library().lora_matmul_tile(_packed(p, p.x, p.x, None, 0), max(p.x.get_device(), 0))
+    return (words or b"").decode()
+
+
+def _packed(p: Product, y: Tensor | None, z: Tensor, bias: Tensor | None, design: int) -> bytes:
+    x, w, a, b = p.x, p.w, p.a, p.b
+    (m, k), (n, r) = x.shape, b.shape
+    dropped = p.mask_x
+    w_matrix = y_matrix = NO_MATRIX
+    if w is not None and y is not None:
+        w_matrix, y_matrix = (w.data_ptr(), *w.stride()), (y.data_ptr(), *y.stride())
+        dropped = dropped or p.mask_product
+    return cuda_abi.pack_lora_matmul(
         x.data_ptr(), *x.stride(),
         *w_matrix,
         a.data_ptr(), *a.stride(),
@@ -89,8 +101,6 @@ def lora_matmul(p: Product, design: int = 0) -> tuple[Tensor | None, Tensor]:
         design,
         0,  # columns of a tile: the library chooses
     )  # fmt: skip
-    cuda_abi.launch(library.lora_matmul, call, x)
-    return y, z
 
 
 def rank_grad(p: Tensor, q: Tensor, *, dtype: torch.dtype, dropout: Dropout | None = None) -> Tensor:
@@ -113,6 +123,7 @@ def rank_grad(p: Tensor, q: Tensor, *, dtype: torch.dtype, dropout: Dropout | No
 
 
 LORA_MATMUL = tuple(
-    Kernel(f"cuda-{name}", refuses, functools.partial(lora_matmul, design=code)) for code, name in enumerate(DESIGNS)
+    Kernel(f"cuda-{name}", refuses, functools.partial(lora_matmul, design=code), tile)
+    for code, name in enumerate(DESIGNS)
 )
 RANK_GRAD = (Kernel("cuda", refuses, rank_grad),)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .dropout import Dropout
 
-ABI = 3
+ABI = 4
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 MASK_NONE, MASK_INPUT, MASK_PRODUCT = 0, 1, 2
 NO_MATRIX: tuple[int, ...] = (0, 0, 0)
@@ -118,10 +118,15 @@ class Verb(NamedTuple):
 
 
 class Library(NamedTuple):
-    """A library that was loaded; ``obstacle`` is the reason why no call can succeed on this machine, or None."""
+    """A library that was loaded.
+
+    ``lora_matmul_tile`` says the tile of a packed call on a device; ``obstacle`` is the reason why no call can succeed
+    on this machine, or None.
+    """
 
     lora_matmul: Verb
     rank_grad: Verb
+    lora_matmul_tile: Callable[[bytes, int], bytes | None]
     device_type: str
     obstacle: str | None
 
@@ -180,9 +185,12 @@ def load(path: str) -> Library | str:
         abi = library.fastlora_abi()
         if abi != ABI:
             return f"{path} has ABI {abi}, this fastlora needs {ABI}: build it again with `python csrc/build.py`"
+        tile = library.fastlora_lora_matmul_tile
+        tile.argtypes, tile.restype = (ctypes.c_void_p, ctypes.c_int32), ctypes.c_char_p
         return Library(
             lora_matmul=_verb(library, "fastlora_lora_matmul"),
             rank_grad=_verb(library, "fastlora_rank_grad"),
+            lora_matmul_tile=tile,
             device_type=_text(library, "fastlora_device_type"),
             obstacle=_text(library, "fastlora_obstacle") or None,
         )

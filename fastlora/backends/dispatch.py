@@ -1,8 +1,9 @@
 """Asks each kernel whether it refuses a call, picks one, and can explain the choice.
 
-``auto`` takes the first kernel in the order of ``KERNELS`` that neither refuses nor is unproven on the device; the last
-of them, ``library``, needs no proof. ``FASTLORA_BACKEND`` forces a kernel by its name, or the first that can of those
-whose names it begins (``triton``); a forced kernel that refuses is an error.
+``auto`` takes the first kernel in the order of ``KERNELS`` that neither refuses nor is unproven on the device. Skinny
+kernels prove themselves at their first use (``first_use``); the last of all, ``library``, needs no proof.
+``FASTLORA_BACKEND`` forces a kernel by its name, or the first that can of those whose names it begins (``triton``); a
+forced kernel that refuses is an error.
 """
 
 from __future__ import annotations
@@ -15,15 +16,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.tiles import architecture
 from ..text import dtype_name
-from . import cuda, library, measured, reference, triton
+from . import cuda, first_use, library, measured, reference, triton, triton_skinny
 from .dropout import Dropout
 from .measured import Proof
 from .request import Kernel, Product, Request
 
 # For each verb, in the order of preference. rank_grad has one kernel of each family, named by it.
 KERNELS: dict[str, tuple[Kernel, ...]] = {
-    "lora_matmul": (*cuda.LORA_MATMUL, *triton.LORA_MATMUL, *library.LORA_MATMUL, *reference.LORA_MATMUL),
+    "lora_matmul": (
+        *cuda.LORA_MATMUL,
+        *triton.LORA_MATMUL,
+        *triton_skinny.LORA_MATMUL,
+        *library.LORA_MATMUL,
+        *reference.LORA_MATMUL,
+    ),
     "rank_grad": (*cuda.RANK_GRAD, *triton.RANK_GRAD, *library.RANK_GRAD, *reference.RANK_GRAD),
 }
 
@@ -36,12 +44,16 @@ class Verdict(NamedTuple):
 
 
 class Explanation(NamedTuple):
-    """The kernel that would run a request, its tile where it has one, and what each kernel answered."""
+    """The kernel that would run a request, its tile where it has one, and what each kernel answered.
+
+    ``check`` is how the check at first use stands, on GPUs.
+    """
 
     request: Request
     chosen: str | None
     verdicts: tuple[Verdict, ...]
     tile: str | None = None
+    check: str | None = None
 
     def __str__(self) -> str:
         r = self.request
@@ -50,7 +62,9 @@ class Explanation(NamedTuple):
             f"{r.verb} on {r.device}: M={r.m} K={r.k} N={r.n} R={r.r} {dtype_name(r.dtype)}, "
             f"adapters {dtype_name(r.adapter_dtype)}, {'with' if r.dropout else 'no'} dropout -> {chosen}"
         ]
-        lines += [f"  {v.kernel:<16} {'can run' if v.reason is None else v.reason}" for v in self.verdicts]
+        for v in self.verdicts:
+            note = f": {self.check}" if self.check and v.kernel == first_use.KERNELS[r.verb] else ""
+            lines.append(f"  {v.kernel:<16} {'can run' + note if v.reason is None else v.reason}")
         return "\n".join(lines)
 
 
@@ -80,9 +94,24 @@ def rank_grad(p: Tensor, q: Tensor, dtype: torch.dtype, dropout: Dropout | None)
     return grad
 
 
-def gradients_of(dy: Tensor) -> Callable[[Product, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None:
-    """The kernel's own dx, da and db in one call, or None where they are to be made by the two verbs."""
-    return _on_a_cpu("lora_matmul").gradients if dy.is_cpu and _environment.get(_NAME, _AUTO) == _AUTO else None
+def gradients_of(p: Product, dy: Tensor) -> Callable[[Product, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None:
+    """The kernel's own dx, da and db in one call, or None where they are to be made by the two verbs.
+
+    Args:
+        p: the forward's product, with x [M, K].
+        dy: gradient of the output [M, N].
+    """
+    if dy.is_cpu and _environment.get(_NAME, _AUTO) == _AUTO:
+        return _on_a_cpu("lora_matmul").gradients
+    turned = Product(dy, p.w.T, p.b.T, p.a.T, p.scale, None, p.dropout_p, p.seed, on_product=True)  # type: ignore[union-attr]
+    kernel = _choose(Request.of_lora_matmul(turned), _forced())
+    # The library's are those of a CPU.
+    return None if kernel.name == "library" and not dy.is_cpu else kernel.gradients
+
+
+def small_of(x: Tensor) -> Callable[[Product, bool], Tensor | None] | None:
+    """The kernel's own way with small calls, or None where it has none."""
+    return _on_a_cpu("lora_matmul").small if x.is_cpu and _environment.get(_NAME, _AUTO) == _AUTO else None
 
 
 @functools.cache
@@ -102,7 +131,8 @@ def explain(p: Product) -> Explanation:
 
 def forget() -> None:
     """Lets every choice be made anew."""
-    _choose.cache_clear()
+    _chosen.clear()
+    first_use.forget()
     _on_a_cpu.cache_clear()
 
 
@@ -115,12 +145,26 @@ def _forced() -> str:
     return os.environ.get("FASTLORA_BACKEND", "auto")
 
 
-@functools.lru_cache(maxsize=4096)
+_chosen: dict[tuple[Request, str], Kernel] = {}
+_MOST_CHOSEN = 4096
+
+
 def _choose(request: Request, forced: str) -> Kernel:
+    kernel = _chosen.get((request, forced))
+    return _decide(request, forced) if kernel is None else kernel
+
+
+def _decide(request: Request, forced: str) -> Kernel:
+    failures = len(first_use.failed)
     explanation = _explain(request, forced)
     if explanation.chosen is None:
         raise RuntimeError(f"FASTLORA_BACKEND={forced} cannot run this call\n{explanation}")
-    return next(kernel for kernel in KERNELS[request.verb] if kernel.name == explanation.chosen)
+    kernel = next(kernel for kernel in KERNELS[request.verb] if kernel.name == explanation.chosen)
+    if len(first_use.failed) > failures or len(_chosen) >= _MOST_CHOSEN:
+        _chosen.clear()
+    if not any(verdict.reason == first_use.LATER for verdict in explanation.verdicts):
+        _chosen[request, forced] = kernel
+    return kernel
 
 
 def _explain(request: Request, forced: str) -> Explanation:
@@ -134,13 +178,18 @@ def _explain(request: Request, forced: str) -> Explanation:
         # Nothing to multiply, so nothing to force: an empty batch must not break a training loop.
         forced = "library"
     refusals = {kernel.name: kernel.refuses(request) for kernel in KERNELS[request.verb]}
-    if forced == "auto":
-        candidates = [name for name in refusals if name != "reference"]
-        refusals |= {name: refusals[name] or unproven(name, request) for name in candidates}
-    else:
-        candidates = [name for name in refusals if _is_named(name, forced) or _is_family(name, forced)]
-    chosen = next((name for name in candidates if refusals[name] is None), None)
-    return Explanation(request, chosen, tuple(Verdict(*item) for item in refusals.items()))
+    candidates = [name for name in refusals if _is_candidate(name, forced)]
+    chosen = None
+    for name in candidates:
+        if forced == "auto" and refusals[name] is None and (chosen is None or name != first_use.KERNELS[request.verb]):
+            refusals[name] = unproven(name, request)
+        chosen = chosen or (name if refusals[name] is None else None)
+    check = first_use.state(request) if request.device.type == "cuda" else None
+    return Explanation(request, chosen, tuple(Verdict(*item) for item in refusals.items()), check=check)
+
+
+def _is_candidate(name: str, forced: str) -> bool:
+    return name != "reference" if forced == "auto" else _is_named(name, forced) or _is_family(name, forced)
 
 
 def _is_named(kernel: str, forced: str) -> bool:
@@ -159,11 +208,12 @@ def unproven(kernel: str, request: Request) -> str | None:
         return None
     if request.device.type != "cuda":
         return f"can run without a GPU, but auto keeps it for GPUs; FASTLORA_BACKEND={kernel} forces it"
-    major, minor = torch.cuda.get_device_capability(request.device)
-    proof = Proof(request.verb, kernel, 10 * major + minor, dtype_name(request.dtype))
+    if kernel == first_use.KERNELS[request.verb]:
+        return first_use.objection(request)
+    proof = Proof(request.verb, kernel, triton.capability_of(request.device), dtype_name(request.dtype))
     if proof in measured.PROVEN:
         return None
     return (
-        f"can run, but auto passes it over: not yet proven on sm_{proof.capability} in {proof.dtype} "
+        f"can run, but auto passes it over: not yet proven on {architecture(proof.capability)} in {proof.dtype} "
         f"(benchmarks/HARDWARE.md); FASTLORA_BACKEND={kernel} forces it"
     )

@@ -26,10 +26,9 @@ _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEP = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
 
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-# Elements whose bits are made at a time: on a CPU about what the caches hold, on a GPU enough to fill it.
-_CHUNK = {"cpu": 1 << 19}
+# Elements whose bits are made at a time: on a CPU about what a core's caches hold, on a GPU enough to fill it.
+_CHUNK = {"cpu": 1 << 18}
 _CHUNK_DEFAULT = 1 << 24
 
 
@@ -67,17 +66,20 @@ class Dropout:
 
     def keep(self, rows: int, columns: int, first_row: int = 0) -> Tensor:
         """The mask itself: bool [rows, columns] for the rows from ``first_row`` on."""
-        return self._bits(first_row, rows, columns).bool()
+        return self.bits(first_row, rows, columns).bool()
 
-    def chunks(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Walks x [M, C] a few rows at a time: (rows, their mask for :func:`kept`), so no [M, C] mask ever exists."""
+    def at_once(self, x: Tensor) -> bool:
+        """True where all of x [M, C] is one chunk."""
+        return x.numel() <= _chunk(x.device.type)
+
+    def chunks(self, x: Tensor) -> Iterator[slice]:
+        """The rows of x [M, C], a few at a time, so that no masked copy of all of x need exist."""
         m, columns = x.shape
-        step = max(1, _CHUNK.get(x.device.type, _CHUNK_DEFAULT) // max(columns, 1))
+        step = max(1, _chunk(x.device.type) // max(columns, 1))
         for first in range(0, m, step):
-            rows = slice(first, min(first + step, m))
-            yield rows, self._bits(first, rows.stop - first, columns)
+            yield slice(first, min(first + step, m))
 
-    def _bits(self, first_row: int, rows: int, columns: int) -> Tensor:
+    def bits(self, first_row: int, rows: int, columns: int) -> Tensor:
         """int16 [rows, columns]: all bits set where kept, none where dropped."""
         if self.seed.is_cpu:
             key, offset = self.seed.tolist()
@@ -85,10 +87,8 @@ class Dropout:
         return _bits(self.seed[0], self.seed[1], self.threshold, first_row, rows, columns, self.seed.device)
 
 
-def kept(x: Tensor, mask: Tensor) -> Tensor:
-    """x where the mask keeps and zero elsewhere; on bits, which a CPU does ten times faster than ``where``."""
-    bits = _BITS[x.element_size()]
-    return x.view(bits).bitwise_and(mask.to(bits)).view(x.dtype)
+def _chunk(device_type: str) -> int:
+    return _CHUNK[device_type] * torch.get_num_threads() if device_type == "cpu" else _CHUNK_DEFAULT
 
 
 def _bits(

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dropout import Dropout, kept
+from . import masks
+from .dropout import Dropout, draw_seed
 from .request import Kernel, Product, new_middle, runs_anything, whole_rows
 
 
@@ -33,10 +34,8 @@ def lora_matmul(p: Product) -> tuple[Tensor | None, Tensor]:
     if dropout is None or p.on_product:
         z = F.linear(x, a)
     else:
-        z = x.new_empty(x.shape[0], a.shape[0])
+        z = _dropped_middle(x, a, dropout)
         scale *= dropout.rescale
-        for rows, mask in dropout.chunks(x):
-            torch.mm(kept(x[rows], mask), a.T, out=z[rows])
     if scale != 1:
         z.mul_(scale)
     if half and a.shape[0] % 8:
@@ -44,19 +43,26 @@ def lora_matmul(p: Product) -> tuple[Tensor | None, Tensor]:
     if w is None:
         return None, z
     if dropout is None or not p.on_product:
-        y = F.linear(z, b, p.bias)
-    else:
-        y = _dropped_product(z, b.T, dropout)
-        if p.bias is not None:
-            y.add_(p.bias)
-    return y.addmm_(x, w.T), z
+        return F.linear(z, b, p.bias).addmm_(x, w.T), z
+    y = _kept_product(z, b.T, dropout).addmm_(x, w.T, beta=dropout.rescale)
+    return y if p.bias is None else y.add_(p.bias), z
 
 
-def _dropped_product(z: Tensor, b_rn: Tensor, dropout: Dropout) -> Tensor:
-    """D(z b_rn), a few rows at a time."""
+def _dropped_middle(x: Tensor, a: Tensor, dropout: Dropout) -> Tensor:
+    """(keep ⊙ x) aᵀ, a few rows at a time."""
+    if dropout.at_once(x):
+        return F.linear(masks.kept(dropout, x), a)
+    z = x.new_empty(x.shape[0], a.shape[0])
+    for rows in dropout.chunks(x):
+        torch.mm(masks.kept(dropout, x[rows], rows.start), a.T, out=z[rows])
+    return z
+
+
+def _kept_product(z: Tensor, b_rn: Tensor, dropout: Dropout) -> Tensor:
+    """keep ⊙ (z b_rn): each row masked while the caches still hold it."""
     product = z.new_empty(z.shape[0], b_rn.shape[1])
-    for rows, mask in dropout.chunks(product):
-        torch.mul(kept(torch.mm(z[rows], b_rn), mask), dropout.rescale, out=product[rows])
+    for rows in dropout.chunks(product):
+        masks.kept_(dropout, torch.mm(z[rows], b_rn, out=product[rows]), rows.start)
     return product
 
 
@@ -67,34 +73,40 @@ def _elsewhere(p: Product) -> tuple[Tensor | None, Tensor]:
     if (dropout := p.mask_x) is None:
         z.addmm_(x, a.T, beta=0, alpha=p.scale)
     else:
-        for rows, mask in dropout.chunks(x):
-            z[rows].addmm_(kept(x[rows], mask), a.T, beta=0, alpha=p.scale * dropout.rescale)
+        for rows in dropout.chunks(x):
+            z[rows].addmm_(masks.kept(dropout, x[rows], rows.start), a.T, beta=0, alpha=p.scale * dropout.rescale)
     if w is None:
         return None, z
     y = F.linear(x, w, p.bias)
     if (dropout := p.mask_product) is None:
         y.addmm_(z, b.T)
     else:
-        for rows, mask in dropout.chunks(y):
-            y[rows].add_(kept(z[rows] @ b.T, mask), alpha=dropout.rescale)
+        for rows in dropout.chunks(y):
+            y[rows].add_(masks.kept_(dropout, z[rows] @ b.T, rows.start), alpha=dropout.rescale)
     return y, z
 
 
 def rank_grad(p: Tensor, q: Tensor, *, dtype: torch.dtype, dropout: Dropout | None = None) -> Tensor:
     """p [M, P], q [M, Q] → pᵀ D(q) [P, Q] in ``dtype``."""
     if dropout is None:
-        if q.is_cpu:
-            grad = _rank_grad_on_cpu(p, q)
-        elif q.is_cuda and dtype is torch.float32 and q.dtype is not dtype:
-            return torch.mm(p.T, q, out_dtype=dtype)
-        else:
-            grad = torch.mm(p.T, q)
-        return grad if grad.dtype is dtype else grad.to(dtype)
+        return _rank_grad(p, q, dtype)
+    if dropout.at_once(q):
+        return _rank_grad(p, masks.kept(dropout, q), dtype).mul_(dropout.rescale)
     wide = torch.promote_types(q.dtype, torch.float32)
     grad = torch.zeros(p.shape[1], q.shape[1], dtype=wide, device=q.device)
-    for rows, mask in dropout.chunks(q):
-        grad.add_(torch.mm(p[rows].T, kept(q[rows], mask)), alpha=dropout.rescale)
+    for rows in dropout.chunks(q):
+        grad.add_(torch.mm(p[rows].T, masks.kept(dropout, q[rows], rows.start)), alpha=dropout.rescale)
     return grad.to(dtype)
+
+
+def _rank_grad(p: Tensor, q: Tensor, dtype: torch.dtype) -> Tensor:
+    if q.is_cpu:
+        grad = _rank_grad_on_cpu(p, q)
+    elif q.is_cuda and dtype is torch.float32 and q.dtype is not dtype:
+        return torch.mm(p.T, q, out_dtype=dtype)
+    else:
+        grad = torch.mm(p.T, q)
+    return grad if grad.dtype is dtype else grad.to(dtype)
 
 
 def _rank_grad_on_cpu(p: Tensor, q: Tensor) -> Tensor:
@@ -117,16 +129,41 @@ def gradients(p: Product, dy: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor
     t = torch.mm(dy, b)
     if scale != 1:
         t.mul_(scale)
+    rescale = 1.0
     if p.seed is None:
         dx, da = torch.mm(t, a), torch.mm(t.T, x)
     else:
         dropout = Dropout(p.dropout_p, p.seed)
-        dx, da = _dropped_product(t, a, dropout), rank_grad(t, x, dtype=adapter_dtype, dropout=dropout)
+        dx, da = _kept_product(t, a, dropout), rank_grad(t, x, dtype=adapter_dtype, dropout=dropout)
+        rescale = dropout.rescale
     db = _rank_grad_on_cpu(dy, z)
     if adapter_dtype is not dtype:
         da, db = da.to(adapter_dtype), db.to(adapter_dtype)
-    return dx.addmm_(dy, w), da, db  # type: ignore[arg-type]
+    return dx.addmm_(dy, w, beta=rescale), da, db  # type: ignore[arg-type]
 
 
-LORA_MATMUL = (Kernel("library", runs_anything, lora_matmul, gradients=gradients),)
+# Elements of x up to which torch's own nodes are faster than a Function, for all that they add an [M, K] gradient more;
+# with dropout they keep the mask and the masked x, 64 kB each in float32 at most.
+_SMALL = 1 << 18
+_SMALL_DROPPED = 1 << 14
+
+
+def small(p: Product, drops: bool) -> Tensor | None:
+    """y [M, N] of x [M, K] on a CPU in torch's own differentiable operators; None where the verbs are to be called.
+
+    At few tokens the time of a Python Function shows. x and z are kept, as the verbs' caller keeps them. Where it
+    ``drops``, it draws the seed.
+    """
+    x, a = p.x, p.a
+    dtype, r = x.dtype, a.shape[0]
+    if not r or a.dtype is not dtype or x.numel() > (_SMALL_DROPPED if drops else _SMALL):
+        return None
+    # Of 16 bits, only what oneDNN reads within its bounds: whole_rows, new_middle.
+    if not dtype.is_floating_point or (dtype.itemsize == 2 and (r % 8 or not x.is_contiguous())):
+        return None
+    z = F.linear(x * masks.factors(Dropout(p.dropout_p, draw_seed(x.device)), x) if drops else x, a)
+    return F.linear(x, p.w, p.bias).addmm_(z, p.b.t(), alpha=p.scale)  # type: ignore[arg-type]
+
+
+LORA_MATMUL = (Kernel("library", runs_anything, lora_matmul, gradients=gradients, small=small),)
 RANK_GRAD = (Kernel("library", runs_anything, rank_grad),)

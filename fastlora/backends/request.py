@@ -131,8 +131,11 @@ class Kernel(NamedTuple):
         refuses: the reason why it cannot run a request, or None.
         run: the verb.
         tile: the tile it would take for a product, in words; None where it has none of its own.
-        gradients: dx, da and db in one call, for eager code, from a product (with x [M, K]), dy [M, N] and z: bit for
-            bit what the two verbs give, for less. None where the verbs are called.
+        gradients: dx, da and db in one call, for eager code, from a product (with x [M, K]), dy [M, N] and z: what the
+            two verbs give, for less; on a CPU bit for bit, on a GPU perhaps with sums in another order, each within the
+            error rule. None where the verbs are called, as traced code always does.
+        small: y [M, N] in torch's own differentiable operators, for eager calls in which a Function's time would show;
+            returns None for other calls. Takes the product without a seed, and whether dropout is on.
     """
 
     name: str
@@ -140,6 +143,7 @@ class Kernel(NamedTuple):
     run: Callable[..., Any]
     tile: Callable[[Product], str] | None = None
     gradients: Callable[[Product, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None
+    small: Callable[[Product, bool], Tensor | None] | None = None
 
 
 def runs_anything(request: Request) -> str | None:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,13 +19,15 @@ from .request import Kernel, Product, Request, new_middle
 
 _INTERPRETED_CAPABILITY = 90
 
+_NOT_INSTALLED = "triton is not installed: pip install triton"
+
 Launches = tuple["Tensor | None", Tensor, list[Any]]
 
 
 def refuses(request: Request) -> str | None:
     """The reason why none of these kernels can run a request, or None."""
     if not _installed():
-        return "triton is not installed: pip install triton"
+        return _NOT_INSTALLED
     if request.dtype is torch.float64:
         return "float64: the kernels accumulate in float32"
     if 0 in (request.m, request.k, request.n):
@@ -36,10 +38,19 @@ def refuses(request: Request) -> str | None:
         return None
     if request.device.type != "cuda":
         return f"x is on {request.device.type}: the kernels need a CUDA GPU (or TRITON_INTERPRET=1 to try them without)"
-    capability = capability_of(request.device)
-    if capability < 80:
-        return f"sm_{capability}: the kernels need sm_80 or newer"
-    return None
+    return _too_old(request.device)
+
+
+def refuses_masks(device: torch.device) -> str | None:
+    """The reason why no kernel can make dropout masks on a device, or None."""
+    if not _installed():
+        return _NOT_INSTALLED
+    return None if _interpreting() else _too_old(device)
+
+
+def _too_old(device: torch.device) -> str | None:
+    capability = capability_of(device)
+    return None if capability >= 80 else f"sm_{capability}: the kernels need sm_80 or newer"
 
 
 def refuses_serial(request: Request) -> str | None:
@@ -58,23 +69,26 @@ def launches_portable(p: Product, capability: int, precision: str) -> Launches:
     """y's and z's memory, and the launches of ``triton-portable`` that fill it."""
     from ..kernels import lora_matmul_portable as kernel
 
-    return _launches(p, precision, lambda p, z: kernel.launch(p, z, capability=capability, precision=precision))
+    base = functools.partial(kernel.launch, capability=capability, precision=precision)
+    return _launches(p, capability, precision, base)
 
 
 def launches_serial(p: Product, capability: int, precision: str) -> Launches:
     """y's and z's memory, and the launches of ``triton-serial`` that fill it."""
     from ..kernels import lora_matmul_serial as kernel
 
-    return _launches(p, precision, kernel.launch)
+    return _launches(p, capability, precision, kernel.launch)
 
 
-def _launches(p: Product, precision: str, base: Callable[[Product, Tensor], tuple[Tensor, Any]]) -> Launches:
+def _launches(
+    p: Product, capability: int, precision: str, base: Callable[[Product, Tensor], tuple[Tensor, Any]]
+) -> Launches:
     from ..kernels import middle
 
     if p.bias is not None and not p.bias.is_contiguous():
         p = p._replace(bias=p.bias.contiguous())
     z = new_middle(p.x, p.a.shape[0])
-    steps = middle.launches(p, z, precision=precision)
+    steps = middle.launches(p, z, capability=capability, precision=precision)
     if p.w is None:
         return None, z, steps
     y, step = base(p, z)
@@ -83,10 +97,9 @@ def _launches(p: Product, precision: str, base: Callable[[Product, Tensor], tupl
 
 def _run(launches: Callable[[Product, int, str], Launches]) -> Callable[[Product], tuple[Tensor | None, Tensor]]:
     def run(p: Product) -> tuple[Tensor | None, Tensor]:
-        with _device(p.x):
-            y, z, steps = launches(p, capability_of(p.x.device), _precision())
-            for step in steps:
-                step.run()
+        with device_of(p.x):
+            y, z, steps = launches(p, capability_of(p.x.device), precision())
+            run_all(steps)
         return y, z
 
     return run
@@ -94,8 +107,8 @@ def _run(launches: Callable[[Product, int, str], Launches]) -> Callable[[Product
 
 def _tile(launches: Callable[[Product, int, str], Launches]) -> Callable[[Product], str]:
     def tile(p: Product) -> str:
-        with _device(p.x):
-            step = launches(p, capability_of(p.x.device), _precision())[2][-1]
+        with device_of(p.x):
+            step = launches(p, capability_of(p.x.device), precision())[2][-1]
         rows, columns, depth = (step.arguments[f"BLOCK_{axis}"] for axis in "MNK")
         return f"{rows}x{columns}x{depth}, {step.options['num_warps']} warps, {step.options['num_stages']} stages"
 
@@ -106,20 +119,26 @@ def rank_grad(p: Tensor, q: Tensor, *, dtype: torch.dtype, dropout: Dropout | No
     """p [M, P], q [M, Q] → pᵀ D(q) [P, Q] in ``dtype``."""
     from ..kernels import rank_grad as kernel
 
-    with _device(q):
+    with device_of(q):
         grad: Tensor
-        grad, steps = kernel.launches(p, q, dtype=dtype, precision=_precision(), dropout=dropout)
-        for step in steps:
-            step.run()
+        capability = capability_of(q.device)
+        grad, steps = kernel.launches(p, q, dtype=dtype, capability=capability, precision=precision(), dropout=dropout)
+        run_all(steps)
     return grad
 
 
-def _precision() -> str:
+def run_all(steps: Iterable[Any]) -> None:
+    """Launches on the current device and stream."""
+    for step in steps:
+        (step.on_amd() if torch.version.hip else step).run()
+
+
+def precision() -> str:
     """How fp32 operands are multiplied: as torch's own matmul does, but never as tf32 on AMD GPUs."""
     return "tf32" if not torch.version.hip and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def _device(x: Tensor) -> Any:
+def device_of(x: Tensor) -> Any:
     """Triton launches on the current device: make it that of x."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from ..backends import dispatch
 from ..backends.dropout import Dropout
 from ..backends.request import Product, new_middle
+from . import flops
 from .eager import is_eager
 
 _ops = torch.library.Library("fastlora", "FRAGMENT")
@@ -62,6 +63,8 @@ _unsafe_view = torch.ops.aten._unsafe_view.default
 
 def multiply(p: Product, eager: bool = False) -> Tensor:
     """y [..., N] of a product of plain tensors whose x is [..., K]; ``eager`` where :func:`is_eager` holds."""
+    if not eager and not torch.compiler.is_compiling():
+        flops.register()
     if not torch.is_grad_enabled():
         rows = _by_rows(p)
         return _unrows((dispatch.lora_matmul(rows) if eager else lora_matmul_op(*rows))[0], p.x)
@@ -145,23 +148,26 @@ def _gradients(ctx: Any, dy: Tensor) -> Gradients:
     dy_mn = rows_of(dy)
     eager = is_eager()
     needs = ctx.needs_input_grad[:5]
-    if eager and needs in _USUAL and (gradients := dispatch.gradients_of(dy)) is not None:
-        x, w, a, b, z_mr, seed = ctx.saved_tensors
+    saved = ctx.saved_tensors
+    if eager and needs in _USUAL:
+        x, w, a, b, z_mr, seed = saved
         scale, dropout_p, _, x_shape = ctx.constants
-        dx, da, db = gradients(Product(rows_of(x), w, a, b, scale, None, dropout_p, seed), dy_mn, z_mr)
-        return (
-            dx if dx.dim() == len(x_shape) else dx.view(x_shape),
-            None,
-            da,
-            db,
-            dy_mn.sum(0) if needs[4] else None,
-            None,
-        )
-    return _gradients_by_the_verbs(ctx, dy_mn, eager)
+        p = Product(rows_of(x), w, a, b, scale, None, dropout_p, seed)
+        if (gradients := dispatch.gradients_of(p, dy_mn)) is not None:
+            dx, da, db = gradients(p, dy_mn, z_mr)
+            return (
+                dx if dx.dim() == len(x_shape) else dx.view(x_shape),
+                None,
+                da,
+                db,
+                dy_mn.sum(0) if needs[4] else None,
+                None,
+            )
+    return _gradients_by_the_verbs(ctx, saved, dy_mn, eager)
 
 
-def _gradients_by_the_verbs(ctx: Any, dy_mn: Tensor, eager: bool) -> Gradients:
-    x, w, a, b, z_mr, seed = ctx.saved_tensors
+def _gradients_by_the_verbs(ctx: Any, saved: tuple[Any, ...], dy_mn: Tensor, eager: bool) -> Gradients:
+    x, w, a, b, z_mr, seed = saved
     scale, dropout_p, adapter_dtype, x_shape = ctx.constants
     need_x, need_w, need_a, need_b, need_bias = ctx.needs_input_grad[:5]
     rank_grad = _rank_grad if eager else rank_grad_op

@@ -6,14 +6,14 @@ import numbers
 from typing import NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..backends import dispatch
 from ..backends.dispatch import Explanation
 from ..backends.dropout import draw_seed
 from ..backends.request import Product
 from ..text import dtype_name
-from . import autograd, dtensor
+from . import autograd, dtensor, small
 from .eager import is_eager
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -57,7 +57,12 @@ def lora_linear(
     Source: Hu et al., 2021, https://arxiv.org/abs/2106.09685, equation (3).
     """
     eager = is_eager()
-    product = _known(x, weight, lora_a, lora_b, scale, bias, dropout_p) if eager else None
+    product = None
+    if eager:
+        y = small.multiply(Product(x, weight, lora_a, lora_b, scale, bias, dropout_p), training)
+        if y is not None:
+            return y
+        product = _known(x, weight, lora_a, lora_b, scale, bias, dropout_p)
     known = product is not None
     if product is None:
         product = _checked(x, weight, lora_a, lora_b, scale, bias, dropout_p)
@@ -99,7 +104,6 @@ def explain(
 # Signatures of calls of plain tensors that have passed the checks.
 _passed: set[tuple[object, ...]] = set()
 _MOST_PASSED = 4096
-_PLAIN = frozenset({Tensor, nn.Parameter})
 
 
 def _known(
@@ -124,7 +128,10 @@ def _known(
         return None
     if signature not in _passed:
         _checked(x, weight, lora_a, lora_b, scale, bias, dropout_p)
-        if not {type(x), type(weight), type(lora_a), type(lora_b), type(weight if bias is None else bias)} <= _PLAIN:
+        if (
+            not {type(x), type(weight), type(lora_a), type(lora_b), type(weight if bias is None else bias)}
+            <= small.PLAIN
+        ):
             return None
         if len(_passed) >= _MOST_PASSED:
             _passed.clear()

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlora import LoRALinear, lora_linear
+from fastlora.backends import dropout_cpu, masks
 from fastlora.backends.dropout import Dropout, draw_seed
-from tests.cases import make, upcoming_dropout
+from tests.cases import LAYOUTS, make, upcoming_dropout
 
 CPU = torch.device("cpu")
 MASK32 = 2**32 - 1
@@ -115,11 +116,60 @@ def test_row_numbers_count_from_anywhere(first: int) -> None:
 @pytest.mark.parametrize("elements", [1, 40, 100, 1000])
 def test_mask_does_not_depend_on_the_chunk(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastlora.backends.dropout._CHUNK", {"cpu": elements})
-    x = torch.empty(23, 40)
+    x = torch.ones(23, 40)
     chunks = list(dropout(0.5).chunks(x))
     assert len(chunks) == math.ceil(23 / max(1, elements // 40))
-    assert [i for rows, _ in chunks for i in range(23)[rows]] == list(range(23))
-    assert torch.equal(torch.cat([mask.bool() for _, mask in chunks]), dropout(0.5).keep(23, 40))
+    assert [i for rows in chunks for i in range(23)[rows]] == list(range(23))
+    kept = torch.cat([masks.kept(dropout(0.5), x[rows], rows.start) for rows in chunks])
+    assert torch.equal(kept, dropout(0.5).keep(23, 40).float())
+
+
+@pytest.mark.parametrize("built", [True, False], ids=["library", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("rows", "columns", "first"), [(1, 1, 0), (5, 127, 3), (3, 128, 2**31), (4, 1000, 2**32 - 2)])
+def test_kept_is_the_mask_applied(
+    built: bool,
+    dtype: torch.dtype,
+    layout: str,
+    rows: int,
+    columns: int,
+    first: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if built and not dropout_cpu.is_built():
+        pytest.skip("no library of CPU code is built here: python csrc/build.py")
+    if not built:
+        monkeypatch.setattr(dropout_cpu, "masked", lambda *_: None)
+    x = LAYOUTS[layout](torch.randn(rows, columns).to(dtype))
+    expected = torch.where(dropout(0.3).keep(rows, columns, first), x, 0)
+    before = x.clone()
+    assert torch.equal(masks.kept(dropout(0.3), x, first), expected)
+    assert torch.equal(x, before)
+    x = x.contiguous()
+    assert masks.kept_(dropout(0.3), x, first).data_ptr() == x.data_ptr()
+    assert torch.equal(x, expected)
+
+
+def test_kept_zeroes_what_is_not_finite() -> None:
+    x = torch.full((3, 200), torch.nan)
+    assert torch.equal(masks.kept(dropout(0.5), x).isnan(), dropout(0.5).keep(3, 200))
+
+
+def test_kept_in_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    x = torch.ones(1000, 801)
+    assert torch.equal(masks.kept(dropout(0.3), x, 7), dropout(0.3).keep(1000, 801, 7).float())
+
+
+def test_a_library_of_another_abi_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dropout_cpu, "ABI", dropout_cpu.ABI + 1)
+    dropout_cpu.forget()
+    try:
+        assert not dropout_cpu.is_built()
+        assert torch.equal(masks.kept(dropout(0.3), torch.ones(3, 40)), dropout(0.3).keep(3, 40).float())
+    finally:
+        dropout_cpu.forget()
 
 
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])

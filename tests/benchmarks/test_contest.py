@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -82,3 +83,41 @@ def test_a_subject_without_a_row_has_samples_and_lets_exceptions_pass():
     assert subject.device == []
     with pytest.raises(ZeroDivisionError):
         compete([Subject(lambda number: lambda: 1 / 0)], CLOCK, 6, 60.0)
+
+
+def test_a_late_call_lengthens_the_hold_of_its_own_subject_alone(monkeypatch):
+    """Every sample waits for its hold: the long one that an arm of many launches needs is not everybody's."""
+    running, held = [], {"quick": [], "slow": []}
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            pass
+
+        def query(self):
+            return running[-1] == "slow" and held["slow"][-1] < 40_000_000
+
+        def elapsed_time(self, end):
+            return 1.5
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: held[running[-1]].append(cycles))
+    clock = Clock(torch.device("cuda"))
+    clock._flush = SimpleNamespace(zero_=lambda: None)
+
+    def subject(name):
+        def prepare(number):
+            running.append(name)
+            return lambda: None
+
+        return Subject(prepare, LayerRow.of(Case("64x48", 1, 1, "fp32", 0.0), name, "step"))
+
+    subjects = [subject("quick"), subject("slow")]
+    compete(subjects, clock, 6, 60.0, on_device=True)
+    assert held["quick"] == [5_000_000] * 12
+    assert held["slow"] == [5_000_000, 10_000_000, 20_000_000, 40_000_000, 40_000_000, 40_000_000]
+    assert [len(subject.device) for subject in subjects] == [6, 3]
+    assert all(subject.row.device_ms.p50 == 1.5 for subject in subjects)

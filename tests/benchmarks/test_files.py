@@ -124,14 +124,37 @@ def test_a_gpu_is_described_with_driver_and_clocks(monkeypatch):
         query = next((word for word in command if word.startswith("--query-gpu=")), "=")
         return ", ".join(said.get(fact, "1") for fact in query.partition("=")[2].split(","))
 
-    monkeypatch.setattr(environment, "_run", run)
+    def run_by_an_older_driver(command):
+        return None if "clocks_event_reasons" in str(command) else run(command)
+
     gpu = torch.device("cuda")
+    monkeypatch.setattr(environment, "_run", run_by_an_older_driver)
+    assert environment.seen(gpu)["gpu"].keys() == {"clocks.sm", "clocks.mem", "temperature.gpu", "power.draw"}
+    monkeypatch.setattr(environment, "_run", run)
+    assert environment.seen(gpu)["gpu"]["clocks_event_reasons.active"] == "1"
     found = environment.describe(gpu, "layers", {}, 1)
     environment.check(found)
     assert found["device_name"] == "NVIDIA H200"
     expected = {"capability": "9.0", "driver_version": "580.95", "clocks.sm": "1980 MHz", "cuda": torch.version.cuda}
     assert expected.items() <= found["gpu"].items()
     assert {"clocks.sm": "1980 MHz", "power.draw": "310.00 W"}.items() <= environment.seen(gpu)["gpu"].items()
+
+
+def test_the_build_of_torch_is_on_record(monkeypatch):
+    """The version of the package does not say for which CUDA it was built."""
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    assert described()["packages"]["torch"] == "2.11.0+cu130"
+
+
+def test_a_run_with_torchs_new_switch_of_precision_is_described():
+    """In a process of its own: torch refuses to read the old switches once the new one is set."""
+    script = (
+        "import torch; from benchmarks.records import environment\n"
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
+        "print(environment.describe(torch.device('cpu'), 'layers', {}, 1)['flags']['fp32_precision'])"
+    )
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "tf32"
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: f"{path.parent.name}/{path.stem}")

@@ -360,6 +360,24 @@ def test_a_mode_stops_at_its_time_but_not_before_the_least_rounds():
     assert rows[0].rounds == contest.MIN_ROUNDS
 
 
+@pytest.mark.parametrize(("layer", "expected"), [("host", 0), ("gpt2.proj", 3)])
+def test_a_host_sized_case_is_not_timed_on_the_device(layer, expected, monkeypatch):
+    """Its table has the wall time alone, and every sample on the device would wait for its hold."""
+    timed = []
+
+    class OnADevice(Clock):
+        def device(self, work, hold):
+            timed.append(work())
+            return 1.0
+
+    monkeypatch.setattr(layers_case, "HOST_ROUNDS", 1)
+    case = Case(layer, 24, 4, "fp32", 0.0)
+    rows = layers_case.run_case(case, contestants(FLOOR), ["forward"], 3, 60.0, OnADevice(CPU), CPU)
+    # The floor runs twice a round.
+    assert len(timed) == 2 * expected
+    assert (rows[0].device_ms is not None) == (expected > 0)
+
+
 def test_each_kernel_is_forced_by_its_own_variables():
     assert forcing("triton-serial") == {"FASTLORA_BACKEND": "triton-serial"}
     assert forcing(None) == {"FASTLORA_BACKEND": "auto"}

@@ -142,6 +142,7 @@ def test_bytes_by_hand() -> None:
         "library": [x + a + z, x + w + y, z + b + 2 * y],
         "serial-ideal": [x + a + z, x + w + y + z + b],
         "triton-serial": [x + a + z, x + w + y + z + b],
+        "triton-skinny": [x + a + z, z + b + y, x + w + 2 * y],
         "cuda-serial": [x + a + z, x + w + y + z + b],
         "cuda-z_jobs": [2 * x + w + y + 2 * z + a + b],
         "full": [x + w + y],
@@ -153,6 +154,7 @@ def test_bytes_by_hand() -> None:
         "library": [y + b + z, y + w + x, z + a + 2 * x, x + z + a, y + z + b],
         "serial-ideal": [y + b + z + z + b, y + w + x + z + a, x + z + a],
         "triton-serial": [y + b + z, y + w + x + z + a, x + z + a, y + z + b],
+        "triton-skinny": [y + b + z + z + b, z + a + x, y + w + 2 * x, x + z + a],
         "cuda-serial": [y + b + z, y + w + x + z + a, x + z + a + partial[k], y + z + b + partial[n]],
         "cuda-z_jobs": [2 * y + w + x + 2 * z + a + b, x + z + a + partial[k], y + z + b + partial[n]],
         "full": [y + w + x, x + w + y],
@@ -194,12 +196,12 @@ def test_serial_as_built_adds_a_read_of_dy_and_the_partial_sums() -> None:
     assert difference == pytest.approx(extra / H200.bytes_per_s / gemm_seconds(p))
 
 
-def test_small_ranks_pay_for_sixteen_and_large_ones_as_built_read_x_again() -> None:
+def test_small_ranks_pay_for_sixteen_and_large_ones_read_x_once() -> None:
     one, sixteen, large = (problem(4096, 4096, r) for r in (1, 16, 128))
     assert cost.extended(one).flops == cost.extended(sixteen).flops
     assert cost.z_jobs_makespan(one) == cost.z_jobs_makespan(sixteen)
     built, paper = (cost.kernels(design, large)["forward"][0] for design in ("triton-serial", "serial-ideal"))
-    assert built.bytes - paper.bytes == large.moved(x=1)
+    assert built.bytes == paper.bytes
 
 
 def test_rank_grad_is_built_as_the_model_says() -> None:
@@ -208,7 +210,7 @@ def test_rank_grad_is_built_as_the_model_says() -> None:
 
     for m, k, r in product((100, 2048, 8192), (512, 4096, 28672), (16, 64, 128)):
         wide, narrow = (torch.empty(m, size, dtype=torch.bfloat16, device="meta") for size in (k, r))
-        _, launches = rank_grad.launches(narrow, wide, dtype=torch.bfloat16, precision="ieee")
+        _, launches = rank_grad.launches(narrow, wide, dtype=torch.bfloat16, capability=90, precision="ieee")
         p = problem(k, k, r, m)
         assert launches[0].grid[::2] == (cost.rank_blocks(p), cost.grad_splits(p))
         assert len(launches) == len(cost.rank_grad_triton(p))
@@ -255,7 +257,7 @@ def test_the_default_shapes_print(capsys: pytest.CaptureFixture[str], monkeypatc
     assert lines[0].startswith("Predictions for h200: 790 TFLOP/s bf16, 4.3 TB/s, 132 SMs")
     for name, rank in product(("llama3-8b.q", "llama3-70b.gate", "llama3-8b.kv"), (16, 64)):
         start = next(i for i, line in enumerate(lines) if line.startswith(f"{name}  M=8192") and f"R={rank} " in line)
-        block = {line.split("  ")[1]: line.split() for line in lines[start + 1 : start + 15]}
+        block = {line.split("  ")[1]: line.split() for line in lines[start + 1 : start + 16]}
         assert set(DESIGNS) <= set(block)
         rows = ratios(LAYERS[name].k, LAYERS[name].n, rank)
         for design in DESIGNS:

@@ -7,6 +7,9 @@ For each kernel it prints registers, spills, stack, shared memory, wgmmas and in
 - a kernel that should multiply on the matrix unit and has no HGMMA, or one with an operand in registers (ptxas before
   13.3 may reuse those too early);
 - a fence of the whole GPU in a loop that multiplies, which every trip would wait for;
+- an instruction that names a sum of a wgmma in flight, between the wgmma and the wait for all;
+- a store into the shared memory of a cluster (STAS) in a kernel that is launched with clusters of one CTA, where the
+  PTX ISA leaves it undefined;
 - more registers than its threads can have at launch, or more shared memory than a CTA of sm_90 can;
 - a kernel that ``fastlora_kernels()`` does not tell of, or tells of and is not there.
 
@@ -42,6 +45,7 @@ class Plan(NamedTuple):
     threads: int
     shared: int
     wgmma: bool
+    cluster: int
 
     @property
     def registers(self) -> int:
@@ -61,7 +65,8 @@ class Usage(NamedTuple):
 class Code(NamedTuple):
     """What the machine code of one kernel has.
 
-    ``local`` are the loads and stores of local memory, ``fences`` those of the whole GPU in loops with wgmmas.
+    ``local`` are the loads and stores of local memory, ``fences`` those of the whole GPU in loops with wgmmas,
+    ``remote`` the asynchronous stores into the cluster's shared memory, ``touched`` what names a sum in flight.
     """
 
     instructions: int
@@ -69,6 +74,8 @@ class Code(NamedTuple):
     wgmmas_on_registers: int
     local: int
     fences: int = 0
+    remote: int = 0
+    touched: int = 0
 
 
 class Finding(NamedTuple):
@@ -82,11 +89,11 @@ class Finding(NamedTuple):
 
 
 def read_plans(text: str) -> list[Plan]:
-    """Lines of ``pattern threads shared_bytes wgmma``; a pattern may have spaces."""
+    """Lines of ``pattern threads shared_bytes wgmma cluster``; a pattern may have spaces."""
     plans = []
     for line in text.splitlines():
-        pattern, threads, shared, wgmma = line.rsplit(maxsplit=3)
-        plans.append(Plan(pattern, int(threads), int(shared), wgmma == "1"))
+        pattern, threads, shared, wgmma, cluster = line.rsplit(maxsplit=4)
+        plans.append(Plan(pattern, int(threads), int(shared), wgmma == "1", int(cluster)))
     return plans
 
 
@@ -122,8 +129,28 @@ def read_sass(text: str) -> dict[str, Code]:
             sum(bool(re.search(r"HGMMA\S* R\d+, R\d+,", line)) for line in instructions),
             sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in instructions),
             _fences_beside_wgmmas([(int(address, 16), line) for address, line in places]),
+            sum(bool(re.search(r"\bSTAS\b", line)) for line in instructions),
+            _touched_sums(instructions),
         )
     return codes
+
+
+def _touched_sums(instructions: list[str]) -> int:
+    """Instructions other than wgmmas that name a sum in flight, in the order of the text.
+
+    Sums start at a multiple of 8, and what is wider than a register at a multiple of its width: the names tell.
+    """
+    running: set[int] = set()
+    found = 0
+    for line in instructions:
+        if wgmma := re.search(r"HGMMA\.64x(\d+)x16\S* R(\d+),", line):
+            first = int(wgmma[2])
+            running |= set(range(first, first + int(wgmma[1]) // 2))
+        elif re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0\b", line):
+            running = set()
+        else:
+            found += not running.isdisjoint(map(int, re.findall(r"\bR(\d+)\b", line)))
+    return found
 
 
 def _fences_beside_wgmmas(places: list[tuple[int, str]]) -> int:
@@ -163,12 +190,16 @@ def judge(kernel: str, usage: Usage, code: Code, plans: list[Plan], said: list[s
             faults.append("no HGMMA")
         if usage.registers > plan.registers:
             faults.append(f"{usage.registers} registers, {plan.threads} threads can have {plan.registers}")
+        if plan.cluster == 1 and code.remote:
+            faults.append(f"{code.remote} STAS in a cluster of one CTA")
     if shared > SHARED_BYTES:
         faults.append(f"{shared} B of shared memory, a CTA can have {SHARED_BYTES}")
     if usage.spills or usage.stack or code.local:
         faults.append(f"{usage.spills} B of spills, {usage.stack} B of stack, {code.local} LDL and STL")
     if code.fences:
         faults.append(f"{code.fences} fences of the whole GPU in a loop that multiplies")
+    if code.touched:
+        faults.append(f"{code.touched} instructions that name a sum of a wgmma in flight")
     if code.wgmmas_on_registers:
         faults.append(f"{code.wgmmas_on_registers} HGMMA with an operand in registers")
     return Finding(kernel, usage, code, shared, tuple(faults))

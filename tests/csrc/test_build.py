@@ -177,7 +177,8 @@ def tree(tmp_path: Path) -> Path:
     ignored = shutil.ignore_patterns("*.so", "__pycache__")
     shutil.copytree(ROOT / "fastlora", tmp_path / "fastlora", ignore=ignored)
     (tmp_path / "csrc").mkdir()
-    shutil.copy(ROOT / "csrc" / "build.py", tmp_path / "csrc")
+    for name in (Path("csrc", "build.py"), csrc.CPU_SOURCE):
+        shutil.copy(ROOT / name, tmp_path / name)
     for name, text in FILES.items():
         (tmp_path / name).write_text(text)
     return tmp_path
@@ -185,7 +186,7 @@ def tree(tmp_path: Path) -> Path:
 
 def setup(tree: Path, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """``setup.py``, as pip's isolated build calls it in the end."""
-    environment = {key: value for key, value in os.environ.items() if key != "FASTLORA_BUILD_CUDA"} | variables
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("FASTLORA_BUILD")} | variables
     return subprocess.run(
         [sys.executable, "setup.py", *command], cwd=tree, env=environment, capture_output=True, text=True, check=False
     )
@@ -208,13 +209,42 @@ def test_a_wheel_with_the_library_is_of_its_platform_and_of_any_python(tree: Pat
 
 
 def test_a_wheel_without_it_is_pure_and_says_so_in_one_line(tree: Path) -> None:
-    name, files, printed = wheel(tree, FASTLORA_BUILD_CUDA="0")
+    name, files, printed = wheel(tree, FASTLORA_BUILD_CUDA="0", FASTLORA_BUILD_CPU="0")
     assert name == "fastlora_kernels-0.1.0-py3-none-any.whl"
     assert "fastlora/backends/cuda.py" in files
     assert not any(file.endswith(".so") for file in files)
-    assert [line for line in printed.splitlines() if "CUDA" in line] == [
-        "fastlora is installed without its CUDA kernels: FASTLORA_BUILD_CUDA=0"
+    assert [line for line in printed.splitlines() if "without" in line] == [
+        "fastlora is installed without its CUDA kernels: FASTLORA_BUILD_CUDA=0",
+        "fastlora is installed without its CPU code: FASTLORA_BUILD_CPU=0",
     ]
+
+
+@pytest.mark.skipif(csrc.find_cxx() is None, reason="no C++ compiler")
+def test_a_wheel_with_the_cpu_code_alone(tree: Path) -> None:
+    name, files, _ = wheel(tree, FASTLORA_BUILD_CUDA="0")
+    assert name.startswith("fastlora_kernels-0.1.0-py3-none-")
+    assert not name.endswith("-any.whl")
+    assert [file for file in files if file.endswith(".so")] == ["fastlora/libfastlora_cpu.so"]
+
+
+def test_cpu_code_that_does_not_compile_ends_the_install_in_words(tree: Path) -> None:
+    (tree / csrc.CPU_SOURCE).write_text("int one(void) { return eins; }\n")
+    done = setup(tree, "bdist_wheel", FASTLORA_BUILD_CUDA="0", CXX=csrc.find_cxx()[0])
+    assert done.returncode != 0
+    assert "the CPU code does not compile, see above; FASTLORA_BUILD_CPU=0 installs without it" in done.stderr
+
+
+def test_no_cpu_code_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler --fast")
+    assert csrc.cpu_obstacle() == "there is no C++ compiler: install g++ or clang++, or set CXX"
+    with pytest.raises(csrc.BuildError, match="there is no C"):
+        csrc.build_cpu()
+
+
+def test_an_unknown_setting_of_the_cpu_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTLORA_BUILD_CPU", "yes")
+    with pytest.raises(csrc.BuildError, match="FASTLORA_BUILD_CPU='yes' is unknown: expected 0, or 1 to build"):
+        csrc.cpu_obstacle()
 
 
 def test_a_setting_that_cannot_be_met_ends_the_install_in_words(tree: Path) -> None:
@@ -236,4 +266,4 @@ def test_the_source_distribution_holds_the_kernels_and_what_builds_them(tree: Pa
     assert done.returncode == 0, done.stderr
     (path,) = (tree / "dist").glob("*.zip")
     files = {name.partition("/")[2] for name in zipfile.ZipFile(path).namelist()}
-    assert {*FILES, "csrc/build.py", "setup.py", "fastlora/kernels/tiles.py"} <= files
+    assert {*FILES, "csrc/build.py", str(csrc.CPU_SOURCE), "setup.py", "fastlora/kernels/tiles.py"} <= files

@@ -7,7 +7,7 @@ import pytest
 from tests.csrc import cuda_gate as gate
 
 NAME = "_ZN8fastlora12_GLOBAL__N_16kernelINS_4BF16ELi256EEEvNS0_10ParametersE"
-PLANS = gate.read_plans("kernel<*, 256> 384 200000 1\n")
+PLANS = gate.read_plans("kernel<*, 256> 384 200000 1 1\n")
 
 # What nvcc 13.0 and cuobjdump print.
 LOG = f"""\
@@ -106,12 +106,32 @@ def test_local_memory_in_the_machine_code(instruction: str) -> None:
 def test_no_matrix_instruction_where_one_should_be() -> None:
     plain = SASS.replace("HGMMA.64x256x16.F32", "FFMA")
     assert faults(sass=plain) == ["no HGMMA"]
-    assert faults(sass=plain, plans=gate.read_plans("kernel<*> 384 200000 0")) == []
+    assert faults(sass=plain, plans=gate.read_plans("kernel<*> 384 200000 0 1")) == []
 
 
 def test_a_wgmma_that_reads_an_operand_from_registers() -> None:
     register = SASS.replace(HGMMA, "HGMMA.64x256x16.F32 R24, R4, gdesc[UR12], R24 ;")
     assert faults(sass=register) == ["1 HGMMA with an operand in registers"]
+
+
+@pytest.mark.parametrize(
+    ("instruction", "touched"),
+    [
+        ("FADD R30, R151, R2 ;", 1),
+        ("LDS.128 R20, [R152] ;", 0),
+        ("WARPGROUP.DEPBAR.LE gsb0, 0x1 ;\n        /*0091*/                   MOV R2, R24 ;", 1),
+        ("WARPGROUP.DEPBAR.LE gsb0, 0x0 ;\n        /*0091*/                   MOV R2, R24 ;", 0),
+    ],
+)
+def test_a_sum_that_is_touched_while_its_wgmma_runs(instruction: str, touched: int) -> None:
+    sass = SASS.replace("        /*1a0b0*/", f"        /*0190*/                   {instruction}\n        /*1a0b0*/")
+    assert faults(sass=sass) == ([f"{touched} instructions that name a sum of a wgmma in flight"] if touched else [])
+
+
+def test_an_asynchronous_store_into_a_cluster_of_one() -> None:
+    remote = SASS.replace(HGMMA, "STAS [R6.64], R2 ;")
+    assert faults(sass=remote) == ["1 STAS in a cluster of one CTA"]
+    assert faults(sass=remote, plans=gate.read_plans("kernel<*> 384 200000 1 2")) == []
 
 
 def test_another_architecture() -> None:
@@ -122,9 +142,9 @@ def test_another_architecture() -> None:
     ("lines", "expected"),
     [
         ("", ["0 lines of fastlora_kernels() match it, expected one"]),
-        ("kernel<*> 384 0 1\nkernel<BF16, *> 384 0 1", ["2 lines of fastlora_kernels() match it, expected one"]),
+        ("kernel<*> 384 0 1 1\nkernel<BF16, *> 384 0 1 1", ["2 lines of fastlora_kernels() match it, expected one"]),
         (
-            "kernel<*> 384 0 1\nother<*, 2> 384 0 1",
+            "kernel<*> 384 0 1 1\nother<*, 2> 384 0 1 1",
             ["fastlora_kernels() tells of other<*, 2>, and there is no such kernel"],
         ),
     ],
@@ -140,4 +160,4 @@ def test_a_kernel_that_the_library_lacks() -> None:
 
 @pytest.mark.parametrize(("threads", "registers"), [(384, 168), (256, 255), (1024, 64), (128, 255), (512, 128)])
 def test_registers_that_threads_can_have_at_launch(threads: int, registers: int) -> None:
-    assert gate.Plan("kernel", threads, 0, wgmma=False).registers == registers
+    assert gate.Plan("kernel", threads, 0, wgmma=False, cluster=1).registers == registers

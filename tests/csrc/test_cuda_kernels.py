@@ -73,6 +73,13 @@ def interleave(library: Path, seed: int, resident_clusters: int = 2, calls_betwe
     configure(seed, resident_clusters, calls_between_yields, 0)
 
 
+def in_rows_of(row: int, matrix: Tensor) -> Tensor:
+    """The same matrix in rows of so many elements, the rest of each NaN."""
+    rows = matrix.new_full((matrix.shape[0], row), float("nan"))
+    rows[:, : matrix.shape[1]] = matrix
+    return rows[:, : matrix.shape[1]]
+
+
 def check(
     design: int = 0,
     *,
@@ -84,14 +91,20 @@ def check(
     mask: str = "none",
     backward: bool = False,
     layout: str | None = None,
+    row: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One call of lora_matmul against the oracle; ``backward`` turns the operands as backward does."""
+    """One call of lora_matmul against the oracle; ``backward`` turns the operands as backward does.
+
+    ``row``: x and w lie in rows of so many elements, NaN beyond their K.
+    """
     dtype, adapter_dtype = DTYPES[dtypes]
     x, w, a, b, bias = make(m, k, n, r, dtype=dtype, adapter_dtype=adapter_dtype).map(lambda t: t.to(DEVICE))
     if backward:
         w, a, b, bias = w.T.contiguous().T, a.T.contiguous().T, b.T.contiguous().T, None
     if layout is not None:
         a, b = LAYOUTS[layout](a), LAYOUTS[layout](b)
+    if row is not None:
+        x, w = in_rows_of(row, x), in_rows_of(row, w)
     dropout = None if mask == "none" else Dropout(0.3, draw_seed(DEVICE))
     product = Operands(x, w, a, b, bias).product(dropout, on_product=mask == "product")
     y, z = cuda.lora_matmul(product, design)
@@ -101,14 +114,42 @@ def check(
     return y, z
 
 
+def check_padding_of_y() -> None:
+    """N = 250 in rows of 256 is refused: the copy engine stores whole chunks of 16 bytes, and six more elements."""
+    x, w, _, b, _ = make(64, 96, 250, 16, dtype=torch.bfloat16).map(lambda t: t.to(DEVICE))
+    a, y, z = x[:16].contiguous(), x.new_ones(64, 256), x.new_empty(64, 16)
+    matrices = {n: (t.data_ptr(), *t.stride()) for n, t in dict(x=x, w=w, a=a, b=b, y=y, z=z).items()}
+    call = bytes(cuda_abi.LoraMatmul(m=64, k=96, n=250, r=16, scale=1.7, dtype=0, adapter_dtype=0, **matrices))
+    verb = cuda_abi.require_library().lora_matmul
+    workspace = x.new_empty(verb.workspace(call), dtype=torch.uint8)
+    error = verb.run(call, workspace.data_ptr(), x.get_device(), None)
+    if ON_GPU:
+        torch.cuda.synchronize()
+    assert (y[:, 250:] == 1).all(), "what lies beyond N in the rows of y was overwritten"
+    assert error is not None
+    assert b"n must be a multiple of 8" in error
+
+
 def check_rank_grad(
-    *, m: int = 300, c: int = 200, r: int = 16, dtypes: str = "bf16", masked: bool = False, wide_first: bool = False
+    *,
+    m: int = 300,
+    c: int = 200,
+    r: int = 16,
+    dtypes: str = "bf16",
+    masked: bool = False,
+    wide_first: bool = False,
+    row: int | None = None,
 ) -> Tensor:
-    """One call of rank_grad against the oracle; the gradient is in the adapters' dtype."""
+    """One call of rank_grad against the oracle; the gradient is in the adapters' dtype.
+
+    ``row``: wide lies in rows of so many elements, NaN beyond C.
+    """
     dtype, grad_dtype = DTYPES[dtypes]
     generator = torch.Generator().manual_seed(3)
     wide = torch.randn(m, c, generator=generator).to(dtype).to(DEVICE)
     narrow = torch.randn(m, math.ceil(r / 8) * 8, generator=generator).to(dtype).to(DEVICE)[:, :r]
+    if row is not None:
+        wide = in_rows_of(row, wide)
     p, q = (wide, narrow) if wide_first else (narrow, wide)
     dropout = Dropout(0.3, draw_seed(DEVICE)) if masked else None
     grad = cuda.rank_grad(p, q, dtype=grad_dtype, dropout=dropout)
@@ -152,6 +193,17 @@ def test_sizes_off_the_tile(design: int, m: int, k: int, n: int) -> None:
     check(design, m=m, k=k, n=n, backward=True, mask="product")
 
 
+@pytest.mark.parametrize("mask", ["none", "input"])
+def test_rows_that_end_inside_16_bytes(tile: int, design: int, mask: str) -> None:
+    """K = 100 in rows of 104: tensor copies must fill by the element, not by the chunk, or NaN gets into the sums."""
+    check(design, m=tile, k=100, mask=mask, row=104)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+def test_rank_grad_of_rows_that_end_inside_16_bytes(masked: bool) -> None:
+    check_rank_grad(c=100, row=104, masked=masked)
+
+
 @pytest.mark.parametrize("mask", MASKS)
 def test_float32_adapters_are_read_as_they_are(design: int, mask: str) -> None:
     check(design, dtypes="bf16_fp32_adapters", mask=mask, backward=mask == "product", r=20)
@@ -181,6 +233,13 @@ def test_z_alone(dtypes: str, on_product: bool) -> None:
 @pytest.mark.parametrize("r", [1, 16, 72, 200])
 def test_rank_grad(r: int, masked: bool, dtypes: str) -> None:
     check_rank_grad(r=r, c=264, masked=masked, dtypes=dtypes)
+
+
+@pytest.mark.parametrize("dtypes", sorted(set(DTYPES) - {"fp32"}))
+@pytest.mark.parametrize("r", [4, 12, 16, 70])
+def test_rank_grad_along_its_rows(r: int, dtypes: str) -> None:
+    """db: 8 neighbouring r lie side by side, in whole 16 bytes or not, and the last of them may be beyond R."""
+    check_rank_grad(m=600, c=136, r=r, dtypes=dtypes, wide_first=True)
 
 
 @pytest.mark.parametrize(("m", "c"), [(1, 8), (64, 128), (65, 136), (700, 72), (1100, 392)])
@@ -222,6 +281,23 @@ def test_the_same_bits_however_the_hardware_interleaves(host_model: Path, design
         assert all(torch.equal(first, again) for first, again in zip(results[0], other, strict=True))
 
 
+@pytest.mark.skipif(ON_GPU, reason="the host model counts launches")
+@pytest.mark.parametrize("dtypes", ["bf16", "bf16_fp32_adapters"])
+def test_launches_of_a_call(host_model: Path, dtypes: str) -> None:
+    """One that clears and packs in front of one that computes, or two; none where one split needs no count."""
+    statistic = ctypes.CDLL(str(host_model)).fastlora_model_statistic
+
+    def launches(call: Callable[[], object]) -> int:
+        interleave(host_model, seed=1)
+        call()
+        return int(statistic(b"launches"))
+
+    counts = {name: launches(lambda d=d: check(d, dtypes=dtypes)) for d, name in enumerate(cuda.DESIGNS)}
+    assert counts == {"z_jobs": 2, "serial": 3}
+    assert launches(lambda: check_rank_grad(m=600, dtypes=dtypes)) == 2
+    assert launches(lambda: check_rank_grad(m=200, dtypes=dtypes)) == 1
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -247,6 +323,10 @@ def test_the_library_refuses_in_words_before_it_launches(change: dict[str, Any],
     answer = cuda_abi.require_library().lora_matmul.run(bytes(call), 0, 0, None)
     assert answer is not None
     assert words in answer.decode()
+
+
+def test_the_padding_of_y_stays() -> None:
+    check_padding_of_y()
 
 
 SHAPES = [
@@ -379,6 +459,18 @@ FAULTS: dict[str, tuple[list[tuple[str, str, str]], str | None]] = {
         [("lora_matmul_consumer.cuh", "fence_async_shared();\n    sync();", "sync();")],
         "fence",
     ),
+    "bias_of_another_lane": (
+        [("lora_matmul_consumer.cuh", "4 * group + fragment.lane % 4)", "4 * group + fragment.lane / 8)")],
+        "y",
+    ),
+    "bias_of_the_next_columns": (
+        [("lora_matmul_consumer.cuh", "first_n + chunk * PANEL + 2 * fragment.lane;", "first_n + 2 * fragment.lane;")],
+        "y",
+    ),
+    "barriers_not_made_known_to_the_cluster": (
+        [("lora_matmul_sm90.cu", "fence_barrier_init();\n    prefetch_map(&p.x);", "prefetch_map(&p.x);")],
+        "cluster_sync_initialised before a fence_barrier_init",
+    ),
     "y_buffer_taken_too_early": (
         [("lora_matmul_consumer.cuh", "if (thread == 0) tma_store_wait_read<L::Y_BUFFERS - 1>();", "")],
         None,
@@ -397,6 +489,7 @@ FAULTS: dict[str, tuple[list[tuple[str, str, str]], str | None]] = {
         ],
         None,
     ),
+    "n_of_any_size": ([("lora_matmul_sm90.cu", "if (c.n % 8 != 0) return", "if (c.n < 0) return")], "beyond N"),
     "tiles_before_their_z": (
         [
             ("schedule.cuh", "return job < z_jobs;", "return job >= row_units * columns;"),
@@ -405,24 +498,73 @@ FAULTS: dict[str, tuple[list[tuple[str, str, str]], str | None]] = {
         ],
         "deadlock.*global memory",
     ),
+    "job_taken_before_the_counter_is_clear": (
+        [
+            ("lora_matmul_producer.cuh", "      await_launch_before();\n      if (p.s", "      if (p.s"),
+            (
+                "lora_matmul_producer.cuh",
+                "load_z_job(row_block(unit));\n",
+                "load_z_job(row_block(unit));\nawait_z(0);\n",
+            ),
+        ],
+        "atomic_add of what a launch before hands over",
+    ),
+    "no_wait_for_the_launch_before": (
+        [("lora_matmul_producer.cuh", "    grid_dependency_wait();\n", "")],
+        "hands over|never called grid_dependency_wait",
+    ),
+    "tiles_let_go_before_their_counter_is_clear": (
+        [
+            (
+                "lora_matmul_producer.cuh",
+                "await_launch_before();\n      if (p.schedule.columns == 0) grid_dependency_launch();",
+                "grid_dependency_launch();\n      await_launch_before();",
+            )
+        ],
+        "atomic_add of what a launch before hands over",
+    ),
+    "z_of_the_launch_before_taken_too_early": (
+        [
+            ("lora_matmul_producer.cuh", "    await_z(block);\n    for", "    for"),
+            ("lora_matmul_producer.cuh", "r, first_m);\n", "r, first_m);\nawait_z(block);\n"),
+        ],
+        "tma_load of what a launch before hands over",
+    ),
+    "splits_counted_before_the_count_is_clear": (
+        [("rank_grad_sm90.cu", "grid_dependency_wait();  // for the zeros\n", "")],
+        "hands over",
+    ),
     "job_never_acknowledged": (
-        [("lora_matmul_shared.cuh", "if (lane == 0) barrier_arrive_at(empty(), 0);", "")],
+        [("lora_matmul_shared.cuh", "if (lane == 0) acknowledge();", "")],
         "deadlock.*job_empty\\[",
     ),
     "job_word_not_expected": (
         [("lora_matmul_shared.cuh", "barrier_arrive_expect(full(), 4);", "")],
         r"deadlock.*job_full\[",
     ),
-    "job_expected_before_the_one_before_has_landed": (
+    "job_word_over_one_that_is_not_read": (
+        [("lora_matmul_shared.cuh", "barrier_wait(empty(), at.parity ^ 1);", "")],
+        None,
+    ),
+    "job_word_announced_before_it_is_there": (
         [
-            ("lora_matmul_shared.cuh", "barrier_arrive_expect(full(), 4);\n      for", "for"),
             (
                 "lora_matmul_shared.cuh",
-                "if (rank == 0) {\n",
-                "if (rank == 0) {\n      barrier_arrive_expect(full(), 4);\n",
-            ),
+                "store_shared(word(), job);\n      barrier_arrive(full());",
+                "barrier_arrive(full());\n      store_shared(word(), job);",
+            )
         ],
-        "more often",
+        None,
+    ),
+    "job_word_by_an_asynchronous_store_in_a_cluster_of_one": (
+        [
+            (
+                "lora_matmul_shared.cuh",
+                "store_shared(word(), job);\n      barrier_arrive(full());",
+                "barrier_arrive_expect(full(), 4);\n      store_async(word(), 0, job, full());",
+            )
+        ],
+        "store_async in a cluster of one CTA",
     ),
     "cta_gone_before_its_pair": ([("lora_matmul_sm90.cu", "if (CLUSTER > 1) cluster_sync();\n}", "}")], None),
     "partial_sums_announced_too_early": (
@@ -435,6 +577,11 @@ FAULTS: dict[str, tuple[list[tuple[str, str, str]], str | None]] = {
         ],
         None,
     ),
+    "last_split_left_out": (
+        [("rank_grad_sm90.cu", "split = 0; split < grid_blocks_y();", "split = 0; split + 1 < grid_blocks_y();")],
+        "grad",
+    ),
+    "r_of_the_next_piece": ([("rank_grad_sm90.cu", "quads[0], high = quads[1]", "quads[1], high = quads[0]")], "grad"),
     "tokens_of_the_next_split": (
         [
             (
@@ -483,6 +630,11 @@ def test_a_planted_fault_shows(name: str, tmp_path: Path, monkeypatch: pytest.Mo
             ("lora_matmul", lambda: check(m=150, k=520, n=264, mask="input")),
             # So few trips a tile that the producer is two tiles ahead.
             ("lora_matmul", lambda: check(m=400, k=96, n=520)),
+            ("lora_matmul", check_padding_of_y),
+            # Two launches that depend on one before.
+            ("lora_matmul", lambda: check(1, m=400, k=96, n=520, dtypes="bf16_fp32_adapters")),
+            # Clusters of one.
+            ("lora_matmul", lambda: check(m=100, k=96, n=520)),
             ("rank_grad", lambda: check_rank_grad(m=1100, c=200, masked=True)),
             ("rank_grad", lambda: check_rank_grad(m=700, c=8504)),
         ):

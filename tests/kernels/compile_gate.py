@@ -3,7 +3,7 @@
 For each kernel, tile, architecture and feature it prints registers, spills, shared memory, matrix instructions, whether
 the fence between copies and tensor cores is there, and how many wgmmas wait for the one before. It fails on
 
-- a spill (but of the few in ``_MAY_SPILL``), or shared memory beyond the architecture's limit;
+- a spill, or shared memory beyond the architecture's limit;
 - a missing matrix instruction;
 - wgmma or tcgen05.mma that may read what cp.async wrote with no fence of the async proxy between;
 - wgmmas that ptxas runs one after another;
@@ -40,14 +40,13 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 
 from fastlora.backends import triton as backend
+from fastlora.backends import triton_skinny
 from fastlora.backends.dropout import Dropout
-from fastlora.backends.request import Product
-from fastlora.kernels import rank_grad, tiles
+from fastlora.backends.request import Product, new_middle
+from fastlora.kernels import philox, rank_grad, tiles
 from fastlora.kernels.launch import Launch
 
 ARCHITECTURES = (80, 90, 100, 120, 0x942, 0x950, 0x1100)
-# Kernels that keep registers in scratch memory in a few rows: slow there, not wrong. Their tiles are the same for all.
-_MAY_SPILL = {("middle_kernel", 0x1100), ("rank_grad_kernel", 0x1100)}
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -75,7 +74,10 @@ class Case(NamedTuple):
             q = torch.empty(self.m, self.n, dtype=self.dtype)
             if self.backward:
                 p, q = q, p
-            return rank_grad.launches(p, q, dtype=self.adapter_dtype, precision=self.precision, dropout=dropout)[1]
+            options = dict(capability=self.capability, precision=self.precision, dropout=dropout)
+            return rank_grad.launches(p, q, dtype=self.adapter_dtype, **options)[1]
+        if self.kernel == "triton-skinny":
+            return self._skinny(dropout)
         product = Product(
             x=torch.empty(self.m, self.k, dtype=self.dtype),
             w=_matrix(self.n, self.k, self.dtype, self.backward),
@@ -89,6 +91,19 @@ class Case(NamedTuple):
         )
         launches = backend.launches_serial if self.kernel == "triton-serial" else backend.launches_portable
         return launches(product, self.capability, self.precision)[2]
+
+    def _skinny(self, dropout: Dropout | None) -> list[Launch]:
+        """The launches of a forward or a backward; with dropout those of the mask alone, too."""
+        x, dy = torch.empty(self.m, self.k, dtype=self.dtype), torch.empty(self.m, self.n, dtype=self.dtype)
+        a = torch.empty(self.r, self.k, dtype=self.adapter_dtype)
+        b = torch.empty(self.n, self.r, dtype=self.adapter_dtype)
+        w, bias = torch.empty(self.n, self.k, dtype=self.dtype), torch.empty(self.n, dtype=self.dtype)
+        product = Product(x, w, a, b, 2.0, bias, 0.1, None if dropout is None else dropout.seed)
+        if self.backward:
+            z = new_middle(dy, self.r)
+            return triton_skinny.gradient_launches(product, dy, z, self.capability, self.precision)[3]
+        bits = [] if dropout is None else [philox.launch(dropout, torch.empty(64, self.k, dtype=torch.int16), 0)]
+        return [*triton_skinny.launches(product, self.capability, self.precision)[2], *bits]
 
 
 class Finding(NamedTuple):
@@ -175,6 +190,29 @@ def cases(architectures: tuple[int, ...]) -> Iterator[Case]:
         ):
             if not (mask == "input" and backward):
                 yield Case("rank_grad", capability, 8192, 0, 1024, r, dtype, full, mask, backward, precision)
+        # Strides that no vector load can follow, where every element holds an address.
+        yield Case("triton-portable", capability, 64, 511, 64, 128, half, full, "input", False)
+        for r, dtype in ((64, half), (12, full)):
+            yield Case("rank_grad", capability, 8192, 0, 1023, r, dtype, full, "input", False)
+        for (r, dtype, adapter_dtype, precision), mask, backward in itertools.product(
+            (
+                (8, half, half, "ieee"),
+                (8, half, full, "ieee"),
+                (12, other, other, "ieee"),
+                (16, half, half, "ieee"),
+                (32, half, half, "ieee"),
+                (32, half, full, "ieee"),
+                (64, half, full, "ieee"),
+                (64, full, full, "ieee"),
+                (64, full, full, "tf32"),
+                (128, half, full, "ieee"),
+            ),
+            ("none", "input"),
+            (False, True),
+        ):
+            if precision in ("ieee", *tf32) and (mask == "none" or r in (8, 64, 128)):
+                shape = (2048, 2048, 1024)
+                yield Case("triton-skinny", capability, *shape, r, dtype, adapter_dtype, mask, backward, precision)
         if capability not in tiles.TMA_CAPABILITIES:
             continue
         # The mask on the input is the middle kernel's alone. A bias does not meet w K-by-N in a backward, but in the
@@ -205,7 +243,8 @@ def _matrix(rows: int, columns: int, dtype: torch.dtype, transposed: bool) -> to
 def examine(case: Case) -> list[Finding]:
     """Compiles every launch of a case and reads the machine code."""
     driver.set_active(_NoGpuDriver(case.capability))
-    return [_examine(case, launch) for launch in case.launches()]
+    launches = case.launches()
+    return [_examine(case, launch.on_amd() if tiles.is_amd(case.capability) else launch) for launch in launches]
 
 
 def _examine(case: Case, launch: Launch) -> Finding:
@@ -215,7 +254,7 @@ def _examine(case: Case, launch: Launch) -> Finding:
     shared = compiled.metadata.shared
 
     name = launch.kernel.fn.__name__.strip("_")
-    faults = [f"spills: {code.spilled}"] if code.spilled and (name, case.capability) not in _MAY_SPILL else []
+    faults = [f"spills: {code.spilled}"] if code.spilled else []
     limit = tiles.shared_memory(case.capability)
     if shared > limit:
         faults.append(f"shared memory {shared} B, limit {limit} B")
@@ -300,18 +339,18 @@ def _features(case: Case) -> str:
     features += [f"mask on {case.mask}"] if case.mask != "none" else []
     features += ["backward"] if case.backward else []
     features += ["bias"] if case.bias else []
-    features += ["ragged"] if case.k % 2 else []
+    features += ["ragged"] if case.k % 2 or case.n % 2 else []
     return ", ".join(features)
 
 
 def _expected_instructions(case: Case, launch: Launch) -> set[str]:
     """The matrix instructions of which a product of this kernel must have become one; none for plain arithmetic."""
     name = launch.kernel.fn.__name__
-    if "sum_splits" in name or (case.dtype is torch.float32 and case.precision == "ieee"):
+    if "sum_splits" in name or "keep_bits" in name or (case.dtype is torch.float32 and case.precision == "ieee"):
         return set()
     if tiles.is_amd(case.capability):
-        return {"mfma", "wmma"}
-    if "middle" in name or "rank_grad" in name:
+        return {"mfma" if tiles.warp_size(case.capability) == 64 else "wmma"}
+    if any(skinny in name for skinny in ("middle", "rank_grad", "rank_update")):
         # Fewer than 64 rows or memory-bound: any matrix instruction will do.
         return {"mma"} if case.r < 64 else {"mma", "wgmma", "tcgen05"}
     return {{90: "wgmma", 100: "tcgen05"}.get(case.capability, "mma")}
@@ -433,12 +472,12 @@ def main() -> int:
                 print(f"\r{done}/{len(work)} compiled", end="", file=sys.stderr)
     rows = sorted(findings.values(), key=lambda f: (f.kernel, f.capability))
     print(
-        f"{'kernel':<18}{'tile':<16}{'arch':<9}{'regs':>4}{'spills':>7}{'shared':>8}{'fence':>8}{'serial':>7}"
+        f"{'kernel':<24}{'tile':<16}{'arch':<9}{'regs':>4}{'spills':>7}{'shared':>8}{'fence':>8}{'serial':>7}"
         f"  {'matrix':<8}features"
     )
     for f in rows:
         print(
-            f"{f.kernel:<18}{f.tile:<16}{tiles.architecture(f.capability):<9}{f.registers:>4}{f.spills:>7}{f.shared:>8}"
+            f"{f.kernel:<24}{f.tile:<16}{tiles.architecture(f.capability):<9}{f.registers:>4}{f.spills:>7}{f.shared:>8}"
             f"{f.fence:>8}{f.serialised:>7}  {f.matrix:<8}{f.features}{''.join(f'  FAULT: {x}' for x in f.faults)}"
         )
     faulty = sum(bool(f.faults) for f in rows)

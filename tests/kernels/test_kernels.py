@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from fastlora.accuracy import assert_close_to_oracle, oracle_step, reference_step
-from fastlora.backends import dispatch, reference
+from fastlora.backends import dispatch, reference, triton_skinny
 from fastlora.backends import triton as backend
 from fastlora.backends.dropout import Dropout, draw_seed
 from fastlora.backends.request import Kernel, Request, new_middle
@@ -34,7 +34,8 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 CAPABILITY = backend.capability_of(DEVICE)
 TMA_HERE = CAPABILITY in tiles.TMA_CAPABILITIES
-KERNELS = tuple(kernel for kernel in backend.LORA_MATMUL if TMA_HERE or kernel.name != "triton-serial")
+FUSED = tuple(kernel for kernel in backend.LORA_MATMUL if TMA_HERE or kernel.name != "triton-serial")
+KERNELS = FUSED + triton_skinny.LORA_MATMUL
 HALF = "bf16" if ON_GPU else "fp16"
 MASKS = ("none", "input", "product")
 
@@ -115,7 +116,7 @@ def test_tile_order_visits_every_tile_once(blocks_m: int, blocks_n: int) -> None
 
 
 every_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
-PORTABLE, SERIAL = kernel_named("triton-portable"), kernel_named("triton-serial")
+PORTABLE, SERIAL, SKINNY = map(kernel_named, ("triton-portable", "triton-serial", "triton-skinny"))
 needs_tma = pytest.mark.skipif(not TMA_HERE, reason="this GPU has no TMA")
 
 
@@ -157,8 +158,9 @@ def test_every_tile_row_of_the_portable_kernel(tile: tiles.Tile, monkeypatch: py
 @pytest.mark.parametrize(
     ("m", "k", "n"), [(1, 40, 70), (70, 1, 40), (70, 40, 1), (63, 31, 65), (65, 33, 63), (129, 17, 257)]
 )
-def test_portable_at_any_size(m: int, k: int, n: int, mask: str) -> None:
-    check(PORTABLE, m=m, k=k, n=n, r=5, mask=mask)
+@pytest.mark.parametrize("kernel", [PORTABLE, SKINNY], ids=lambda kernel: kernel.name)
+def test_any_size(kernel: Kernel, m: int, k: int, n: int, mask: str) -> None:
+    check(kernel, m=m, k=k, n=n, r=5, mask=mask)
 
 
 @needs_tma
@@ -168,13 +170,15 @@ def test_serial_off_the_tile(m: int, k: int, n: int) -> None:
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_fp32_operands(mask: str) -> None:
-    check(PORTABLE, m=70, k=80, n=130, dtypes="fp32", mask=mask, backward=mask == "product")
+@pytest.mark.parametrize("kernel", [PORTABLE, SKINNY], ids=lambda kernel: kernel.name)
+def test_fp32_operands(kernel: Kernel, mask: str) -> None:
+    check(kernel, m=70, k=80, n=130, dtypes="fp32", mask=mask, backward=mask == "product")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_portable_reads_any_strides(layout: str) -> None:
-    check(PORTABLE, m=70, k=48, n=80, layout=LAYOUTS[layout], mask="input")
+@pytest.mark.parametrize("kernel", [PORTABLE, SKINNY], ids=lambda kernel: kernel.name)
+def test_any_strides(kernel: Kernel, layout: str) -> None:
+    check(kernel, m=70, k=48, n=80, layout=LAYOUTS[layout], mask="input")
 
 
 @every_kernel
@@ -229,8 +233,11 @@ def test_rank_grad(dtypes: str, m: int, p_columns: int, q_columns: int, p_dropou
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3], ids=["no_dropout", "dropout"])
 @pytest.mark.parametrize("dtypes", [HALF, "fp32", f"{HALF}_fp32_adapters"])
 @pytest.mark.skipif(ON_GPU, reason="the shared inputs are on the CPU; test_gpu.py runs whole steps on the GPU")
-def test_a_whole_step_through_lora_linear(dtypes: str, dropout_p: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTLORA_BACKEND", "triton")
+@pytest.mark.parametrize("forced", ["triton", "triton-skinny"])
+def test_a_whole_step_through_lora_linear(
+    forced: str, dtypes: str, dropout_p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTLORA_BACKEND", forced)
     dtype, adapter_dtype = DTYPES[dtypes]
     check_against_reference(make(lead=(3, 25), dtype=dtype, adapter_dtype=adapter_dtype), dropout_p)
 
@@ -272,7 +279,7 @@ def test_forced_by_family_the_kernel_follows_the_strides(expanded: bool, monkeyp
     assert_close_to_oracle(y, oracle=oracle, baseline=baseline, name="y")
 
 
-@every_kernel
+@pytest.mark.parametrize("kernel", FUSED, ids=lambda kernel: kernel.name)
 def test_a_tile_is_that_of_the_launch(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     tile = tiles.Tile(64, 64, 32, 4, 2)
     for module in (lora_matmul_portable, lora_matmul_serial):
@@ -281,8 +288,9 @@ def test_a_tile_is_that_of_the_launch(kernel: Kernel, monkeypatch: pytest.Monkey
     assert kernel.tile(product) == "64x64x32, 4 warps, 2 stages"
 
 
-def test_a_gradient_expanded_from_one_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTLORA_BACKEND", "triton")
+@pytest.mark.parametrize("forced", ["triton", "triton-skinny"])
+def test_a_gradient_expanded_from_one_number(forced: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTLORA_BACKEND", forced)
     operands = make(33, 64, 64, dtype=DTYPES[HALF][0], bias=False).map(lambda t: t.to(DEVICE)).leaves()
     y = operands()
     dy = gradient_of(y.cpu()).to(DEVICE)[:1, :1].expand_as(y)
@@ -370,7 +378,7 @@ def test_forced_the_portable_kernel_tries_on_amd(name: str, monkeypatch: pytest.
     assert backend.refuses(request) is None
     assert f"this is {name.partition(':')[0]}" in backend.refuses_serial(request)
     monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision="tf32"))
-    assert backend._precision() == "ieee"
+    assert backend.precision() == "ieee"
     backend.capability_of.cache_clear()
 
 
@@ -404,6 +412,6 @@ def test_fp32_products_follow_torchs_own_switches(setting: str, expected: str) -
     old = f"torch.set_float32_matmul_precision('{setting}')"
     new = f"torch.backends.cuda.matmul.fp32_precision = '{setting}'"
     switch = old if setting.startswith("high") else new
-    script = f"import torch; {switch}; from fastlora.backends import triton; print(triton._precision())"
+    script = f"import torch; {switch}; from fastlora.backends import triton; print(triton.precision())"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == expected

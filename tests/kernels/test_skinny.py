@@ -8,14 +8,25 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from benchmarks.predict import cost
 from fastlora.accuracy import assert_close_to_oracle
-from fastlora.backends import reference
+from fastlora.backends import masks, reference, triton_skinny
 from fastlora.backends import triton as backend
 from fastlora.backends.dropout import Dropout, draw_seed
 from fastlora.backends.request import Product, new_middle
 from fastlora.kernels import middle, middle_and_grad, ordered_sum, rank_grad, rank_update
 from fastlora.kernels.launch import Launch
-from tests.cases import DTYPES, LAYOUTS, SCALE, make
+from tests.cases import (
+    DTYPES,
+    LAYOUTS,
+    SCALE,
+    OpLog,
+    assert_matches_reference,
+    gradient_of,
+    make,
+    replace_kernel,
+)
+from tests.cases import run as run_step
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -50,14 +61,14 @@ def poisoned_middle(x: Tensor, r: int) -> Tensor:
 
 def check_middle(p: Product, launches: int = 1) -> None:
     z = poisoned_middle(p.x, p.a.shape[0])
-    steps = middle.launches(p, z, precision="ieee")
+    steps = middle.launches(p, z, capability=CAPABILITY, precision="ieee")
     assert len(steps) == launches
     run(*steps)
     alone = p._replace(w=None)
     oracle, baseline = reference.lora_matmul(alone.map(Tensor.double))[1], reference.lora_matmul(alone)[1]
     assert_close_to_oracle(z, oracle=oracle, baseline=baseline, name="z")
     first = z.clone()
-    run(*middle.launches(p, z, precision="ieee"))
+    run(*middle.launches(p, z, capability=CAPABILITY, precision="ieee"))
     assert torch.equal(z, first)
 
 
@@ -187,7 +198,7 @@ def test_rank_grad_in_two_halves(r: int, p_dropout: float) -> None:
     p = (torch.randn(300, r) / 17).to(DTYPES[HALF][0]).to(DEVICE)
     q = torch.randn(300, 130).to(p)
     dropout = Dropout(p_dropout, draw_seed(DEVICE)) if p_dropout else None
-    grad, work = rank_grad.launches(p, q, dtype=torch.float32, precision="ieee", dropout=dropout)
+    grad, work = rank_grad.launches(p, q, dtype=torch.float32, capability=CAPABILITY, precision="ieee", dropout=dropout)
     grad.fill_(NAN)
     run(*work)
     oracle = reference.rank_grad(p.double(), q.double(), dtype=torch.float64, dropout=dropout)
@@ -214,3 +225,82 @@ def test_sums_of_two_results_in_one_launch() -> None:
     assert torch.equal(rows[:, :12], in_order(first) * 2.0)
     assert rows[:, 12:].isnan().all()
     assert torch.equal(whole, in_order(second))
+
+
+@pytest.mark.parametrize("first_row", [0, 5])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (70, 300), (33, 128), (32, 129)])
+def test_mask_bits_of_the_kernel_are_torchs(rows: int, columns: int, first_row: int) -> None:
+    dropout = Dropout(0.3, torch.tensor((-3, 2**41 + 9), device=DEVICE))
+    bits = masks.keep_bits(dropout, first_row, rows, columns)
+    assert torch.equal(bits, -dropout.keep(rows, columns, first_row).to(torch.int16))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3], ids=["no_dropout", "dropout"])
+@pytest.mark.parametrize("r", [12, 40], ids=["one_read_of_dy", "two_reads_of_dy"])
+def test_the_gradients_and_the_verbs_both_meet_the_rule(
+    r: int, dropout_p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eager code makes the gradients in one call; a dispatch mode sees the two verbs."""
+    monkeypatch.setenv("FASTLORA_BACKEND", "triton-skinny")
+    calls: list[str] = []
+    kernel = triton_skinny.LORA_MATMUL[0]
+
+    def noted(p: Product, dy: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        calls.append("gradients")
+        return kernel.gradients(p, dy, z)
+
+    replace_kernel(monkeypatch, kernel.name, gradients=noted)
+
+    def step() -> None:
+        operands = make(70, 64, 300, r, dtype=DTYPES[HALF][0]).map(lambda t: t.to(DEVICE))
+        operands = operands.leaves("x", "lora_a", "lora_b")
+        dy = gradient_of(torch.empty(70, 300, dtype=operands.x.dtype)).to(DEVICE)
+        torch.manual_seed(0)
+        dropout = Dropout(dropout_p, draw_seed(DEVICE)) if dropout_p else None
+        torch.manual_seed(0)
+        assert_matches_reference(run_step(operands, dy, dropout_p=dropout_p), operands, dy, dropout=dropout)
+
+    step()
+    assert calls == ["gradients"]
+    with OpLog() as log:
+        step()
+    assert calls == ["gradients"]
+    assert log.count(["fastlora::lora_matmul", "fastlora::rank_grad"]) == {
+        "fastlora::lora_matmul": 2,
+        "fastlora::rank_grad": 2,
+    }
+
+
+def moved(launches: list[Launch]) -> int:
+    """Bytes of the operands and results of some launches, each moved once in each of them."""
+    tensors = [t for launch in launches for t in launch.arguments.values() if isinstance(t, Tensor)]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+# M, K, N, R and, in a step, the launches of ours (the vendor's GEMMs are two more) and the bytes they move.
+STEPS = [
+    (8192, 4096, 4096, 16, 7, 361),
+    (8192, 4096, 4096, 64, 8, 429),
+    (8192, 4096, 4096, 128, 8, 438),
+    (8192, 8192, 28672, 16, 7, 1467),
+    (8192, 4096, 1024, 16, 7, 247),
+    (2048, 4096, 4096, 16, 8, 97),
+    (256, 4096, 4096, 8, 7, 11),
+]
+
+
+@pytest.mark.parametrize(("m", "k", "n", "r", "launches", "megabytes"), STEPS)
+def test_launches_and_bytes_of_a_step(m: int, k: int, n: int, r: int, launches: int, megabytes: int) -> None:
+    """Counted from the launches themselves, and held to what the predictions add up."""
+    bf16 = torch.bfloat16
+    x, dy, w, a, b = (torch.empty(size, dtype=bf16, device="meta") for size in ((m, k), (m, n), (n, k), (r, k), (n, r)))
+    p = Product(x, w, a, b, SCALE)
+    _, z, steps = triton_skinny.launches(p, 90, "ieee")
+    steps += triton_skinny.gradient_launches(p, dy, z, 90, "ieee")[3]
+    assert len(steps) == launches
+    assert round(moved(steps) / 1e6) == megabytes
+    problem = cost.Problem(m, k, n, r, itemsize=2, sms=132)
+    work = cost.kernels("triton-skinny", problem)["step"]
+    assert len(work) == launches + 2
+    gemms = problem.moved(x=1, w=1, y=2) + problem.turned.moved(x=1, w=1, y=2)
+    assert sum(kernel.bytes for kernel in work) == moved(steps) + gemms

@@ -31,33 +31,33 @@ from peft.tuners import lora
 
 from fastlora.peft import layer as peft_layer
 
-K, N, R = 24, 20, 6
+K, N = 24, 20
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 
-def lora_linear_layer(p: float) -> nn.Module:
-    return fastlora.LoRALinear(K, N, r=R, lora_alpha=10, lora_dropout=p)
+def lora_linear_layer(p: float, r: int) -> nn.Module:
+    return fastlora.LoRALinear(K, N, r=r, lora_alpha=10, lora_dropout=p)
 
 
-def injected(p: float) -> nn.Module:
+def injected(p: float, r: int) -> nn.Module:
     model = nn.Sequential(nn.Linear(K, N))
-    fastlora.inject(model, ["0"], r=R, lora_alpha=10, lora_dropout=p)
+    fastlora.inject(model, ["0"], r=r, lora_alpha=10, lora_dropout=p)
     return model[0]
 
 
-def from_loralib(p: float) -> nn.Module:
-    return loralib.Linear(K, N, r=R, lora_alpha=10, lora_dropout=p, merge_weights=False)
+def from_loralib(p: float, r: int) -> nn.Module:
+    return loralib.Linear(K, N, r=r, lora_alpha=10, lora_dropout=p, merge_weights=False)
 
 
-def patched(p: float) -> nn.Module:
+def patched(p: float, r: int) -> nn.Module:
     base = nn.Linear(K, N).requires_grad_(False)
-    config = LoraConfig(r=R, lora_alpha=10, lora_dropout=p)
-    layer = lora.Linear(base, "default", config=config, r=R, lora_alpha=10, lora_dropout=p)
+    config = LoraConfig(r=r, lora_alpha=10, lora_dropout=p)
+    layer = lora.Linear(base, "default", config=config, r=r, lora_alpha=10, lora_dropout=p)
     fastlora.patch_peft(nn.ModuleList([layer]))
     return layer
 
 
-LAYERS: dict[str, Callable[[float], nn.Module]] = {
+LAYERS: dict[str, Callable[[float, int], nn.Module]] = {
     "LoRALinear": lora_linear_layer,
     "injected": injected,
     "loralib": from_loralib,
@@ -148,7 +148,7 @@ def set_scale(layer: Any, scale: float) -> None:
     if isinstance(layer, peft_layer.FusedLoraLinear):
         layer.scaling["default"] = scale
     elif isinstance(layer, fastlora.LoRALinear):
-        layer.lora_alpha = scale * R
+        layer.lora_alpha = scale * layer.r
     elif isinstance(layer, loralib.Linear):
         layer.scaling = scale
     else:
@@ -199,15 +199,29 @@ def outcome(layer: nn.Module, call: Call) -> dict[str, Any]:
             result |= {name: parameter.grad for name, parameter in adapters(layer).items()} | {"x": x.grad}
     except (TypeError, RuntimeError) as error:
         result["error"] = f"{type(error).__name__}: {error}"
-    result["seen"] = {name for look in (look_forward, look_backward) for name in look.seen if "fastlora" in name}
+    if call.look_forward:  # what was made before a mode began may be plain nodes
+        result["seen"] = {name for look in (look_forward, look_backward) for name in look.seen if "fastlora" in name}
     return result
 
 
+def assert_same(fast: Tensor, slow: Tensor, call: Call, name: str) -> None:
+    """The same bits, or for a small call, which other operators make, what rounding may change."""
+    assert fast.dtype is slow.dtype
+    if fast.equal(slow):
+        return
+    dtypes = [call.dtype, call.adapter_dtype, fast.dtype]
+    # In a backward under autocast torch's own nodes are cast, as F.linear's are.
+    dtypes += [call.autocast or BF16] if call.autocast_backward else []
+    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
+    assert (fast - slow).abs().max() <= 8 * eps * slow.abs().max(), (name, call)
+
+
+@pytest.mark.small_calls
 @pytest.mark.parametrize("kind", LAYERS)
 @settings(max_examples=100)
 @given(made=st.data())
 def test_any_change_between_two_calls_is_seen(kind: str, made: st.DataObject) -> None:
-    layer = LAYERS[kind](made.draw(st.sampled_from([0.0, 0.3])))
+    layer = LAYERS[kind](made.draw(st.sampled_from([0.0, 0.3])), made.draw(st.sampled_from([6, 8])))
     named = adapters(layer)
     nn.init.normal_(named["b"])
     start = {name: parameter.detach().clone() for name, parameter in named.items()}
@@ -231,8 +245,7 @@ def test_any_change_between_two_calls_is_seen(kind: str, made: st.DataObject) ->
         assert fast.keys() == slow.keys()
         for name, value in fast.items():
             if isinstance(value, Tensor):
-                assert value.dtype is slow[name].dtype
-                assert value.equal(slow[name]), (name, call)
+                assert_same(value, slow[name], call, name)
             else:
                 assert value == slow[name], (name, call)
 
@@ -258,12 +271,13 @@ def package_calls(work: Callable[[], object]) -> int:
 
 
 # What the host pays for, in figures that no machine changes; without the eager path a step made 44, 44, 45 and 55.
+@pytest.mark.small_calls
 @pytest.mark.parametrize(
     ("kind", "forward", "step"),
-    [("LoRALinear", 15, 23), ("injected", 13, 21), ("loralib", 17, 25), ("patched", 11, 19)],
+    [("LoRALinear", 9, 9), ("injected", 11, 11), ("loralib", 15, 15), ("patched", 9, 9)],
 )
 def test_python_calls_of_a_step(kind: str, forward: int, step: int) -> None:
-    layer = LAYERS[kind](0.0)
+    layer = LAYERS[kind](0.0, 8)
     x = torch.randn(3, K, requires_grad=True)
     dy = torch.randn(3, N)
 

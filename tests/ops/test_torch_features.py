@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -290,3 +292,34 @@ def test_opcheck_lora_matmul(changes: dict[str, Any]) -> None:
 def test_opcheck_rank_grad(p: float, seed: Tensor | None, dtype: torch.dtype) -> None:
     left, right = torch.randn(37, 6, dtype=dtype), torch.randn(37, 48, dtype=dtype)
     torch.library.opcheck(rank_grad_op, (left, right, torch.float32, p, seed))
+
+
+@pytest.mark.small_calls
+@DROPOUT
+def test_flops_are_those_of_the_formula(p: float) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x = torch.randn(3, 7, 48, requires_grad=True)
+    layer = layer_with_update(p, bias=False)
+
+    def formula(x: Tensor) -> Tensor:
+        masked = F.dropout(x, p).flatten(0, 1)
+        return torch.mm(x.flatten(0, 1), layer.weight.T) + torch.mm(torch.mm(masked, layer.lora_A.T), layer.lora_B.T)
+
+    def counted(function: Any, grad: bool) -> int:
+        with torch.set_grad_enabled(grad), FlopCounterMode(display=False) as flops:
+            y = function(x)
+            if grad:
+                y.sum().backward()
+        return flops.get_total_flops()
+
+    forward = 2 * 21 * (48 * 29 + 48 * 6 + 6 * 29)
+    assert counted(layer, False) == counted(formula, False) == forward
+    step = forward + 2 * 21 * (48 * 29 + 2 * 48 * 6 + 2 * 6 * 29)
+    assert counted(layer, True) == counted(formula, True) == step
+
+
+def test_nothing_imports_triton_for_the_flops() -> None:
+    code = "import sys, torch, fastlora as f; f.LoRALinear(4, 4, r=2)(torch.ones(2, 4)); print('triton' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == "False\n"

@@ -252,6 +252,7 @@ def test_state_dict_isinstance_pickle_and_copies_are_unchanged() -> None:
         assert calls.fast.total() == 2
 
 
+@pytest.mark.small_calls
 def test_a_pickle_opens_in_a_new_process(tmp_path: Path) -> None:
     model = adapted("first")
     fastlora.patch_peft(model)

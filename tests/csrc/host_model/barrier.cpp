@@ -98,4 +98,6 @@ void barrier_wait(Shared barrier, uint32_t parity) {
   while ((b.phase & 1) == parity) block(Wait::BARRIER, &b, parity, b.waiters);
 }
 
+void barrier_wait_cluster(Shared barrier, uint32_t parity) { barrier_wait(barrier, parity); }
+
 }  // namespace fastlora

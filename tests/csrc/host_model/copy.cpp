@@ -37,6 +37,7 @@ void issue_load(Cta& cta, const TensorMap& map, Shared to, Shared barrier, int32
   check_fenced(cta, to, bytes, "tma_load");
   const Barrier& b = barrier_at(cta, barrier, "tma_load");
   if (!b.published) fail("tma_load: barrier %s[%d] is used before a fence_barrier_init", b.name, b.index);
+  check_handed_over(map.base, (map.rows - 1) * map.row_bytes + 2 * map.columns, "tma_load");
   // Whoever reads before the copy lands reads NaNs.
   std::memset(memory, 0xFF, bytes);
   const uint32_t split = grid->random.percent(50) ? 0 : grid->random.below(map.box_rows);
@@ -110,10 +111,12 @@ bool Store::step() {
     read_source();
     return false;
   }
+  // Whole chunks of 16 bytes: a row that ends inside one overwrites the rest of it (an H100 does, Triton issue 11583).
+  const int64_t end = ceil_div(map.columns, 8) * int64_t(8);
   for (uint32_t r = 0; r < map.box_rows; ++r) {
     uint8_t* to = row_of(map, c1, r);
     for (int64_t i = 0; to != nullptr && i < COLUMNS; ++i) {
-      if (inside(map, c0 + i)) std::memcpy(to + (c0 + i) * 2, &data[r * ROW + 2 * i], 2);
+      if (c0 + i >= 0 && c0 + i < end) std::memcpy(to + (c0 + i) * 2, &data[r * ROW + 2 * i], 2);
     }
   }
   grid->remove(this);
@@ -173,6 +176,7 @@ void tma_load_multicast(Shared to, const TensorMap* map, Shared barrier, int32_t
 
 void store_async(Shared address, uint32_t rank, uint32_t value, Shared barrier) {
   breathe();
+  if (grid->shape.cluster < 2) fail("store_async in a cluster of one CTA: undefined by the PTX ISA");
   Cta& cta = cta_of_cluster(rank, "store_async");
   uint8_t* memory = cta.at(address, 4, "store_async");
   check_writable(cta, address, 4, "store_async");

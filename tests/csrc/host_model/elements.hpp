@@ -30,6 +30,7 @@ struct BF16 {
     return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
   }
   static float widen(uint16_t x) { return model::float_of(uint32_t(x) << 16); }
+  static float widen_high(uint32_t word) { return widen(word >> 16); }
   static uint32_t pack(float low, float high) { return round(low) | uint32_t(round(high)) << 16; }
 };
 
@@ -58,6 +59,7 @@ struct FP16 {
     if (exponent == 31) return model::float_of(sign | 0x7F800000 | mantissa << 13);
     return model::float_of(sign | (exponent + 112) << 23 | mantissa << 13);
   }
+  static float widen_high(uint32_t word) { return widen(word >> 16); }
   static uint32_t pack(float low, float high) { return round(low) | uint32_t(round(high)) << 16; }
 };
 

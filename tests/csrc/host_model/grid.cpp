@@ -12,6 +12,7 @@ namespace fastlora::model {
 Grid* grid = nullptr;
 Thread* current = nullptr;
 Settings settings;
+Chain chain;
 uint64_t statistics[STATISTICS];
 
 namespace {
@@ -23,12 +24,24 @@ void end_cluster(Cluster& cluster) {
 
 }  // namespace
 
+// A launch that is not dependent starts when all before it have ended.
+void Chain::start(bool dependent) {
+  if (!dependent) {
+    *this = Chain();
+    return;
+  }
+  if (!lets_go_early) ended = launch - 1;
+  ++launch;
+  lets_go_early = false;
+}
+
 void Grid::start_next_cluster() {
   const uint32_t cluster_index = order[next++];
   const uint32_t clusters_x = shape.blocks_x / shape.cluster;
   clusters.emplace_back();
   Cluster& cluster = clusters.back();
   cluster.live = shape.threads * shape.cluster;
+  cluster.waited = false;
   cluster.sync = {"cluster_sync", -1, 0, 0, 0, {}};
   idle_spins = 0;
   for (uint32_t rank = 0; rank < shape.cluster; ++rank) {
@@ -159,6 +172,7 @@ const char* run_grid(const LaunchShape& shape, const Body& body) {
   for (size_t i = here.order.size(); i > 1; --i) std::swap(here.order[i - 1], here.order[random.below(uint32_t(i))]);
 
   grid = &here;
+  chain.start(shape.dependent);
   const char* message = nullptr;
   try {
     here.run();

@@ -77,9 +77,4 @@ inline const char* count_multiprocessors(int32_t, uint32_t* count) {
 
 inline const char* driver_obstacle() { return nullptr; }
 
-inline const char* set_zero(void* memory, size_t bytes, void*) {
-  std::memset(memory, 0, bytes);
-  return nullptr;
-}
-
 }  // namespace fastlora

@@ -207,6 +207,8 @@ struct Cta {
 struct Cluster {
   std::vector<Cta*> ctas;
   uint32_t live;
+  // For the launch before.
+  bool waited;
   SyncPoint sync;
 };
 

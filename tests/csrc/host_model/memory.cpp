@@ -21,6 +21,26 @@ Cta& cta_of_cluster(uint32_t rank, const char* user) {
   return cta;
 }
 
+void note_hand_over(const void* to, size_t bytes) {
+  const uint8_t* first = static_cast<const uint8_t*>(to);
+  std::vector<Chain::HandOver>& memory = chain.memory;
+  if (!memory.empty() && memory.back().launch == chain.launch && memory.back().last == first) {
+    memory.back().last += bytes;
+  } else {
+    memory.push_back({chain.launch, first, first + bytes});
+  }
+}
+
+void check_handed_over(const void* first, size_t bytes, const char* user) {
+  if (chain.launch == 0 || current->cta->cluster->waited) return;
+  const uint8_t* from = static_cast<const uint8_t*>(first);
+  for (const Chain::HandOver& h : chain.memory) {
+    if (h.launch > chain.ended && h.launch < chain.launch && h.first < from + bytes && from < h.last) {
+      fail("%s of what a launch before hands over, without a grid_dependency_wait for it", user);
+    }
+  }
+}
+
 namespace {
 
 uint16_t mark_of(const Thread& thread) { return static_cast<uint16_t>(1 + thread.cta->rank * 1024 + thread.index); }
@@ -112,6 +132,7 @@ void fence_async_global() { breathe(); }
 
 uint32_t atomic_add(uint32_t* address, uint32_t value) {
   breathe(value != 0);
+  check_handed_over(address, 4, "atomic_add");
   const uint32_t old = *address;
   *address = old + value;
   return old;
@@ -121,6 +142,7 @@ uint32_t add_acquire_release(uint32_t* address, uint32_t value) { return atomic_
 
 uint32_t load_acquire(const uint32_t* address) {
   breathe(false);
+  check_handed_over(address, 4, "load_acquire");
   const uint32_t value = *static_cast<const volatile uint32_t*>(address);
   // A second look that sees the same is one more round of a spin, whether it backs off or not.
   if (current->polled == address && current->polled_value == value) back_off();

@@ -31,6 +31,24 @@ struct Settings {
   uint64_t most_steps = 50'000'000;
 };
 
+// A launch and the dependent ones after it, of which each may start when the one before lets it.
+struct Chain {
+  // Memory that a launch writes for those after it.
+  struct HandOver {
+    int launch;
+    const uint8_t *first, *last;
+  };
+
+  int launch = 0;
+  // The last launch that had ended, its memory visible, before this one started.
+  int ended = -1;
+  // This one let the next start before it had itself waited.
+  bool lets_go_early = false;
+  std::vector<HandOver> memory;
+
+  void start(bool dependent);
+};
+
 enum Statistic { LAUNCHES, STEPS, WGMMAS, LOADS, LOAD_BYTES, STORES, STORE_BYTES, BARRIER_PHASES, STATISTICS };
 
 struct Grid {
@@ -68,6 +86,7 @@ struct Failure {};
 extern Grid* grid;
 extern Thread* current;
 extern Settings settings;
+extern Chain chain;
 extern uint64_t statistics[STATISTICS];
 
 // Ends the launch with a message. On a fiber: never resumed again.
@@ -99,6 +118,8 @@ void check_writable(Cta& cta, Shared address, uint32_t bytes, const char* user);
 void check_readable(Cta& cta, Shared address, uint32_t bytes, const char* user);
 // Before the copy engine or wgmma looks at them.
 void check_fenced(Cta& cta, Shared address, uint32_t bytes, const char* user);
+// Before memory of a launch before is read or counted in: this cluster has waited for that launch.
+void check_handed_over(const void* first, size_t bytes, const char* user);
 Cta& cta_of_cluster(uint32_t rank, const char* user);
 
 void end_stores(Thread& thread);

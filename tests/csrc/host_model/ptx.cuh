@@ -2,6 +2,7 @@
 // the hardware is modelled, and what is not, stands in README.md.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "elements.hpp"
@@ -34,10 +35,12 @@ void issue_wgmma(const WgmmaShape& shape, float* d, uint64_t a, uint64_t b, bool
 void wait_wgmma(uint32_t pending);
 void wait_stores_read(uint32_t pending);
 void set_registers(uint32_t registers, bool increase);
+void note_hand_over(const void* to, size_t bytes);
 
 }  // namespace model
 
 uint32_t thread_index();
+uint32_t shuffle(uint32_t value, uint32_t lane);
 uint32_t warp_index();
 uint32_t block_index();
 uint32_t block_index_y();
@@ -54,6 +57,11 @@ void store_shared4(Shared address, const Words4& v);
 void store_matrices4(Shared address, const Words4& v);
 void store_async(Shared address, uint32_t rank, uint32_t value, Shared barrier);
 
+template <class Value>
+void hand_over(Value* to, Value value) {
+  model::note_hand_over(to, sizeof(Value));
+  *to = value;
+}
 uint32_t atomic_add(uint32_t* address, uint32_t value);
 uint32_t add_acquire_release(uint32_t* address, uint32_t value);
 uint32_t load_acquire(const uint32_t* address);
@@ -65,10 +73,12 @@ void barrier_arrive_expect(Shared barrier, uint32_t bytes);
 void barrier_arrive(Shared barrier);
 void barrier_arrive_at(Shared barrier, uint32_t rank);
 void barrier_wait(Shared barrier, uint32_t parity);
+void barrier_wait_cluster(Shared barrier, uint32_t parity);
 
 void cta_sync();
 void warp_sync();
 void cluster_sync();
+void cluster_sync_initialised();
 void named_barrier_sync(uint32_t id, uint32_t threads);
 uint32_t shuffle_xor(uint32_t value, uint32_t mask);
 

@@ -172,6 +172,20 @@ void cluster_sync() {
   breathe(false);
 }
 
+void cluster_sync_initialised() {
+  for (const Barrier& b : current->cta->barriers) {
+    if (b.initialiser == current && !b.published) {
+      fail("cluster_sync_initialised before a fence_barrier_init of barrier %s[%d]", b.name, b.index);
+    }
+  }
+  cluster_sync();
+}
+
+uint32_t shuffle(uint32_t value, uint32_t lane) {
+  const uint32_t generation = gather_warp("shuffle", value);
+  return current->warp->values[generation][lane & 31];
+}
+
 uint32_t shuffle_xor(uint32_t value, uint32_t mask) {
   const uint32_t generation = gather_warp("shuffle_xor", value);
   return current->warp->values[generation][(current->lane ^ mask) & 31];
@@ -183,8 +197,15 @@ void back_off() {
   yield();
 }
 
-void grid_dependency_wait() { grid->waited_for_dependency = true; }
+void grid_dependency_wait() {
+  breathe();
+  grid->waited_for_dependency = true;
+  current->cta->cluster->waited = true;
+}
 
-void grid_dependency_launch() {}
+void grid_dependency_launch() {
+  breathe();
+  if (!current->cta->cluster->waited) chain.lets_go_early = true;
+}
 
 }  // namespace fastlora

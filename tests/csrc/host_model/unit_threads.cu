@@ -33,7 +33,7 @@ __global__ void pair_kernel(const __grid_constant__ PairParameters p) {
     barrier_init(landed, 2, "landed");
     if (!fault.is("barrier not fenced")) fence_barrier_init();
   }
-  if (!fault.is("no cluster_sync before")) cluster_sync();
+  if (!fault.is("no cluster_sync before")) cluster_sync_initialised();
   if (elected) {
     store_async(word, rank ^ 1, 100 * cluster + rank, landed);
     barrier_arrive_expect(landed, BYTES + 4);

@@ -1,0 +1,253 @@
+"""The check at first use: what lets ``auto`` take the skinny kernels on a GPU where nobody has proven them.
+
+They have no flags, no tensor copies and no waiting, so a right result at small sizes says much about the large ones.
+Before a process first uses them for a dtype, a rank, with or without dropout, each of them is run on small inputs,
+outputs poisoned with NaN, and held to the reference on the CPU by the error rule: milliseconds, once they are compiled.
+A wrong result, or an exception when one is compiled or launched (no C compiler for Triton's launcher, a cache directory
+that cannot be written), is logged in one line, and ``library`` runs on that device from then on. Nothing is checked
+while a CUDA graph is captured or code is traced: ``library`` runs there until a call outside has passed.
+``FASTLORA_CHECK=0`` takes the kernels unchecked.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..error_rule import compare
+from ..text import dtype_name
+from . import reference, triton
+from .dropout import Dropout
+from .request import Product, Request, new_middle
+
+_log = logging.getLogger("fastlora")
+
+# The kernels that the check is for, by verb.
+KERNELS = {"lora_matmul": "triton-skinny", "rank_grad": "triton"}
+
+LATER = "not yet checked: a call outside graph capture and tracing checks it"
+_UNCHECKED = "not checked, as FASTLORA_CHECK=0 asks"
+_MOST_RANKS = 128
+
+# M, K, N of the check: every sum is split, and the first block of each grid is not the last.
+_SIZES = (600, 1184, 320)
+_SCALE = 1.7
+
+
+class Variant(NamedTuple):
+    """What is compiled apart from everything else, and so has a check of its own."""
+
+    device: torch.device
+    dtype: torch.dtype
+    adapter_dtype: torch.dtype
+    r: int
+    dropout: bool
+    precision: str
+
+    @staticmethod
+    def of(request: Request) -> Variant:
+        """The variant that a request would run."""
+        precision = triton.precision() if request.dtype is torch.float32 else "ieee"
+        r = min(request.r, _MOST_RANKS)
+        return Variant(request.device, request.dtype, request.adapter_dtype, r, request.dropout, precision)
+
+    def __str__(self) -> str:
+        dropout = "with dropout" if self.dropout else "without dropout"
+        dtypes = f"{dtype_name(self.dtype)} with {dtype_name(self.adapter_dtype)} adapters"
+        return f"{dtypes}, rank {self.r}, {dropout}"
+
+
+passed: set[Variant | torch.device] = set()
+failed: dict[torch.device, str] = {}
+_lock = threading.RLock()
+
+
+def forget() -> None:
+    """Lets everything be checked anew."""
+    passed.clear()
+    failed.clear()
+
+
+def objection(request: Request) -> str | None:
+    """None where the kernels passed their check, which this may run, else the reason why ``auto`` passes them over."""
+    variant = Variant.of(request)
+    return _objection(request.device, variant, lambda: faults(variant), "library runs in its place")
+
+
+def objection_to_masks(device: torch.device) -> str | None:
+    """The same for the kernel that makes dropout masks."""
+    refusal = triton.refuses_masks(device)
+    return refusal or _objection(device, device, lambda: mask_faults(device), "torch operators make them")
+
+
+def state(request: Request) -> str:
+    """How the check stands, in words; runs nothing."""
+    if _is_off():
+        return _UNCHECKED
+    if why := failed.get(request.device):
+        return why
+    return "passed its check at first use" if Variant.of(request) in passed else "not yet checked at first use"
+
+
+def _objection(
+    device: torch.device, key: Variant | torch.device, check: Callable[[], Iterator[str]], instead: str
+) -> str | None:
+    if _is_off():
+        return None
+    if device in failed:
+        return failed[device]
+    if key in passed:
+        return None
+    if _nobody_may_compute():
+        return LATER
+    with _lock:
+        if key not in passed and device not in failed:
+            try:
+                fault = _first_fault(check)
+            except torch.OutOfMemoryError:
+                return LATER
+            if fault is None:
+                passed.add(key)
+            else:
+                what = "dropout masks" if key == device else str(key)
+                failed[device] = f"failed its check at first use on {device} ({what}): {fault}"
+                _log.warning("Triton's skinny kernels: %s; %s", failed[device], instead)
+    return failed.get(device)
+
+
+def _is_off() -> bool:
+    return os.environ.get("FASTLORA_CHECK") == "0"
+
+
+def _nobody_may_compute() -> bool:
+    """Whether a graph is being captured, or a tracer or dispatch mode would see the check's own operators."""
+    return (
+        (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+        or torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def _first_fault(check: Callable[[], Iterator[str]]) -> str | None:
+    with ExitStack() as plainly:
+        plainly.enter_context(torch.no_grad())
+        plainly.enter_context(torch.autocast("cpu", enabled=False))
+        try:
+            return next(check(), None)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def faults(variant: Variant) -> Iterator[str]:
+    """Runs each kernel of a variant and says of each that breaks the error rule by how much, in order."""
+    from ..kernels import middle, middle_and_grad, rank_grad, rank_update
+
+    device, dtype, adapter_dtype, r, dropped, precision = variant
+    if dropped:
+        yield from mask_faults(device)
+    m, k, n = _SIZES
+    dropout = Dropout(0.3, torch.tensor((2**62 + 3, -5), device="cpu")) if dropped else None
+    x, dy, z, t = (_normal(m, width, dtype) for width in (k, n, r, r))
+    a, b = _normal(r, k, adapter_dtype), _normal(n, r, adapter_dtype)
+    bias = _normal(1, n, dtype)[0]
+    seed = None if dropout is None else dropout.seed
+    forward = Product(x, None, a, b, _SCALE, bias, 0.3 if dropped else 0.0, seed)
+    update = forward._replace(on_product=True)
+    on_device = None if seed is None else Dropout(0.3, seed.to(device))
+    there = forward.map(lambda t: t.to(device))._replace(seed=None if on_device is None else on_device.seed)
+    dy_there, z_there, t_there = dy.to(device), z.to(device), t.to(device)
+
+    def held(name: str, actual: Tensor, oracle: Tensor, baseline: Tensor) -> Iterator[str]:
+        errors = compare(actual.cpu(), oracle=oracle, baseline=baseline)
+        if not errors.ok:
+            yield f"{name}: {errors}"
+
+    capability = triton.capability_of(device)
+    with triton.device_of(there.x):
+        made = new_middle(there.x, r)
+        _run(middle.launches(there, made, capability=capability, precision=precision), made)
+        yield from held("middle", made, *(_middle(p) for p in (forward.map(Tensor.double), forward)))
+
+        y, step = rank_update.launch(there._replace(on_product=True), z_there, precision=precision)
+        _run([step], y)
+        yield from held("rank_update", y, _update(update.map(Tensor.double), z.double()), _update(update, z))
+
+        if middle_and_grad.pays(m, n, r, dtype.itemsize, capability):
+            made = new_middle(dy_there, r)
+            db, steps = middle_and_grad.launches(
+                dy_there, there.b, z_there, made, scale=_SCALE, capability=capability, precision=precision
+            )
+            _run(steps, made, db)
+            turned = Product(dy, None, b.T, b, _SCALE)
+            yield from held("middle_and_grad, t", made, *(_middle(p) for p in (turned.map(Tensor.double), turned)))
+            yield from held("middle_and_grad, db", db, *_grads(dy, z, adapter_dtype, None))
+        else:
+            db, steps = rank_grad.launches(
+                dy_there, z_there, dtype=adapter_dtype, capability=capability, precision=precision
+            )
+            _run(steps, db)
+            yield from held("rank_grad, db", db, *_grads(dy, z, adapter_dtype, None))
+
+        da, steps = rank_grad.launches(
+            t_there, there.x, dtype=adapter_dtype, capability=capability, precision=precision, dropout=on_device
+        )
+        _run(steps, da)
+        yield from held("rank_grad, da", da, *_grads(t, x, adapter_dtype, dropout))
+
+
+def mask_faults(device: torch.device) -> Iterator[str]:
+    """Makes a mask in the kernel and says how many of its bits are not those of torch's operators."""
+    from ..kernels import philox
+
+    rows, columns, first_row = 70, 300, 5
+    dropout = Dropout(0.3, torch.tensor((-1, 2**40 + 7), device="cpu"))
+    bits = torch.full((rows, columns), 7, dtype=torch.int16, device=device)
+    with triton.device_of(bits):
+        triton.run_all([philox.launch(Dropout(dropout.p, dropout.seed.to(device)), bits, first_row)])
+    expected = -dropout.keep(rows, columns, first_row).to(torch.int16)
+    if wrong := int(bits.cpu().ne(expected).sum()):
+        yield f"keep_mask: {wrong} of {rows * columns} bits are wrong"
+
+
+def _normal(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Normal numbers of eight bits, which TF32 multiplies as exactly as float32 does."""
+    generator = torch.Generator("cpu").manual_seed(rows + columns)
+    numbers = torch.randn(rows, columns, generator=generator, dtype=torch.float32, device="cpu")
+    rounded: Tensor = (numbers / columns**0.5).bfloat16()
+    return rounded.to(dtype)
+
+
+def _run(steps: list[Any], *results: Tensor) -> None:
+    """Runs launches into memory that holds NaN."""
+    partials = [step.arguments.get(f"partial{i}_ptr") for step in steps for i in ("", "_2")]
+    for memory in (*results, *partials):
+        if memory is not None:
+            memory.fill_(float("nan"))
+    triton.run_all(steps)
+
+
+def _middle(p: Product) -> Tensor:
+    return reference.lora_matmul(p)[1]
+
+
+def _update(p: Product, z: Tensor) -> Tensor:
+    y = torch.mm(z, p.b.to(z.dtype).T)
+    if (dropout := p.mask_product) is not None:
+        y = y.mul_(dropout.rescale).masked_fill_(~dropout.keep(*y.shape), 0)
+    return y if p.bias is None else y.add_(p.bias)
+
+
+def _grads(p: Tensor, q: Tensor, dtype: torch.dtype, dropout: Dropout | None) -> tuple[Tensor, Tensor]:
+    oracle = reference.rank_grad(p.double(), q.double(), dtype=torch.float64, dropout=dropout)
+    return oracle, reference.rank_grad(p, q, dtype=dtype, dropout=dropout)

@@ -1,0 +1,179 @@
+"""Small eager calls, which are plain nodes of torch: what holds of the verbs holds of them, and where they run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fastlora import lora_linear
+from fastlora.backends import library
+from tests.cases import DTYPES, SCALE, Operands, check_against_reference, make, run
+
+# The tests of the verbs that look at results alone, once more with small calls.
+from tests.ops.test_linear import (  # noqa: F401
+    test_accepts_parameters_and_views_of_parameters,
+    test_backward_of_a_freed_graph_raises,
+    test_backward_twice_accumulates,
+    test_batched_input_in_any_layout,
+    test_forward_and_gradients_at_every_shape,
+    test_forward_and_gradients_in_every_dtype,
+    test_gradcheck,
+    test_gradient_of_a_sum_arrives_with_zero_strides,
+    test_gradients_flow_exactly_where_asked,
+    test_incoming_gradient_in_any_layout,
+    test_keeps_nothing_without_grad,
+    test_leading_dimensions,
+    test_modifies_nothing_of_the_callers,
+    test_nan_and_inf_pass_through,
+    test_no_input_features_leaves_the_bias,
+    test_no_tokens,
+    test_operands_in_any_layout,
+    test_output_is_the_callers_to_overwrite,
+    test_overwriting_the_saved_input_is_noticed,
+    test_same_bits_run_after_run,
+    test_without_base_only_the_update_is_left,
+)
+
+pytestmark = pytest.mark.small_calls
+
+
+def is_small(y: Tensor) -> bool:
+    return y.grad_fn is not None and type(y.grad_fn).__name__ in ("AddmmBackward0", "ViewBackward0")
+
+
+@pytest.mark.parametrize("lead", [(5,), (), (2, 3)], ids=["2d", "1d", "3d"])
+@pytest.mark.parametrize("p", [0.0, 0.25], ids=["no_dropout", "dropout"])
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+def test_small_calls_of_every_dtype(dtypes: tuple[torch.dtype, torch.dtype], p: float, lead: tuple[int, ...]) -> None:
+    operands = make(lead=lead, k=48, n=40, r=8, dtype=dtypes[0], adapter_dtype=dtypes[1])
+    assert is_small(operands.leaves()(dropout_p=p)) is (dtypes[0] is dtypes[1])
+    check_against_reference(operands, p)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25], ids=["no_dropout", "dropout"])
+def test_larger_calls_are_the_verbs(p: float) -> None:
+    most = library._SMALL_DROPPED if p else library._SMALL
+    for m, small in ((most // 256, True), (most // 256 + 1, False)):
+        assert is_small(make(m, 256, 8, 8).leaves()(dropout_p=p)) is small
+
+
+def taken_apart(operands: Operands, **options: Any) -> Tensor:
+    """Half-precision calls that oneDNN may read out of bounds, a forced kernel, autocast: none is small."""
+    y = operands.leaves()(**options)
+    assert not is_small(y)
+    return y
+
+
+def test_where_small_calls_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    half = make(4, 48, 40, 8, dtype=torch.bfloat16)
+    taken_apart(make(4, 48, 40, 6, dtype=torch.bfloat16))
+    taken_apart(half._replace(x=torch.cat([half.x, half.x], 1)[:, :48]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        taken_apart(make(4, 48, 40, 8))
+    monkeypatch.setenv("FASTLORA_BACKEND", "library")
+    taken_apart(make(4, 48, 40, 8))
+
+
+def test_second_derivatives_are_right() -> None:
+    operands = make(4, 7, 5, 3, dtype=torch.float64).leaves()
+    assert torch.autograd.gradgradcheck(lambda *tensors: Operands(*tensors)(), tuple(operands.named().values()))
+
+
+def test_the_same_seed_and_the_same_mask_as_the_verbs(monkeypatch: pytest.MonkeyPatch) -> None:
+    operands = make(9, 40, 24, 8).leaves()
+
+    def once() -> tuple[Tensor, Tensor]:
+        torch.manual_seed(3)
+        return operands(dropout_p=0.4), torch.rand(())
+
+    small, after_small = once()
+    monkeypatch.setenv("FASTLORA_BACKEND", "library")
+    verbs, after_verbs = once()
+    torch.testing.assert_close(small, verbs)
+    assert torch.equal(after_small, after_verbs)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25], ids=["no_dropout", "dropout"])
+def test_checkpointing_replays_a_small_call(p: float) -> None:
+    operands = make(9, 40, 24, 8)
+
+    def gradients(call: Callable[..., Tensor]) -> list[Tensor]:
+        torch.manual_seed(3)
+        leaves = operands.leaves()
+        call(leaves).square().sum().backward()
+        return [t.grad for t in leaves.named().values()]
+
+    def plain(leaves: Operands) -> Tensor:
+        return leaves(dropout_p=p)
+
+    def again(leaves: Operands) -> Tensor:
+        return checkpoint(plain, leaves, use_reentrant=False)
+
+    for once, twice in zip(gradients(plain), gradients(again), strict=True):
+        assert torch.equal(once, twice)
+
+
+def test_keeps_what_the_verbs_keep() -> None:
+    operands = make(9, 40, 24, 8).leaves("lora_a", "lora_b", "x")
+    ours = {t.untyped_storage().data_ptr() for t in operands.named().values()}
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        operands()
+    assert {t.shape for t in saved if t.untyped_storage().data_ptr() not in ours} == {torch.Size((9, 8))}
+
+
+BAD: dict[str, Callable[[Operands], Operands]] = {
+    "x of another width": lambda o: o._replace(x=o.x[:, :-1]),
+    "x of no dimension": lambda o: o._replace(x=o.x[0, 0]),
+    "x of integers": lambda o: o._replace(x=o.x.long()),
+    "x of another dtype": lambda o: o._replace(x=o.x.double()),
+    "x no tensor": lambda o: o._replace(x=[1.0]),
+    "a weight of one dimension": lambda o: o._replace(weight=o.weight[0]),
+    "a weight of another dtype": lambda o: o._replace(weight=o.weight.bfloat16()),
+    "lora_a of one dimension": lambda o: o._replace(lora_a=o.lora_a[0]),
+    "lora_a of rank 0": lambda o: o._replace(lora_a=o.lora_a[:0], lora_b=o.lora_b[:, :0]),
+    "lora_a of another rank": lambda o: o._replace(lora_a=o.lora_a[1:]),
+    "lora_b of one row": lambda o: o._replace(lora_b=o.lora_b[:1]),
+    "lora_b of one dimension": lambda o: o._replace(lora_b=o.lora_b[0]),
+    "lora_b of another dtype": lambda o: o._replace(lora_b=o.lora_b.bfloat16()),
+    "adapters of half precision on float32": lambda o: o._replace(lora_a=o.lora_a.half(), lora_b=o.lora_b.half()),
+    "a bias of one element": lambda o: o._replace(bias=o.bias[:1]),
+    "a bias of no dimension": lambda o: o._replace(bias=o.bias[0]),
+    "a bias of another dtype": lambda o: o._replace(bias=o.bias.double()),
+}
+
+
+@pytest.mark.parametrize("change", BAD.values(), ids=BAD)
+def test_errors_are_the_same(change: Callable[[Operands], Operands], monkeypatch: pytest.MonkeyPatch) -> None:
+    operands = change(make(4, 48, 40, 8))
+
+    def error() -> str:
+        with pytest.raises((TypeError, RuntimeError, ValueError)) as info:
+            operands()
+        return f"{info.type.__name__}: {info.value}"
+
+    small = error()
+    monkeypatch.setenv("FASTLORA_BACKEND", "library")
+    assert small == error()
+
+
+@pytest.mark.parametrize(
+    "options", [{"scale": "2"}, {"dropout_p": 1.0}, {"dropout_p": -0.1}, {"dropout_p": True}], ids=str
+)
+def test_errors_of_numbers_are_the_same(options: dict[str, Any]) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"{next(iter(options))} must be"):
+        make(4, 48, 40, 8)(**options)
+
+
+def test_it_is_the_formula() -> None:
+    operands = make(4, 48, 40, 8, dtype=torch.float64)
+    x, w, a, b, bias = operands
+    y = lora_linear(x, w, a, b, scale=SCALE, bias=bias)
+    torch.testing.assert_close(y, F.linear(x, w, bias) + SCALE * x @ a.T @ b.T)
+    assert set(run(operands.leaves())) == {"y", "x", "weight", "lora_a", "lora_b", "bias"}
