@@ -228,17 +228,20 @@ def test_masks_come_from_the_kernel_once_it_passed(monkeypatch: pytest.MonkeyPat
 
     def noted(dropout: Dropout, first_row: int, rows: int, columns: int) -> torch.Tensor:
         made.append((first_row, rows, columns))
-        return torch.empty(rows, columns, dtype=torch.int16)
+        return torch.empty(rows, columns, dtype=torch.int16, device="meta")
 
     monkeypatch.setattr(masks, "keep_bits", noted)
     x = torch.empty(70, 1 << 18, device="meta")
     assert list(first_use.mask_faults(CPU)) == []
     monkeypatch.setattr(first_use, "mask_faults", lambda device: iter(()))
-    chunks = [rows for rows, _ in masks.chunks(dropout, x)]
+    chunks = list(dropout.chunks(x))
+    for rows in chunks:
+        masks.kept(dropout, x[rows], rows.start)
     assert [(rows.start, rows.stop - rows.start, 1 << 18) for rows in chunks] == made
     assert len(made) == 2
     monkeypatch.setattr(first_use, "mask_faults", fails)
     first_use.forget()
     assert "torch operators" not in str(first_use.objection_to_masks(CPU))
-    list(masks.chunks(dropout, torch.empty(4, 8, device="meta")))
+    monkeypatch.setattr(Dropout, "bits", lambda *_: torch.empty(4, 8, dtype=torch.int16, device="meta"))
+    masks.kept(dropout, torch.empty(4, 8, device="meta"))
     assert len(made) == 2
