@@ -166,7 +166,7 @@ def middle_and_grad_tile(r: int, itemsize: int, capability: int) -> Tile:
 
 def rank_grad_tile(r: int, precision: str | None, capability: int) -> Tile:
     """The row for an adapter gradient with narrow side r; ``precision`` is Triton's for fp32 operands, else None."""
-    warps = 8 if _is_wave32(capability) else 4
+    warps = 8 if _is_wave32(capability) and (precision == "ieee" or r > 32) else 4
     if precision == "ieee":
         return Tile(16, 64, 32, warps, 2)
     return Tile(min(padded_rank(r), 64), 64, 32 if precision == "tf32" else 64, warps, 3)
