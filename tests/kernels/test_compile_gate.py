@@ -184,8 +184,9 @@ def test_the_portable_kernel_fails_with_the_low_rank_product_before_the_loop(tmp
 
 
 def test_a_tile_beyond_amds_shared_memory_fails(tmp_path: Path) -> None:
-    change = ('PORTABLE[kind or ("large" if capability in TMA_CAPABILITIES else "small")]', 'PORTABLE["large"][:1]')
-    assert re.fullmatch(r"shared memory \d+ B, limit 65536 B", planted(tmp_path, "tiles", portable(0x942), change))
+    row = 'PORTABLE[kind or ("large" if capability in TMA_CAPABILITIES else "small")]'
+    faults = planted(tmp_path, "tiles", portable(0x942), (row, "(Tile(128, 256, 128, 8, 2),)"))
+    assert re.fullmatch(r"shared memory \d+ B, limit 65536 B", faults)
 
 
 def test_fp32_in_the_tile_of_other_architectures_spills_on_gfx11(tmp_path: Path) -> None:
