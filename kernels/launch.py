@@ -19,6 +19,10 @@ class Launch(NamedTuple):
         """Launches on the current device and stream; returns the compiled kernel, None in the interpreter."""
         return self.kernel[self.grid](**self.arguments, **self.options)
 
+    def on_amd(self) -> Launch:
+        """The launch as AMD GPUs take it: one buffer of each operand, since a workgroup has 64 KiB for them all."""
+        return self._replace(options=self.options | {"num_stages": min(self.options["num_stages"], 2)})
+
 
 def strided(name: str, tensor: Tensor, axes: str) -> dict[str, Any]:
     """A kernel's arguments for one operand: ``strided("x", x, "mk")`` is x_ptr, stride_xm and stride_xk."""
@@ -26,9 +30,11 @@ def strided(name: str, tensor: Tensor, axes: str) -> dict[str, Any]:
 
 
 def in_eights(*matrices: Tensor) -> bool:
-    """Whether all rows of the matrices may be read eight elements at a time.
+    """Whether all rows of the matrices may be read eight elements at a time, and Triton does not know it.
 
     Triton takes a size for a multiple of 16 or of nothing; told by this that it is one of 8, ``size // 8 * 8`` in a
     kernel says so to the compiler, and rank 8 is read by vector loads as rank 16 is.
     """
-    return not any(t.shape[1] % 8 or t.stride(0) % 8 or t.stride(1) != 1 for t in matrices)
+    sizes = [size for t in matrices for size in (t.shape[1], t.stride(0))]
+    contiguous = all(t.stride(1) == 1 for t in matrices)
+    return contiguous and not any(size % 8 for size in sizes) and any(size % 16 for size in sizes)

@@ -1,14 +1,14 @@
 """``triton-portable``: y = x wᵀ + z bᵀ + bias from a finished z, through masked pointer loads.
 
     for each block of M, block of N:
-        acc_mn = z_mr · b_nrᵀ                      masked where the mask sits on the product
         for k:  acc_mn += x_mk · w_nkᵀ
+        acc_mn += z_mr · b_nrᵀ                     first of all where the mask sits on the product, and masked
         y_mn = acc_mn + bias_n
 
 Operands: x [M, K], w [N, K], bias [N] in bf16, fp16 or fp32; b [N, R] in that dtype or fp32, cast tile by tile;
 z [M, R] and y [M, N] in the dtype of x. In the backward the same kernel makes dx: x is dy, w is wᵀ, b is aᵀ, all
 strided views, and the mask sits on the product. Bytes: the frozen GEMM's, plus one read of x by ``middle.py``, which
-makes z; y is stored once. Any strides, sm_80 and newer: used where TMA cannot go.
+makes z; y is stored once. Any strides, sm_80 and newer, AMD: used where TMA cannot go.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .fence import copy_stages, fence_async_proxy
 from .indexing import low_rank_product, tile_position
-from .launch import Launch, strided
+from .launch import Launch, in_eights, strided
 from .philox import Mask, keep_mask
-from .tiles import GROUP_M, matmul_tile, portable_rows, rank_trip
+from .tiles import GROUP_M, matmul_tile, portable_rows, rank_trip, sms
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -48,6 +49,8 @@ def _portable_kernel(
     stride_zm,
     stride_bn,
     stride_br,
+    Z_IN_EIGHTS: tl.constexpr,
+    B_IN_EIGHTS: tl.constexpr,
     MASK_PRODUCT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -56,6 +59,10 @@ def _portable_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
+    if Z_IN_EIGHTS:
+        R, stride_zm = R // 8 * 8, stride_zm // 8 * 8
+    if B_IN_EIGHTS:
+        stride_bn = stride_bn // 8 * 8
     block_m, block_n = tile_position(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     first_m = block_m * BLOCK_M
     first_n = block_n * BLOCK_N
@@ -64,23 +71,29 @@ def _portable_kernel(
     k = tl.arange(0, BLOCK_K)
 
     acc_mn = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    acc_mn = low_rank_product(
-        acc_mn, z_ptr, b_ptr, first_m, first_n, M, N, R, stride_zm, stride_bn, stride_br, BLOCK_R, PRECISION
-    )
     if MASK_PRODUCT:
         # The product comes before the base, so it can be masked in the accumulator itself.
+        acc_mn = low_rank_product(
+            acc_mn, z_ptr, b_ptr, first_m, first_n, M, N, R, stride_zm, stride_bn, stride_br, BLOCK_R, PRECISION
+        )
         keep_mn = keep_mask(seed_ptr, first_m, first_n, threshold, BLOCK_M, BLOCK_N)
         acc_mn = tl.where(keep_mn, acc_mn * rescale, 0.0)
 
     x_ptrs = x_ptr + m.to(tl.int64)[:, None] * stride_xm + k.to(tl.int64)[None, :] * stride_xk
     w_ptrs = w_ptr + k.to(tl.int64)[:, None] * stride_wk + n.to(tl.int64)[None, :] * stride_wn
-    for first_k in range(0, K, BLOCK_K):
+    for first_k in tl.range(0, K, BLOCK_K, num_stages=copy_stages()):
         inside_k = first_k + k < K
         x_mk = tl.load(x_ptrs, mask=(m < M)[:, None] & inside_k[None, :], other=0.0)
         w_kn = tl.load(w_ptrs, mask=inside_k[:, None] & (n < N)[None, :], other=0.0)
+        fence_async_proxy(first_k)
         acc_mn = tl.dot(x_mk, w_kn, acc_mn, input_precision=PRECISION)
         x_ptrs += BLOCK_K * tl.cast(stride_xk, tl.int64)
         w_ptrs += BLOCK_K * tl.cast(stride_wk, tl.int64)
+    if not MASK_PRODUCT:
+        # Last, as a trip of its own: an accumulator that enters the loop running makes ptxas serialise its wgmmas.
+        acc_mn = low_rank_product(
+            acc_mn, z_ptr, b_ptr, first_m, first_n, M, N, R, stride_zm, stride_bn, stride_br, BLOCK_R, PRECISION
+        )
 
     if bias_ptr is not None:
         acc_mn += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
@@ -94,7 +107,7 @@ def launch(p: Any, z: Tensor, *, capability: int, precision: str) -> tuple[Tenso
     Args:
         p: the ``Product`` whose x, w, b, bias (contiguous) and mask on the product are read; M >= 1.
         z: [M, R], rows contiguous.
-        capability: compute capability as a number, 90 for sm_90; picks the tile.
+        capability: the architecture's number, 90 for sm_90, 0x942 for gfx942; picks the tile.
         precision: Triton's ``input_precision`` for fp32 operands.
     """
     x, w, b = p.x, p.w, p.b
@@ -105,7 +118,7 @@ def launch(p: Any, z: Tensor, *, capability: int, precision: str) -> tuple[Tenso
     sizes = (k, n, *x.stride(), *w.stride(), x.data_ptr(), w.data_ptr())
     ragged = any(size % 16 for size in sizes if size != 1)
     kind = "ragged" if ragged else precision if x.dtype is torch.float32 else None
-    tile = matmul_tile(portable_rows(capability, kind, masked=mask.seed is not None), m, n)
+    tile = matmul_tile(portable_rows(capability, kind, masked=mask.seed is not None), m, n, sms(x.device))
     return y, Launch(
         _portable_kernel,
         (triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns),),
@@ -123,6 +136,8 @@ def launch(p: Any, z: Tensor, *, capability: int, precision: str) -> tuple[Tenso
             N=n,
             K=k,
             R=r,
+            Z_IN_EIGHTS=in_eights(z),
+            B_IN_EIGHTS=in_eights(b),
             MASK_PRODUCT=mask.seed is not None,
             PRECISION=precision,
             BLOCK_M=tile.rows,

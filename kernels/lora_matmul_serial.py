@@ -22,9 +22,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .indexing import low_rank_product, tile_position
-from .launch import Launch, strided
+from .launch import Launch, in_eights, strided
 from .philox import Mask, keep_mask
-from .tiles import GROUP_M, SCALAR_LOADS, matmul_tile, rank_trip, tma_rows
+from .tiles import GROUP_M, SCALAR_LOADS, matmul_tile, rank_trip, sms, tma_rows
 
 
 @triton.jit
@@ -43,19 +43,17 @@ def _split_columns(acc_mn):
 
 
 @triton.jit
-def _store_y(y_desc, bias_ptr, acc_mn, first_m, first_n, N):
+def _store_y(y_desc, acc_mn, bias_n, first_m, first_n):
     """y_mn = acc_mn + bias_n, in halves: y then takes half the shared memory on its way out."""
-    left, right = _split_columns(acc_mn)
-    _store_slice(y_desc, bias_ptr, left, first_m, first_n, N)
-    _store_slice(y_desc, bias_ptr, right, first_m, first_n + left.shape[1], N)
-
-
-@triton.jit
-def _store_slice(y_desc, bias_ptr, acc_mn, first_m, first_n, N):
-    if bias_ptr is not None:
-        n = first_n + tl.arange(0, acc_mn.shape[1])
-        acc_mn += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    y_desc.store([first_m, first_n], acc_mn.to(y_desc.dtype))
+    left_mn, right_mn = _split_columns(acc_mn)
+    half: tl.constexpr = left_mn.shape[1]
+    if bias_n is not None:
+        left_n, right_n = tl.split(tl.permute(tl.reshape(bias_n.to(tl.float32), (2, half)), (1, 0)))
+        y_desc.store([first_m, first_n], (left_mn + left_n[None, :]).to(y_desc.dtype))
+        y_desc.store([first_m, first_n + half], (right_mn + right_n[None, :]).to(y_desc.dtype))
+    else:
+        y_desc.store([first_m, first_n], left_mn.to(y_desc.dtype))
+        y_desc.store([first_m, first_n + half], right_mn.to(y_desc.dtype))
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -76,6 +74,8 @@ def _serial_kernel(
     stride_zm,
     stride_bn,
     stride_br,
+    Z_IN_EIGHTS: tl.constexpr,
+    B_IN_EIGHTS: tl.constexpr,
     MASK_PRODUCT: tl.constexpr,
     W_K_BY_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -84,12 +84,21 @@ def _serial_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
+    if Z_IN_EIGHTS:
+        R, stride_zm = R // 8 * 8, stride_zm // 8 * 8
+    if B_IN_EIGHTS:
+        stride_bn = stride_bn // 8 * 8
     blocks_m = tl.cdiv(M, BLOCK_M)
     blocks_n = tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), blocks_m * blocks_n, tl.num_programs(0)):
         block_m, block_n = tile_position(tile, blocks_m, blocks_n, GROUP_M)
         first_m = block_m * BLOCK_M
         first_n = block_n * BLOCK_N
+        # An element or two a thread, spread out after the loop: read there, it is what each accumulator register needs.
+        bias_n = None
+        if bias_ptr is not None:
+            n = first_n + tl.arange(0, BLOCK_N)
+            bias_n = tl.load(bias_ptr + n, mask=n < N, other=0.0)
         acc_mn = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         if MASK_PRODUCT:
             acc_mn = low_rank_product(
@@ -104,7 +113,7 @@ def _serial_kernel(
             acc_mn = low_rank_product(
                 acc_mn, z_ptr, b_ptr, first_m, first_n, M, N, R, stride_zm, stride_bn, stride_br, BLOCK_R, None
             )
-        _store_y(y_desc, bias_ptr, acc_mn, first_m, first_n, N)
+        _store_y(y_desc, acc_mn, bias_n, first_m, first_n)
 
 
 def launch(p: Any, z: Tensor) -> tuple[Tensor, Launch]:
@@ -119,12 +128,13 @@ def launch(p: Any, z: Tensor) -> tuple[Tensor, Launch]:
     (m, k), (n, r) = x.shape, b.shape
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     mask = Mask.of(p.mask_product)
-    tile = matmul_tile(tma_rows(SCALAR_LOADS if mask.seed is not None and r % 16 else 0), m, n)
+    tile = matmul_tile(tma_rows(SCALAR_LOADS if mask.seed is not None and r % 16 else 0), m, n, sms(x.device))
     w_k_by_n = w.stride(1) != 1
     tiles = triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns)
     return y, Launch(
         _serial_kernel,
-        (min(tiles, _sms(x.device)),),
+        # In the interpreter a few CTAs, which then walk several tiles each.
+        (min(tiles, sms(x.device) if x.is_cuda else 4),),
         strided("z", z, "m")
         | strided("b", b, "nr")
         | dict(
@@ -141,6 +151,8 @@ def launch(p: Any, z: Tensor) -> tuple[Tensor, Launch]:
             N=n,
             K=k,
             R=r,
+            Z_IN_EIGHTS=in_eights(z),
+            B_IN_EIGHTS=in_eights(b),
             MASK_PRODUCT=mask.seed is not None,
             W_K_BY_N=w_k_by_n,
             BLOCK_M=tile.rows,
@@ -151,8 +163,3 @@ def launch(p: Any, z: Tensor) -> tuple[Tensor, Launch]:
         ),
         tile.options,
     )
-
-
-def _sms(device: torch.device) -> int:
-    """Streaming multiprocessors: the CTAs of a persistent grid. In the interpreter any number will do."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

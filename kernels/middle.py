@@ -10,7 +10,7 @@ Operands: x [M, K] in bf16, fp16 or fp32, a [R, K] in that dtype or fp32, any st
 contiguous, rounded once. K is split where blocks of M alone leave a large GPU idle, M <= 4224 at K = 4096; a second
 launch then adds up the fp32 partials, and without splits there is none. Bytes: one read of x, which bounds it for
 R <= 64, plus 8 · splits · M · R where K is split. In the backward x is dy, a is bᵀ, and z is t. The number of splits
-depends on the shapes alone.
+depends on the shapes and the tile alone.
 """
 
 from __future__ import annotations
@@ -84,19 +84,20 @@ def _middle_kernel(
     tl.store(z_ptrs, (acc_mr * scale).to(z_ptr.dtype.element_ty), mask=(m < M)[:, None] & (r < R)[None, :])
 
 
-def launches(p: Any, z: Tensor, *, precision: str) -> list[Launch]:
+def launches(p: Any, z: Tensor, *, capability: int, precision: str) -> list[Launch]:
     """The launches that fill z.
 
     Args:
         p: the ``Product`` whose x, a, scale and mask on x are read; M >= 1.
         z: [M, R], rows contiguous.
+        capability: the architecture's number, 90 for sm_90, 0x942 for gfx942; picks the tile.
         precision: Triton's ``input_precision`` for fp32 operands.
     """
     x, a = p.x, p.a
     (m, k), r = x.shape, a.shape[0]
     mask = Mask.of(p.mask_x)
     scale = p.scale * mask.rescale
-    tile = middle_tile(r, x.element_size(), a.element_size())
+    tile = middle_tile(r, x.element_size(), a.element_size(), capability)
     blocks = triton.cdiv(m, tile.rows) * triton.cdiv(r, tile.columns)
     splits = max(1, min(_TARGET_CTAS // blocks, triton.cdiv(k, 4 * tile.depth)))
     k_per_split = triton.cdiv(triton.cdiv(k, splits), tile.depth) * tile.depth

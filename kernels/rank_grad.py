@@ -10,7 +10,7 @@
 Operands: p [M, P], q [M, Q] in bf16, fp16 or fp32, any strides; g [P, Q] in the parameter's dtype. The mask sits on q
 and is made anew from (seed, row, column). Bytes: one read of p and q, plus 4 · splits · P · Q written and read.
 Memory-bound for R <= 64. Used for da = rank_grad(t, x) and db = rank_grad(dy, z). The same bits run after run: no
-atomics, and the number of splits depends on the shapes alone.
+atomics, and the number of splits depends on the shapes and the tile alone.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _rank_grad_kernel(
 
 
 def launches(
-    p: Tensor, q: Tensor, *, dtype: torch.dtype, precision: str, dropout: Any = None
+    p: Tensor, q: Tensor, *, dtype: torch.dtype, capability: int, precision: str, dropout: Any = None
 ) -> tuple[Tensor, list[Launch]]:
     """The gradient's memory and the launches that fill it.
 
@@ -114,13 +114,14 @@ def launches(
         p: [M, P], M >= 1.
         q: [M, Q]; the mask is on it.
         dtype: dtype of the gradient.
+        capability: the architecture's number, 90 for sm_90, 0x942 for gfx942; picks the tile.
         precision: Triton's ``input_precision`` for fp32 operands.
         dropout: the ``Dropout`` on q, or None.
     """
     q_is_wide = dropout is not None or q.shape[1] >= p.shape[1]
     wide, narrow = (q, p) if q_is_wide else (p, q)
     (m, c), r = wide.shape, narrow.shape[1]
-    tile = rank_grad_tile(r, precision if q.dtype is torch.float32 else None)
+    tile = rank_grad_tile(r, precision if q.dtype is torch.float32 else None, capability)
     blocks = triton.cdiv(c, tile.columns) * triton.cdiv(r, tile.rows)
     most = triton.cdiv(m, 4 * tile.depth)
     splits = max(1, min(_TARGET_CTAS // blocks, most))

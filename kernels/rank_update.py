@@ -40,7 +40,8 @@ def _rank_update_kernel(
     stride_zm,
     stride_bn,
     stride_br,
-    IN_EIGHTS: tl.constexpr,
+    Z_IN_EIGHTS: tl.constexpr,
+    B_IN_EIGHTS: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -48,8 +49,10 @@ def _rank_update_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    if IN_EIGHTS:
-        R, stride_zm, stride_bn = R // 8 * 8, stride_zm // 8 * 8, stride_bn // 8 * 8
+    if Z_IN_EIGHTS:
+        R, stride_zm = R // 8 * 8, stride_zm // 8 * 8
+    if B_IN_EIGHTS:
+        stride_bn = stride_bn // 8 * 8
     block_m, block_n = tile_position(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     first_m = block_m * BLOCK_M
     first_n = block_n * BLOCK_N
@@ -98,7 +101,8 @@ def launch(p: Any, z: Tensor, *, precision: str) -> tuple[Tensor, Launch]:
             M=m,
             N=n,
             R=r,
-            IN_EIGHTS=in_eights(z, b),
+            Z_IN_EIGHTS=in_eights(z),
+            B_IN_EIGHTS=in_eights(b),
             DROPOUT=mask.seed is not None,
             PRECISION=precision,
             BLOCK_M=tile.rows,

@@ -113,12 +113,12 @@ GRAD_CTAS = 264
 
 def rank_blocks(p: Problem) -> int:
     """Counts the parts of the rank of Triton's rank_grad; they are neighbours, and all but one find x in the L2."""
-    return ceil(p.r / tiles.rank_grad_tile(p.r, None).rows)
+    return ceil(p.r / tiles.rank_grad_tile(p.r, None, 90).rows)
 
 
 def grad_splits(p: Problem) -> int:
     """Counts the splits of M into which Triton's rank_grad divides da."""
-    tile = tiles.rank_grad_tile(p.r, None)
+    tile = tiles.rank_grad_tile(p.r, None, 90)
     splits = max(1, min(GRAD_CTAS // (ceil(p.k / tile.columns) * rank_blocks(p)), ceil(p.m / (4 * tile.depth))))
     return ceil(p.m / (ceil(ceil(p.m / splits) / tile.depth) * tile.depth))
 
@@ -138,7 +138,7 @@ MIDDLE_CTAS, DY_CTAS = 264, 132
 
 def middle_triton(p: Problem) -> list[Kernel]:
     """z as Triton makes it: K is split where few rows leave the GPU idle, and a second kernel adds up."""
-    tile = tiles.middle_tile(p.r, p.itemsize, p.itemsize)
+    tile = tiles.middle_tile(p.r, p.itemsize, p.itemsize, 90)
     blocks = ceil(p.m / tile.rows) * ceil(p.r / tile.columns)
     splits = max(1, min(MIDDLE_CTAS // blocks, ceil(p.k / (4 * tile.depth))))
     splits = ceil(p.k / (ceil(ceil(p.k / splits) / tile.depth) * tile.depth))

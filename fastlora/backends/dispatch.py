@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.tiles import architecture
 from ..text import dtype_name
 from . import cuda, first_use, library, measured, reference, replay, triton, triton_skinny
 from .dropout import Dropout
@@ -212,11 +213,10 @@ def unproven(kernel: str, request: Request) -> str | None:
         return f"can run without a GPU, but auto keeps it for GPUs; FASTLORA_BACKEND={kernel} forces it"
     if kernel == first_use.KERNELS[request.verb]:
         return first_use.objection(request)
-    major, minor = torch.cuda.get_device_capability(request.device)
-    proof = Proof(request.verb, kernel, 10 * major + minor, dtype_name(request.dtype))
+    proof = Proof(request.verb, kernel, triton.capability_of(request.device), dtype_name(request.dtype))
     if proof in measured.PROVEN:
         return None
     return (
-        f"can run, but auto passes it over: not yet proven on sm_{proof.capability} in {proof.dtype} "
+        f"can run, but auto passes it over: not yet proven on {architecture(proof.capability)} in {proof.dtype} "
         f"(benchmarks/HARDWARE.md); FASTLORA_BACKEND={kernel} forces it"
     )

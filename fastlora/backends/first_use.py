@@ -173,18 +173,18 @@ def faults(variant: Variant) -> Iterator[str]:
         if not errors.ok:
             yield f"{name}: {errors}"
 
+    capability = triton.capability_of(device)
     with triton.device_of(there.x):
         made = new_middle(there.x, r)
-        _run(middle.launches(there, made, precision=precision), made)
+        _run(middle.launches(there, made, capability=capability, precision=precision), made)
         yield from held("middle", made, *(_middle(p) for p in (forward.map(Tensor.double), forward)))
 
         y, step = rank_update.launch(there._replace(on_product=True), z_there, precision=precision)
         _run([step], y)
         yield from held("rank_update", y, _update(update.map(Tensor.double), z.double()), _update(update, z))
 
-        if middle_and_grad.pays(m, n, r, dtype.itemsize, triton.capability_of(device)):
+        if middle_and_grad.pays(m, n, r, dtype.itemsize, capability):
             made = new_middle(dy_there, r)
-            capability = triton.capability_of(device)
             db, steps = middle_and_grad.launches(
                 dy_there, there.b, z_there, made, scale=_SCALE, capability=capability, precision=precision
             )
@@ -193,11 +193,15 @@ def faults(variant: Variant) -> Iterator[str]:
             yield from held("middle_and_grad, t", made, *(_middle(p) for p in (turned.map(Tensor.double), turned)))
             yield from held("middle_and_grad, db", db, *_grads(dy, z, adapter_dtype, None))
         else:
-            db, steps = rank_grad.launches(dy_there, z_there, dtype=adapter_dtype, precision=precision)
+            db, steps = rank_grad.launches(
+                dy_there, z_there, dtype=adapter_dtype, capability=capability, precision=precision
+            )
             _run(steps, db)
             yield from held("rank_grad, db", db, *_grads(dy, z, adapter_dtype, None))
 
-        da, steps = rank_grad.launches(t_there, there.x, dtype=adapter_dtype, precision=precision, dropout=on_device)
+        da, steps = rank_grad.launches(
+            t_there, there.x, dtype=adapter_dtype, capability=capability, precision=precision, dropout=on_device
+        )
         _run(steps, da)
         yield from held("rank_grad, da", da, *_grads(t, x, adapter_dtype, dropout))
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.tiles import TMA_CAPABILITIES
+from ..kernels.tiles import TMA_CAPABILITIES, amd_capability, architecture
 from ..text import dtype_name
 from .dropout import Dropout
 from .replay import replay
@@ -27,42 +27,26 @@ Launches = tuple["Tensor | None", Tensor, list[Any]]
 
 def refuses(request: Request) -> str | None:
     """The reason why none of these kernels can run a request, or None."""
-    if reason := _nothing_for_triton(request):
-        return reason
-    if _interpreting():
-        if request.dtype is torch.bfloat16:
-            return "Triton's interpreter multiplies bfloat16 wrongly"
-        return None
-    if request.device.type != "cuda":
-        return f"x is on {request.device.type}: the kernels need a CUDA GPU (or TRITON_INTERPRET=1 to try them without)"
-    if torch.version.hip:
-        return "AMD GPUs: the kernels have never been tried there"
-    return _too_old(request.device)
-
-
-def refuses_skinny(request: Request) -> str | None:
-    """The reason why the skinny kernels cannot run a request, or None; on AMD GPUs, too, their check decides."""
-    if torch.version.hip and request.device.type == "cuda" and not _interpreting():
-        return _nothing_for_triton(request)
-    return refuses(request)
-
-
-def refuses_masks(device: torch.device) -> str | None:
-    """The reason why no kernel can make dropout masks on a device, or None."""
-    if not _installed():
-        return _NOT_INSTALLED
-    return None if _interpreting() or torch.version.hip else _too_old(device)
-
-
-def _nothing_for_triton(request: Request) -> str | None:
-    """Why no Triton kernel of this package takes the request, whatever the device."""
     if not _installed():
         return _NOT_INSTALLED
     if request.dtype is torch.float64:
         return "float64: the kernels accumulate in float32"
     if 0 in (request.m, request.k, request.n):
         return f"nothing to compute: M={request.m} K={request.k} N={request.n}"
-    return None
+    if _interpreting():
+        if request.dtype is torch.bfloat16:
+            return "Triton's interpreter multiplies bfloat16 wrongly"
+        return None
+    if request.device.type != "cuda":
+        return f"x is on {request.device.type}: the kernels need a CUDA GPU (or TRITON_INTERPRET=1 to try them without)"
+    return _too_old(request.device)
+
+
+def refuses_masks(device: torch.device) -> str | None:
+    """The reason why no kernel can make dropout masks on a device, or None."""
+    if not _installed():
+        return _NOT_INSTALLED
+    return None if _interpreting() else _too_old(device)
 
 
 def _too_old(device: torch.device) -> str | None:
@@ -76,7 +60,7 @@ def refuses_serial(request: Request) -> str | None:
         return reason
     capability = capability_of(request.device)
     if capability not in TMA_CAPABILITIES:
-        return f"TMA tiles are for {', '.join(f'sm_{c}' for c in TMA_CAPABILITIES)}, this is sm_{capability}"
+        return f"TMA tiles are for {', '.join(f'sm_{c}' for c in TMA_CAPABILITIES)}, this is {architecture(capability)}"
     if request.dtype not in (torch.bfloat16, torch.float16):
         return f"{dtype_name(request.dtype)}: TMA tiles are for 16-bit operands"
     return request.unaligned
@@ -86,21 +70,24 @@ def launches_portable(p: Product, capability: int, precision: str) -> Launches:
     """y's and z's memory, and the launches of ``triton-portable`` that fill it."""
     from ..kernels import lora_matmul_portable as kernel
 
-    return _launches(p, precision, lambda p, z: kernel.launch(p, z, capability=capability, precision=precision))
+    base = functools.partial(kernel.launch, capability=capability, precision=precision)
+    return _launches(p, capability, precision, base)
 
 
 def launches_serial(p: Product, capability: int, precision: str) -> Launches:
     """y's and z's memory, and the launches of ``triton-serial`` that fill it."""
     from ..kernels import lora_matmul_serial as kernel
 
-    return _launches(p, precision, kernel.launch)
+    return _launches(p, capability, precision, kernel.launch)
 
 
-def _launches(p: Product, precision: str, base: Callable[[Product, Tensor], tuple[Tensor, Any]]) -> Launches:
+def _launches(
+    p: Product, capability: int, precision: str, base: Callable[[Product, Tensor], tuple[Tensor, Any]]
+) -> Launches:
     from ..kernels import middle
 
     z = new_middle(p.x, p.a.shape[0])
-    steps = middle.launches(p, z, precision=precision)
+    steps = middle.launches(p, z, capability=capability, precision=precision)
     if p.w is None:
         return None, z, steps
     y, step = base(p, z)
@@ -143,14 +130,14 @@ def rank_grad(p: Tensor, q: Tensor, *, dtype: torch.dtype, dropout: Dropout | No
     from ..kernels import rank_grad as kernel
 
     with device_of(q):
-        how = precision()
+        capability, how = capability_of(q.device), precision()
 
         def launcher() -> tuple[tuple[Tensor], list[Any]]:
-            grad, steps = kernel.launches(p, q, dtype=dtype, precision=how, dropout=dropout)
+            grad, steps = kernel.launches(p, q, dtype=dtype, capability=capability, precision=how, dropout=dropout)
             return (grad,), for_this_gpu(steps)
 
         seed, dropped = (None, None) if dropout is None else (dropout.seed, dropout.p)
-        (grad,) = replay("rank_grad", (p, q, seed), (dtype, dropped, how), q.device, launcher)
+        (grad,) = replay("rank_grad", (p, q, seed), (dtype, dropped, capability, how), q.device, launcher)
     return grad  # type: ignore[return-value]
 
 
@@ -162,13 +149,12 @@ def run_all(steps: Iterable[Any]) -> None:
 
 def for_this_gpu(steps: Iterable[Any]) -> list[Any]:
     """The launches with the options that the GPU's maker asks for."""
-    # A workgroup of an AMD GPU has 64 KiB for its operands: one buffer of each.
-    return [step._replace(options=step.options | {"num_stages": 2}) if torch.version.hip else step for step in steps]
+    return [step.on_amd() if torch.version.hip else step for step in steps]
 
 
 def precision() -> str:
-    """How fp32 operands are multiplied: as torch's own matmul does."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    """How fp32 operands are multiplied: as torch's own matmul does, but never as tf32 on AMD GPUs."""
+    return "tf32" if not torch.version.hip and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def device_of(x: Tensor) -> Any:
@@ -178,9 +164,11 @@ def device_of(x: Tensor) -> Any:
 
 @functools.cache
 def capability_of(device: torch.device) -> int:
-    """A device's compute capability as a number, 90 for sm_90; the interpreter runs what is for sm_90."""
+    """A device's architecture as a number, 90 for sm_90, 0x942 for gfx942; the interpreter runs what is for sm_90."""
     if device.type != "cuda":
         return _INTERPRETED_CAPABILITY
+    if torch.version.hip:
+        return amd_capability(torch.cuda.get_device_properties(device).gcnArchName)
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
@@ -198,4 +186,4 @@ LORA_MATMUL = (
     Kernel("triton-serial", refuses_serial, _run(launches_serial), _tile(launches_serial)),
     Kernel("triton-portable", refuses, _run(launches_portable), _tile(launches_portable)),
 )
-RANK_GRAD = (Kernel("triton", refuses_skinny, rank_grad),)
+RANK_GRAD = (Kernel("triton", refuses, rank_grad),)

@@ -39,7 +39,7 @@ def launches(p: Product, capability: int, precision: str) -> triton.Launches:
     from ..kernels import middle, rank_update
 
     z = new_middle(p.x, p.a.shape[0])
-    steps = middle.launches(p, z, precision=precision)
+    steps = middle.launches(p, z, capability=capability, precision=precision)
     if p.w is None:
         return None, z, steps
     y, step = rank_update.launch(p, z, precision=precision)
@@ -79,12 +79,12 @@ def gradient_launches(
     if middle_and_grad.pays(m, n, r, dy.element_size(), capability):
         db, steps = middle_and_grad.launches(dy, p.b, z, t, scale=p.scale, capability=capability, precision=precision)
     else:
-        db, steps = rank_grad.launches(dy, z, dtype=p.b.dtype, precision=precision)
-        steps = [*middle.launches(turned, t, precision=precision), *steps]
+        db, steps = rank_grad.launches(dy, z, dtype=p.b.dtype, capability=capability, precision=precision)
+        steps = [*middle.launches(turned, t, capability=capability, precision=precision), *steps]
     dx, update = rank_update.launch(turned, t, precision=precision)
     dropout = None if p.seed is None else Dropout(p.dropout_p, p.seed)
-    da, last = rank_grad.launches(t, p.x, dtype=p.a.dtype, precision=precision, dropout=dropout)
+    da, last = rank_grad.launches(t, p.x, dtype=p.a.dtype, capability=capability, precision=precision, dropout=dropout)
     return dx, da, db, [*steps, update, *last]
 
 
-LORA_MATMUL = (Kernel("triton-skinny", triton.refuses_skinny, lora_matmul, gradients=gradients),)
+LORA_MATMUL = (Kernel("triton-skinny", triton.refuses, lora_matmul, gradients=gradients),)

@@ -16,7 +16,7 @@ from fastlora.backends import dispatch, first_use, masks, triton
 from fastlora.backends.dropout import Dropout
 from fastlora.backends.first_use import Variant
 from fastlora.backends.request import Request
-from fastlora.kernels import middle, middle_and_grad, philox, rank_grad, rank_update
+from fastlora.kernels import middle, middle_and_grad, philox, rank_grad, rank_update, tiles
 from fastlora.kernels.launch import Launch
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -186,15 +186,31 @@ def test_a_forced_kernel_is_not_checked(checks: list[Variant]) -> None:
 
 
 @pytest.mark.usefixtures("checks")
-def test_on_amd_gpus_the_check_alone_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["gfx942:sramecc+:xnack-", "gfx1100"])
+def test_on_amd_gpus_the_check_alone_decides(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(triton, "capability_of", lambda device: tiles.amd_capability(name))
     assert chosen() == "triton-skinny"
-    assert "AMD GPUs" in str(triton.refuses(REQUEST))
+    assert dispatch._choose(REQUEST, "triton-portable").name == "triton-portable"
+    assert f"not yet proven on {name.partition(':')[0]} in" in str(dispatch._explain(REQUEST, "auto"))
+    assert first_use.objection_to_masks(CPU) is None
     first_use.forget()
     dispatch.forget()
     monkeypatch.setattr(first_use, "faults", fails)
     assert chosen() == "library"
+
+
+@pytest.mark.parametrize(("hip", "stages"), [(None, [3, 1]), ("7.0", [2, 1])])
+def test_on_amd_gpus_an_operand_has_one_buffer(
+    hip: str | None, stages: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The compile gate takes the same launches."""
+    monkeypatch.setattr(torch.version, "hip", hip)
+    ran: list[int] = []
+    monkeypatch.setattr(Launch, "run", lambda launch: ran.append(launch.options["num_stages"]))
+    triton.run_all([Launch(None, (1,), {}, {"num_stages": n}) for n in (3, 1)])
+    assert ran == stages
 
 
 @pytest.mark.usefixtures("checks")

@@ -210,7 +210,7 @@ def test_rank_grad_is_built_as_the_model_says() -> None:
 
     for m, k, r in product((100, 2048, 8192), (512, 4096, 28672), (16, 64, 128)):
         wide, narrow = (torch.empty(m, size, dtype=torch.bfloat16, device="meta") for size in (k, r))
-        _, launches = rank_grad.launches(narrow, wide, dtype=torch.bfloat16, precision="ieee")
+        _, launches = rank_grad.launches(narrow, wide, dtype=torch.bfloat16, capability=90, precision="ieee")
         p = problem(k, k, r, m)
         assert launches[0].grid[::2] == (cost.rank_blocks(p), cost.grad_splits(p))
         assert len(launches) == len(cost.rank_grad_triton(p))

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -143,13 +144,13 @@ def test_any_rank(kernel: Kernel, r: int) -> None:
 @pytest.mark.parametrize("mask", MASKS)
 def test_every_tile_row(mask: str, tile: tiles.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small sizes would take the smallest row only."""
-    monkeypatch.setattr(lora_matmul_serial, "matmul_tile", lambda rows, m, n: tile)
+    monkeypatch.setattr(lora_matmul_serial, "matmul_tile", lambda rows, m, n, sms: tile)
     check(SERIAL, m=tile.rows + 1, k=72, n=tile.columns + 8, r=12, mask=mask, backward=mask == "product")
 
 
 @pytest.mark.parametrize("tile", tiles.PORTABLE["large"] + tiles.PORTABLE["small"], ids=lambda tile: str(tile[:3]))
 def test_every_tile_row_of_the_portable_kernel(tile: tiles.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lora_matmul_portable, "matmul_tile", lambda rows, m, n: tile)
+    monkeypatch.setattr(lora_matmul_portable, "matmul_tile", lambda rows, m, n, sms: tile)
     check(PORTABLE, m=tile.rows + 1, k=72, n=tile.columns + 8, r=12)
 
 
@@ -282,7 +283,7 @@ def test_forced_by_family_the_kernel_follows_the_strides(expanded: bool, monkeyp
 def test_a_tile_is_that_of_the_launch(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     tile = tiles.Tile(64, 64, 32, 4, 2)
     for module in (lora_matmul_portable, lora_matmul_serial):
-        monkeypatch.setattr(module, "matmul_tile", lambda rows, m, n: tile)
+        monkeypatch.setattr(module, "matmul_tile", lambda rows, m, n, sms: tile)
     product = on_device(make(64, 64, 64, dtype=DTYPES[HALF][0])).product()
     assert kernel.tile(product) == "64x64x32, 4 warps, 2 stages"
 
@@ -298,6 +299,46 @@ def test_a_gradient_expanded_from_one_number(forced: str, monkeypatch: pytest.Mo
     oracle, baseline = oracle_step(product, dy), reference_step(product, dy)
     for name, tensor in (("dx", operands.x), ("da", operands.lora_a), ("db", operands.lora_b)):
         assert_close_to_oracle(tensor.grad, oracle=getattr(oracle, name), baseline=getattr(baseline, name), name=name)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "sms", "expected"),
+    [
+        (8192, 4096, 132, (128, 256)),
+        (17 * 128, 8 * 256, 136, (128, 256)),
+        (17 * 128, 8 * 256, 132, (64, 128)),
+        (18 * 128, 10 * 256, 132, (128, 128)),
+        (18 * 128, 10 * 256, 180, (128, 256)),
+        (12 * 64, 9 * 128, 132, (64, 128)),
+        (8, 8, 132, (64, 64)),
+    ],
+    ids=["large", "one_wave", "a_wave_and_a_bit", "a_wave_and_a_third", "a_larger_gpu", "small", "tiny"],
+)
+def test_the_tile_is_the_one_that_is_done_first(m: int, n: int, sms: int, expected: tuple[int, int]) -> None:
+    tile = tiles.matmul_tile(tiles.PORTABLE["large"], m, n, sms)
+    assert (tile.rows, tile.columns) == expected
+
+
+def test_the_larger_of_two_tiles_that_are_done_together() -> None:
+    first = tiles.Tile(128, 128, 64, 8, 3)
+    second = first._replace(warps=4)
+    assert tiles.matmul_tile((first, second), 512, 512) == first
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "warp"),
+    [("gfx942:sramecc+:xnack-", 0x942, 64), ("gfx90a:sramecc+:xnack-", 0x90A, 64), ("gfx1100", 0x1100, 32)],
+)
+def test_amd_architectures_are_numbers_too(name: str, capability: int, warp: int) -> None:
+    assert tiles.amd_capability(name) == capability
+    assert tiles.architecture(capability) == name.partition(":")[0]
+    assert tiles.is_amd(capability)
+    assert tiles.warp_size(capability) == warp
+    assert not any(map(tiles.is_amd, tiles.TMA_CAPABILITIES))
+
+
+def test_without_a_gpu_to_ask_a_tile_is_chosen_for_132_multiprocessors() -> None:
+    assert tiles.sms(torch.device("cpu")) == tiles.DEFAULT_SMS == 132
 
 
 def test_an_unknown_architecture_gets_the_smallest_shared_memory() -> None:
@@ -324,6 +365,21 @@ def test_each_refusal_has_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "x is on cpu: the kernels need a CUDA GPU" in backend.refuses(REQUEST)
     monkeypatch.setattr(backend, "_installed", lambda: False)
     assert "pip install triton" in backend.refuses(REQUEST)
+
+
+@pytest.mark.parametrize("name", ["gfx942:sramecc+:xnack-", "gfx1100"])
+def test_forced_the_portable_kernel_tries_on_amd(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``auto`` never takes it: nothing is proven there."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=name))
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    backend.capability_of.cache_clear()
+    request = REQUEST._replace(device=torch.device("cuda", 0), dtype=torch.float16)
+    assert backend.refuses(request) is None
+    assert f"this is {name.partition(':')[0]}" in backend.refuses_serial(request)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision="tf32"))
+    assert backend.precision() == "ieee"
+    backend.capability_of.cache_clear()
 
 
 def test_serial_refuses_where_tma_cannot_go(monkeypatch: pytest.MonkeyPatch) -> None:

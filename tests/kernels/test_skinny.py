@@ -61,14 +61,14 @@ def poisoned_middle(x: Tensor, r: int) -> Tensor:
 
 def check_middle(p: Product, launches: int = 1) -> None:
     z = poisoned_middle(p.x, p.a.shape[0])
-    steps = middle.launches(p, z, precision="ieee")
+    steps = middle.launches(p, z, capability=CAPABILITY, precision="ieee")
     assert len(steps) == launches
     run(*steps)
     alone = p._replace(w=None)
     oracle, baseline = reference.lora_matmul(alone.map(Tensor.double))[1], reference.lora_matmul(alone)[1]
     assert_close_to_oracle(z, oracle=oracle, baseline=baseline, name="z")
     first = z.clone()
-    run(*middle.launches(p, z, precision="ieee"))
+    run(*middle.launches(p, z, capability=CAPABILITY, precision="ieee"))
     assert torch.equal(z, first)
 
 
@@ -198,7 +198,7 @@ def test_rank_grad_in_two_halves(r: int, p_dropout: float) -> None:
     p = (torch.randn(300, r) / 17).to(DTYPES[HALF][0]).to(DEVICE)
     q = torch.randn(300, 130).to(p)
     dropout = Dropout(p_dropout, draw_seed(DEVICE)) if p_dropout else None
-    grad, work = rank_grad.launches(p, q, dtype=torch.float32, precision="ieee", dropout=dropout)
+    grad, work = rank_grad.launches(p, q, dtype=torch.float32, capability=CAPABILITY, precision="ieee", dropout=dropout)
     grad.fill_(NAN)
     run(*work)
     oracle = reference.rank_grad(p.double(), q.double(), dtype=torch.float64, dropout=dropout)
