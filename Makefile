@@ -19,13 +19,13 @@ endif
 .PHONY: help test bench publish lint format csrc gate test-gpu test-newest-triton clean
 
 help:
-	@echo "make test                the compile gate, then the tests: oracle, autograd, interpreter, launches without a GPU"
+	@echo "make test                the tests: oracle, autograd, interpreter, host model, launches without a GPU"
 	@echo "make bench               what a LoRA layer and a LoRA model cost here, then a real fine-tune"
 	@echo "make publish             measures this machine for benchmarks/results/ and renders README.md from it"
 	@echo "make lint                ruff, clang-format and mypy"
 	@echo "make format              writes what make lint wants of the layout"
 	@echo "make csrc                the CUDA kernels, compiled where nvcc is: what changed"
-	@echo "make gate                the compile gates' tables: registers, spills, shared memory of every kernel"
+	@echo "make gate                every kernel compiled: registers, spills, shared memory, fences, matrix instructions"
 	@echo "make test-gpu            every kernel on this machine's GPU; FASTLORA_BACKEND=triton|cuda picks"
 	@echo "make test-newest-triton  the kernel tests on Triton $(NEWEST_TRITON)"
 
@@ -35,8 +35,9 @@ $(VENV)/.ready: requirements.txt pyproject.toml setup.py csrc/build.py
 	$(PY) -m pip install --quiet --no-deps --editable .
 	touch $@
 
-test: gate
-	$(PY) -m pytest
+# By file: the fixtures of a file are built once, the stubs of driver and runtime among them.
+test: $(READY)
+	$(PY) -m pytest -n auto --dist loadfile
 	$(PY) -m pytest benchmarks
 
 bench: $(READY)
