@@ -141,10 +141,10 @@ class Run:
         return None
 
     def _limit(self, stage: Stage, later: float) -> float:
-        """The seconds of a stage: its own limit, less what the stages after it need, but never less than its share."""
+        """The seconds of a stage: what those after it leave, or its share where that is more, within its own limit."""
         left = self._end - time.monotonic()
         share = left * stage.seconds / (stage.seconds + later)
-        return max(share, min(stage.limit, left - later))
+        return min(stage.limit, max(share, left - later))
 
     def fit(self) -> list[str]:
         """The kernels that may be timed."""
