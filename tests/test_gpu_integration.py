@@ -15,7 +15,7 @@ import fastlora
 import fastlora.peft
 from fastlora import LoRALinear, lora_linear
 from fastlora.accuracy import Step, assert_close_to_oracle, oracle_step, reference_step
-from fastlora.backends import dispatch, triton
+from fastlora.backends import dispatch, reference, triton
 from fastlora.backends.dropout import Dropout, draw_seed
 from fastlora.kernels import tiles
 from tests.cases import DTYPES, SCALE, Operands, gradient_of, make
@@ -121,15 +121,10 @@ def test_autocast(kernel: str) -> None:
     y.float().square().sum().backward()
     assert made.lora_A.grad is not None
     assert made.lora_A.grad.dtype is torch.float32
-    rounded = layer(dtype=torch.float32).to(torch.bfloat16)
-    assert_close_to_oracle(y.detach(), oracle=oracle_of(made, x), baseline=rounded(x.bfloat16()).detach(), name="y")
-
-
-def oracle_of(made: LoRALinear, x: Tensor) -> Tensor:
-    """y in float64 from operands rounded to bfloat16."""
-    w, a, b, x = (t.detach().bfloat16().double() for t in (made.weight, made.lora_A, made.lora_B, x))
-    bias = 0 if made.bias is None else made.bias.detach().bfloat16().double()
-    return x @ w.T + made.scale * (x @ a.T) @ b.T + bias
+    tensors = (x.flatten(0, -2), made.weight, made.lora_A, made.lora_B, made.bias)
+    product = Operands(*(None if t is None else t.detach().bfloat16() for t in tensors)).product(scale=made.scale)
+    oracle, baseline = reference.lora_matmul(product.map(Tensor.double))[0], reference.lora_matmul(product)[0]
+    assert_close_to_oracle(y.detach().flatten(0, -2), oracle=oracle, baseline=baseline, name="y")
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,8 @@ ARCHIVE = "results.tgz"
 _LEAST, _LOOK = 3.0, 0.1
 # Pytest's own: all passed, some failed, nothing left to run.
 _PYTEST_ENDS = (0, 1, 5)
+# What tests/conftest.py ends a process with that has lost the GPU.
+_LOST_STATUS = 70
 _TEST_SECONDS = 60
 _LAST_LINES = 16
 _LOST = re.compile(r"the GPU is lost")
@@ -188,7 +190,8 @@ class Run:
             rc = self._process(stage.name, command, end, variables, log, stall=None if parallel else self.sizes.stall)
             after = outcomes.by_test(outcomes.read(log))
             running = [test for test, outcome in after.items() if outcome.outcome == outcomes.STARTED]
-            if rc in _PYTEST_ENDS or not running or time.monotonic() > end - _LOOK:
+            on = running or (rc == _LOST_STATUS and len(after) > len(known))
+            if rc in _PYTEST_ENDS or not on or time.monotonic() > end - _LOOK:
                 break
             why = "hung" if rc is None else "crashed"
             lines = [Outcome(test, why, "" if rc is None else f"the process ended with {rc}") for test in running]
