@@ -1,11 +1,14 @@
-# make test | bench | publish | lint | format | csrc | gate | test-gpu | test-newest-triton: each works on a fresh clone.
+# make test | bench | publish | lint | format | csrc | gate | hardware | test-gpu | sanitizer | test-newest-triton: each
+# works on a fresh clone.
 # PY=python3 uses an interpreter that has the requirements already, and makes no .venv.
 
 PYTHON ?= python3
 VENV := .venv
 NEWEST_TRITON := 3.9.0
-GPU_TESTS_triton := tests/kernels/test_kernels.py tests/kernels/test_skinny.py
-GPU_TESTS_cuda := tests/csrc/test_cuda_kernels.py
+TRITON_TESTS := tests/kernels/test_kernels.py tests/kernels/test_skinny.py
+# Where what a GPU said goes, and the kernels that are meant, such as KERNELS="triton-skinny cuda-z_jobs".
+OUT ?= build/hardware
+HARDWARE = $(PY) -m benchmarks.hardware --out $(OUT) --seconds 570 $(if $(KERNELS),--kernels $(KERNELS))
 CPP := $(wildcard $(foreach folder,csrc tests/csrc tests/csrc/host_model tests/stub_gpu,$(addprefix $(folder)/*.,cu cuh h hpp cpp)))
 CLANG_FORMAT = $(PY) -c "from clang_format import clang_format; clang_format()"
 
@@ -16,7 +19,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: help test bench publish lint format csrc gate test-gpu test-newest-triton clean
+.PHONY: help test bench publish lint format csrc gate hardware test-gpu sanitizer test-newest-triton clean
 
 help:
 	@echo "make test                the tests: oracle, autograd, interpreter, host model, launches without a GPU"
@@ -26,7 +29,9 @@ help:
 	@echo "make format              writes what make lint wants of the layout"
 	@echo "make csrc                the CUDA kernels, compiled where nvcc is: what changed"
 	@echo "make gate                every kernel compiled: registers, spills, shared memory, fences, matrix instructions"
-	@echo "make test-gpu            every kernel on this machine's GPU; FASTLORA_BACKEND=triton|cuda picks"
+	@echo "make hardware            proves and times every kernel on this machine's GPU, in ten minutes; OUT=DIR"
+	@echo "make test-gpu            the tests alone; KERNELS=\"triton-skinny cuda-z_jobs\" picks kernels"
+	@echo "make sanitizer           the kernels' tests under compute-sanitizer"
 	@echo "make test-newest-triton  the kernel tests on Triton $(NEWEST_TRITON)"
 
 $(VENV)/.ready: requirements.txt pyproject.toml setup.py csrc/build.py
@@ -67,13 +72,18 @@ gate: $(READY)
 	$(PY) tests/kernels/compile_gate.py
 	$(PY) tests/csrc/cuda_gate.py
 
-test-gpu: $(READY) csrc
-	$(PY) -c "import torch; assert torch.cuda.is_available(), 'make test-gpu needs a CUDA GPU, and torch sees none'"
-	$(PY) -m pytest $(or $(GPU_TESTS_$(FASTLORA_BACKEND)),$(GPU_TESTS_triton) $(GPU_TESTS_cuda)) tests/test_gpu.py
+hardware: $(READY)
+	$(HARDWARE)
+
+test-gpu: $(READY)
+	$(HARDWARE) --only tests
+
+sanitizer: $(READY)
+	$(HARDWARE) --only build memcheck
 
 test-newest-triton: $(READY)
 	$(PY) -m pip install --quiet --no-deps --upgrade --target .cache/triton-$(NEWEST_TRITON) triton==$(NEWEST_TRITON)
-	PYTHONPATH=.cache/triton-$(NEWEST_TRITON) $(PY) -m pytest $(GPU_TESTS_triton)
+	PYTHONPATH=.cache/triton-$(NEWEST_TRITON) $(PY) -m pytest $(TRITON_TESTS)
 
 clean:
 	rm -rf fastlora/*.so $(VENV) .cache build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

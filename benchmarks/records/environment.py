@@ -22,6 +22,10 @@ _PACKAGES = (*info.PACKAGES, "loralib", "lorafusion", "unsloth", "freesolo-chalk
 _VARIABLES = (*info.VARIABLES, "CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE")
 # Results are written between one published run and the next: they make no tree dirty.
 _STATUS = ["git", "status", "--porcelain", "--", ":(top)", ":(top,exclude)benchmarks/results"]
+# Behind the commit in FASTLORA_COMMIT: the tree is a copy with changes.
+_DIRTY = "-dirty"
+# This folder, as git names it in a tree of ours.
+_PREFIX = "benchmarks/records/"
 # In a query of its own, since an older driver that does not know it answers nothing at all.
 _THROTTLING = ("clocks_event_reasons.active",)
 _GPU_FACTS = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "temperature.gpu")
@@ -60,8 +64,7 @@ def describe(device: torch.device, command: str, settings: dict[str, Any], cases
         "command": command,
         "settings": settings,
         "cases": cases,
-        "commit": _run(["git", "rev-parse", "HEAD"]),
-        "dirty": None if (status := _run(_STATUS)) is None else bool(status),
+        **_source(),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "packages": {name: info.version(name) for name in _PACKAGES} | {"torch": str(torch.__version__)},
@@ -83,6 +86,23 @@ def describe(device: torch.device, command: str, settings: dict[str, Any], cases
         },
         "variables": {name: os.environ.get(name) for name in _VARIABLES},
     }
+
+
+def commit() -> str | None:
+    """The commit of this tree, with ``-dirty`` behind it where there are local changes; None where nobody knows."""
+    source = _source()
+    return f"{source['commit']}-dirty" if source["commit"] and source["dirty"] else source["commit"]
+
+
+def _source() -> dict[str, Any]:
+    """Commit and whether there are local changes: of ``FASTLORA_COMMIT``, else of git, where this is its tree."""
+    if named := os.environ.get("FASTLORA_COMMIT"):
+        return {"commit": named.removesuffix(_DIRTY), "dirty": named.endswith(_DIRTY)}
+    # A copy inside another repository is not of that one's commit.
+    if _run(["git", "rev-parse", "--show-prefix"]) != _PREFIX:
+        return {"commit": None, "dirty": None}
+    status = _run(_STATUS)
+    return {"commit": _run(["git", "rev-parse", "HEAD"]), "dirty": None if status is None else bool(status)}
 
 
 def check(environment: Environment) -> None:
@@ -154,9 +174,12 @@ def busy() -> str | None:
 
 def slug(device: torch.device) -> str:
     """The device's folder under ``results/``: ``cpu``, or the GPU's name, such as ``nvidia-h200``."""
-    if device.type == "cpu":
-        return "cpu"
-    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    return "cpu" if device.type == "cpu" else slug_of(device_name(device))
+
+
+def slug_of(name: str) -> str:
+    """The folder of a GPU of this name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def _gpu(device: torch.device) -> dict[str, Any] | None:

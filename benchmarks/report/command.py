@@ -22,7 +22,7 @@ NO_GPU = "No GPU result yet: `make publish` on a machine with one adds its table
 # The pictures that the README shows, by suffix.
 _BRIEF = ("", "-throughput")
 
-# The profiles that the README may show, the first that is there.
+# The profiles that the README may show, the first that is there; else what `benchmarks.hardware` brought back.
 _PROFILES = ("quick", "full")
 
 R = TypeVar("R", bound=Row)
@@ -76,14 +76,15 @@ def devices(results: Path) -> dict[Path, Runs]:
 
 
 def readme_section(folders: dict[Path, Runs], relative_to: Path) -> str:
-    """The section of the README: each device's quick profile in brief, or its full one where there is no other."""
+    """The section of the README: each device's quick profile in brief, or its full one, or a first run's cases."""
     on_gpu = any(_first(runs).environment["device"] == "cuda" for runs in folders.values())
     sections = [] if on_gpu else [NO_GPU]
     for folder, runs in folders.items():
         sections.append(f"**{markdown.machine(_first(runs).environment)}**")
         for command in ("layers", "model"):
             known = {path.stem: path for path in runs}
-            if chosen := next((known[name] for p in _PROFILES if (name := f"{command}-{p}") in known), None):
+            names = (*(f"{command}-{profile}" for profile in _PROFILES), f"hardware-{command}")
+            if chosen := next((known[name] for name in names if name in known), None):
                 sections += _section(chosen, runs[chosen], relative_to, brief=True)
         link = _link(folder / "README.md", relative_to)
         sections.append(

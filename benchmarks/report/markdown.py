@@ -25,8 +25,10 @@ def provenance(environment: Environment) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items() if version)
     commit = (environment["commit"] or "unknown commit")[:9] + (" with local changes" if environment["dirty"] else "")
     settings = environment["settings"]
+    # A number of rounds is given on the command line alone, as by `python -m benchmarks.hardware`.
+    profile = "`, chosen cases," if settings.get("rounds") else f" --profile {settings['profile']}`"
     return (
-        f"`python -m benchmarks {environment['command']} --profile {settings['profile']}` at {commit}, "
+        f"`python -m benchmarks {environment['command']}{profile} at {commit}, "
         f"{environment['time'][:10]}; Python {environment['python']}, {packages}."
     )
 
