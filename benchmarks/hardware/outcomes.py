@@ -62,7 +62,8 @@ def by_test(outcomes: Iterable[Outcome]) -> dict[str, Outcome]:
 
 
 def _rank(outcome: Outcome) -> int:
-    return {STARTED: 0, SKIPPED: 1, PASSED: 1}.get(outcome.outcome, 3 if outcome.outcome in FATAL else 2)
+    # Of a worker that a lost GPU ended, xdist says no more than that it is gone.
+    return {STARTED: 0, SKIPPED: 1, PASSED: 1, "lost": 4}.get(outcome.outcome, 3 if outcome.outcome in FATAL else 2)
 
 
 def checks(test: str) -> Iterator[Check]:

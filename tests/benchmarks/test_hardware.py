@@ -464,6 +464,13 @@ def test_what_runs_around_a_kernel_keeps_it_from_being_timed_only_if_it_ends_the
     assert set(outcomes.unfit({test: Outcome(test, "hung")})) == {"triton-skinny"}
 
 
+def test_of_several_ends_the_worst_counts_and_of_those_the_one_with_a_reason() -> None:
+    test = REAL.format("library")
+    ends = [Outcome(test, end) for end in ("started", "passed", "failed", "lost", "crashed")]
+    assert outcomes.by_test(ends)[test].outcome == "lost"
+    assert outcomes.by_test(ends[:3])[test].outcome == "failed"
+
+
 def test_a_test_that_began_and_never_ended_is_no_result() -> None:
     test = REAL.format("library")
     assert outcomes.tallies(outcomes.by_test([Outcome(test, "started")])) == {}
