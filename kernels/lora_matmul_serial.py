@@ -36,6 +36,15 @@ def _load_x_w(x_desc, w_desc, first_m, first_n, first_k, W_K_BY_N: tl.constexpr)
 
 
 @triton.jit
+def _load_bias(bias_ptr, first_n, N, BLOCK_N: tl.constexpr):
+    bias_n = None
+    if bias_ptr is not None:
+        n = first_n + tl.arange(0, BLOCK_N)
+        bias_n = tl.load(bias_ptr + n, mask=n < N, other=0.0)
+    return bias_n
+
+
+@triton.jit
 def _split_columns(acc_mn):
     """The left and the right half of the columns."""
     halves: tl.constexpr = (acc_mn.shape[0], 2, acc_mn.shape[1] // 2)
@@ -43,13 +52,18 @@ def _split_columns(acc_mn):
 
 
 @triton.jit
-def _store_y(y_desc, acc_mn, bias_n, first_m, first_n):
+def _store_y(y_desc, acc_mn, bias_n, bias_ptr, first_m, first_n, N):
     """y_mn = acc_mn + bias_n, in halves: y then takes half the shared memory on its way out."""
     left_mn, right_mn = _split_columns(acc_mn)
     half: tl.constexpr = left_mn.shape[1]
     if bias_n is not None:
         left_n, right_n = tl.split(tl.permute(tl.reshape(bias_n.to(tl.float32), (2, half)), (1, 0)))
         y_desc.store([first_m, first_n], (left_mn + left_n[None, :]).to(y_desc.dtype))
+        y_desc.store([first_m, first_n + half], (right_mn + right_n[None, :]).to(y_desc.dtype))
+    elif bias_ptr is not None:
+        left_n = _load_bias(bias_ptr, first_n, N, half).to(tl.float32)
+        y_desc.store([first_m, first_n], (left_mn + left_n[None, :]).to(y_desc.dtype))
+        right_n = _load_bias(bias_ptr, first_n + half, N, half).to(tl.float32)
         y_desc.store([first_m, first_n + half], (right_mn + right_n[None, :]).to(y_desc.dtype))
     else:
         y_desc.store([first_m, first_n], left_mn.to(y_desc.dtype))
@@ -95,10 +109,10 @@ def _serial_kernel(
         first_m = block_m * BLOCK_M
         first_n = block_n * BLOCK_N
         # An element or two a thread, spread out after the loop: read there, it is what each accumulator register needs.
+        # Not with 64 rows: it is two registers too many on sm_100, and each half reads its own.
         bias_n = None
-        if bias_ptr is not None:
-            n = first_n + tl.arange(0, BLOCK_N)
-            bias_n = tl.load(bias_ptr + n, mask=n < N, other=0.0)
+        if BLOCK_M > 64:
+            bias_n = _load_bias(bias_ptr, first_n, N, BLOCK_N)
         acc_mn = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         if MASK_PRODUCT:
             acc_mn = low_rank_product(
@@ -113,7 +127,7 @@ def _serial_kernel(
             acc_mn = low_rank_product(
                 acc_mn, z_ptr, b_ptr, first_m, first_n, M, N, R, stride_zm, stride_bn, stride_br, BLOCK_R, None
             )
-        _store_y(y_desc, acc_mn, bias_n, first_m, first_n)
+        _store_y(y_desc, acc_mn, bias_n, bias_ptr, first_m, first_n, N)
 
 
 def launch(p: Any, z: Tensor) -> tuple[Tensor, Launch]:
