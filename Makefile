@@ -40,9 +40,8 @@ $(VENV)/.ready: requirements.txt pyproject.toml setup.py csrc/build.py
 	$(PY) -m pip install --quiet --no-deps --editable .
 	touch $@
 
-# By file: the fixtures of a file are built once, the stubs of driver and runtime among them.
 test: $(READY)
-	$(PY) -m pytest -n auto --dist loadfile
+	$(PY) -m pytest
 	$(PY) -m pytest benchmarks
 
 bench: $(READY)
