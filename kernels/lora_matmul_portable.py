@@ -21,10 +21,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .fence import copy_stages, fence_async_proxy
-from .indexing import low_rank_product, tile_position
-from .launch import Launch, in_eights, strided
-from .philox import Mask, keep_mask
-from .tiles import GROUP_M, matmul_tile, portable_rows, rank_trip, sms
+from .indexing import low_rank_arguments, low_rank_product, masked, store_y, tile_position
+from .launch import Launch, strided
+from .tiles import matmul_tile, portable_rows, rank_trip, sms
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -76,8 +75,7 @@ def _portable_kernel(
         acc_mn = low_rank_product(
             acc_mn, z_ptr, b_ptr, first_m, first_n, M, N, R, stride_zm, stride_bn, stride_br, BLOCK_R, PRECISION
         )
-        keep_mn = keep_mask(seed_ptr, first_m, first_n, threshold, BLOCK_M, BLOCK_N)
-        acc_mn = tl.where(keep_mn, acc_mn * rescale, 0.0)
+        acc_mn = masked(acc_mn, seed_ptr, first_m, first_n, threshold, rescale)
 
     x_ptrs = x_ptr + m.to(tl.int64)[:, None] * stride_xm + k.to(tl.int64)[None, :] * stride_xk
     w_ptrs = w_ptr + k.to(tl.int64)[:, None] * stride_wk + n.to(tl.int64)[None, :] * stride_wn
@@ -94,11 +92,7 @@ def _portable_kernel(
         acc_mn = low_rank_product(
             acc_mn, z_ptr, b_ptr, first_m, first_n, M, N, R, stride_zm, stride_bn, stride_br, BLOCK_R, PRECISION
         )
-
-    if bias_ptr is not None:
-        acc_mn += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    y_ptrs = y_ptr + m.to(tl.int64)[:, None] * N + n[None, :]
-    tl.store(y_ptrs, acc_mn.to(y_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+    store_y(acc_mn, bias_ptr, y_ptr, first_m, first_n, M, N)
 
 
 def launch(p: Any, z: Tensor, *, capability: int, precision: str) -> tuple[Tensor, Launch]:
@@ -113,38 +107,26 @@ def launch(p: Any, z: Tensor, *, capability: int, precision: str) -> tuple[Tenso
     x, w, b = p.x, p.w, p.b
     (m, k), (n, r) = x.shape, b.shape
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    mask = Mask.of(p.mask_product)
+    low_rank = low_rank_arguments(p, z)
     # Triton vectorises a load only along strides and extents that it knows to be multiples of 16.
     sizes = (k, n, *x.stride(), *w.stride(), x.data_ptr(), w.data_ptr())
     ragged = any(size % 16 for size in sizes if size != 1)
     kind = "ragged" if ragged else precision if x.dtype is torch.float32 else None
-    tile = matmul_tile(portable_rows(capability, kind, masked=mask.seed is not None), m, n, sms(x.device))
+    tile = matmul_tile(portable_rows(capability, kind, masked=low_rank["MASK_PRODUCT"]), m, n, sms(x.device))
     return y, Launch(
         _portable_kernel,
         (triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns),),
         strided("x", x, "mk")
         | strided("w", w, "nk")
-        | strided("z", z, "m")
-        | strided("b", b, "nr")
+        | low_rank
         | dict(
-            bias_ptr=p.bias,
             y_ptr=y,
-            seed_ptr=mask.seed,
-            threshold=mask.threshold,
-            rescale=mask.rescale,
-            M=m,
-            N=n,
             K=k,
-            R=r,
-            Z_IN_EIGHTS=in_eights(z),
-            B_IN_EIGHTS=in_eights(b),
-            MASK_PRODUCT=mask.seed is not None,
             PRECISION=precision,
             BLOCK_M=tile.rows,
             BLOCK_N=tile.columns,
             BLOCK_K=tile.depth,
             BLOCK_R=rank_trip(r, b.element_size()),
-            GROUP_M=GROUP_M,
         ),
         tile.options,
     )

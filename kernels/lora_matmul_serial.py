@@ -21,10 +21,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .indexing import low_rank_product, tile_position
-from .launch import Launch, in_eights, strided
-from .philox import Mask, keep_mask
-from .tiles import GROUP_M, SCALAR_LOADS, matmul_tile, rank_trip, sms, tma_rows
+from .indexing import low_rank_arguments, low_rank_product, masked, tile_position
+from .launch import Launch
+from .tiles import SCALAR_LOADS, matmul_tile, rank_trip, sms, tma_rows
 
 
 @triton.jit
@@ -118,8 +117,7 @@ def _serial_kernel(
             acc_mn = low_rank_product(
                 acc_mn, z_ptr, b_ptr, first_m, first_n, M, N, R, stride_zm, stride_bn, stride_br, BLOCK_R, None
             )
-            keep_mn = keep_mask(seed_ptr, first_m, first_n, threshold, BLOCK_M, BLOCK_N)
-            acc_mn = tl.where(keep_mn, acc_mn * rescale, 0.0)
+            acc_mn = masked(acc_mn, seed_ptr, first_m, first_n, threshold, rescale)
         for first_k in range(0, K, BLOCK_K):
             x_mk, w_kn = _load_x_w(x_desc, w_desc, first_m, first_n, first_k, W_K_BY_N)
             acc_mn = tl.dot(x_mk, w_kn, acc_mn)
@@ -141,39 +139,27 @@ def launch(p: Any, z: Tensor) -> tuple[Tensor, Launch]:
     x, w, b = p.x, p.w, p.b
     (m, k), (n, r) = x.shape, b.shape
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    mask = Mask.of(p.mask_product)
-    tile = matmul_tile(tma_rows(SCALAR_LOADS if mask.seed is not None and r % 16 else 0), m, n, sms(x.device))
+    low_rank = low_rank_arguments(p, z)
+    tile = matmul_tile(tma_rows(SCALAR_LOADS if low_rank["MASK_PRODUCT"] and r % 16 else 0), m, n, sms(x.device))
     w_k_by_n = w.stride(1) != 1
     tiles = triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns)
     return y, Launch(
         _serial_kernel,
         # In the interpreter a few CTAs, which then walk several tiles each.
         (min(tiles, sms(x.device) if x.is_cuda else 4),),
-        strided("z", z, "m")
-        | strided("b", b, "nr")
+        low_rank
         | dict(
             x_desc=TensorDescriptor.from_tensor(x, [tile.rows, tile.depth]),
             w_desc=TensorDescriptor.from_tensor(w.T, [tile.depth, tile.columns])
             if w_k_by_n
             else TensorDescriptor.from_tensor(w, [tile.columns, tile.depth]),
             y_desc=TensorDescriptor.from_tensor(y, [tile.rows, tile.columns // 2]),
-            bias_ptr=p.bias,
-            seed_ptr=mask.seed,
-            threshold=mask.threshold,
-            rescale=mask.rescale,
-            M=m,
-            N=n,
             K=k,
-            R=r,
-            Z_IN_EIGHTS=in_eights(z),
-            B_IN_EIGHTS=in_eights(b),
-            MASK_PRODUCT=mask.seed is not None,
             W_K_BY_N=w_k_by_n,
             BLOCK_M=tile.rows,
             BLOCK_N=tile.columns,
             BLOCK_K=tile.depth,
             BLOCK_R=rank_trip(r, b.element_size()),
-            GROUP_M=GROUP_M,
         ),
         tile.options,
     )

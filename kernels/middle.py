@@ -26,10 +26,7 @@ from . import ordered_sum
 from .launch import Launch, strided
 from .ordered_sum import Partial
 from .philox import Mask, keep_mask
-from .tiles import middle_tile
-
-# CTAs that fill the largest GPUs about twice; a constant, so that the sum is the same on every GPU.
-_TARGET_CTAS = 264
+from .tiles import FULL_TWICE, middle_tile, split
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -99,9 +96,7 @@ def launches(p: Any, z: Tensor, *, capability: int, precision: str) -> list[Laun
     scale = p.scale * mask.rescale
     tile = middle_tile(r, x.element_size(), a.element_size(), capability)
     blocks = triton.cdiv(m, tile.rows) * triton.cdiv(r, tile.columns)
-    splits = max(1, min(_TARGET_CTAS // blocks, triton.cdiv(k, 4 * tile.depth)))
-    k_per_split = triton.cdiv(triton.cdiv(k, splits), tile.depth) * tile.depth
-    splits = triton.cdiv(k, k_per_split)
+    splits, k_per_split = split(k, tile.depth, blocks, FULL_TWICE)
     parts = z if splits == 1 else torch.empty(splits, m, r, dtype=torch.float32, device=x.device)
     product = Launch(
         _middle_kernel,

@@ -26,13 +26,9 @@ from torch import Tensor
 from . import ordered_sum
 from .launch import Launch, in_eights, strided
 from .ordered_sum import Partial
-from .tiles import Tile, middle_and_grad_tile, padded_rank
+from .tiles import FULL, Tile, middle_and_grad_tile, padded_rank, split
 
 MAX_RANK = 32
-
-# CTAs that fill the largest GPUs once: each has 64 KiB in flight, and more of them mean more partial sums. A constant,
-# so that the sums are the same on every GPU.
-_TARGET_CTAS = 132
 
 
 @triton.jit(do_not_specialize=["M", "tokens_per_split"])
@@ -156,8 +152,9 @@ def pays(m: int, n: int, r: int, itemsize: int, capability: int) -> bool:
 
 
 def _grid(m: int, n: int, tile: Tile) -> tuple[int, int, int]:
-    """Blocks of N, splits of M, and the tokens of a split: a multiple of the depth, four trips at the least."""
+    """Blocks of N, splits of M, and the tokens of a split.
+
+    The GPU is filled once: each CTA has 64 KiB in flight, and more of them mean more partial sums.
+    """
     blocks = triton.cdiv(n, tile.columns)
-    splits = max(1, min(_TARGET_CTAS // blocks, triton.cdiv(m, 4 * tile.depth)))
-    tokens_per_split = triton.cdiv(triton.cdiv(m, splits), tile.depth) * tile.depth
-    return blocks, triton.cdiv(m, tokens_per_split), tokens_per_split
+    return blocks, *split(m, tile.depth, blocks, FULL)

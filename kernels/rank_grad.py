@@ -26,10 +26,7 @@ from . import ordered_sum
 from .launch import Launch, in_eights
 from .ordered_sum import Partial
 from .philox import Mask, keep_mask
-from .tiles import rank_grad_tile
-
-# CTAs that fill the largest GPUs about twice; a constant, so that the sum is the same on every GPU.
-_TARGET_CTAS = 264
+from .tiles import FULL_TWICE, rank_grad_tile, split
 
 
 @triton.jit(do_not_specialize=["M", "threshold", "tokens_per_split"])
@@ -123,10 +120,7 @@ def launches(
     (m, c), r = wide.shape, narrow.shape[1]
     tile = rank_grad_tile(r, precision if q.dtype is torch.float32 else None, capability)
     blocks = triton.cdiv(c, tile.columns) * triton.cdiv(r, tile.rows)
-    most = triton.cdiv(m, 4 * tile.depth)
-    splits = max(1, min(_TARGET_CTAS // blocks, most))
-    tokens_per_split = triton.cdiv(triton.cdiv(m, splits), tile.depth) * tile.depth
-    splits = triton.cdiv(m, tokens_per_split)
+    splits, tokens_per_split = split(m, tile.depth, blocks, FULL_TWICE)
 
     grad = torch.empty(p.shape[1], q.shape[1], dtype=dtype, device=q.device)
     partial = grad if splits == 1 else torch.empty(splits, *grad.shape, dtype=torch.float32, device=q.device)

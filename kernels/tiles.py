@@ -172,6 +172,22 @@ def rank_grad_tile(r: int, precision: str | None, capability: int) -> Tile:
     return Tile(min(padded_rank(r), 64), 64, 32 if precision == "tf32" else 64, warps, 3)
 
 
+# CTAs that fill the largest GPUs about once, and about twice: what kernels aim at that split their sum among CTAs.
+# Constants, so that sums are the same on every GPU.
+FULL, FULL_TWICE = 132, 264
+
+
+def split(length: int, depth: int, blocks: int, ctas: int) -> tuple[int, int]:
+    """Into how many parts a sum over ``length`` goes so that ``blocks`` of them are ``ctas`` CTAs, and their length.
+
+    A part is a multiple of the depth of a trip, and four trips at the least.
+    """
+    parts = max(1, min(ctas // blocks, -(-length // (4 * depth))))
+    longest = -(-length // parts)
+    part = -(-longest // depth) * depth
+    return -(-length // part), part
+
+
 def rank_trip(r: int, itemsize: int) -> int:
     """Depth of one trip of the low-rank product: at most 32, and 16 for fp32 adapters, whose cast holds registers."""
     return min(padded_rank(r), 32 if itemsize == 2 else 16)

@@ -107,10 +107,7 @@ def rank_grad(p: Problem) -> Kernel:
     return Kernel(2.0 * p.m * p.k * p.r, p.moved(x=1, z=1, a=1))
 
 
-# CTAs that kernels/rank_grad.py aims at; tests hold grids and bytes of the kernels to the functions below.
-GRAD_CTAS = 264
-
-
+# Tests hold grids and bytes of the kernels to the functions below.
 def rank_blocks(p: Problem) -> int:
     """Counts the parts of the rank of Triton's rank_grad; they are neighbours, and all but one find x in the L2."""
     return ceil(p.r / tiles.rank_grad_tile(p.r, None, 90).rows)
@@ -119,8 +116,7 @@ def rank_blocks(p: Problem) -> int:
 def grad_splits(p: Problem) -> int:
     """Counts the splits of M into which Triton's rank_grad divides da."""
     tile = tiles.rank_grad_tile(p.r, None, 90)
-    splits = max(1, min(GRAD_CTAS // (ceil(p.k / tile.columns) * rank_blocks(p)), ceil(p.m / (4 * tile.depth))))
-    return ceil(p.m / (ceil(ceil(p.m / splits) / tile.depth) * tile.depth))
+    return tiles.split(p.m, tile.depth, ceil(p.k / tile.columns) * rank_blocks(p), tiles.FULL_TWICE)[0]
 
 
 def rank_grad_triton(p: Problem) -> list[Kernel]:
@@ -132,16 +128,11 @@ def rank_grad_triton(p: Problem) -> list[Kernel]:
     return [Kernel(flops, p.moved(x=1, z=1) + partial), Kernel(0.0, partial + p.moved(a=1))]
 
 
-# CTAs that kernels/middle.py and kernels/middle_and_grad.py aim at.
-MIDDLE_CTAS, DY_CTAS = 264, 132
-
-
 def middle_triton(p: Problem) -> list[Kernel]:
     """z as Triton makes it: K is split where few rows leave the GPU idle, and a second kernel adds up."""
     tile = tiles.middle_tile(p.r, p.itemsize, p.itemsize, 90)
     blocks = ceil(p.m / tile.rows) * ceil(p.r / tile.columns)
-    splits = max(1, min(MIDDLE_CTAS // blocks, ceil(p.k / (4 * tile.depth))))
-    splits = ceil(p.k / (ceil(ceil(p.k / splits) / tile.depth) * tile.depth))
+    splits, _ = tiles.split(p.k, tile.depth, blocks, tiles.FULL_TWICE)
     if splits == 1:
         return [middle(p)]
     partial = 4.0 * splits * p.m * p.r
@@ -156,8 +147,7 @@ def middle_and_grad(p: Problem) -> list[Kernel]:
     if tiles.padded_rank(p.r) <= 32:
         tile = tiles.middle_and_grad_tile(p.r, p.itemsize, 90)
         blocks = ceil(p.k / tile.columns)
-        splits = max(1, min(DY_CTAS // blocks, ceil(p.m / (4 * tile.depth))))
-        splits = ceil(p.m / (ceil(ceil(p.m / splits) / tile.depth) * tile.depth))
+        splits, _ = tiles.split(p.m, tile.depth, blocks, tiles.FULL)
         t, db = 4.0 * p.r * p.m * blocks * (blocks > 1), 4.0 * p.r * p.k * splits * (splits > 1)
         if 2 * (t + db) < p.moved(x=1):
             made = (p.moved(z=1) if t else 0, p.moved(a=1) if db else 0)
