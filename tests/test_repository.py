@@ -28,7 +28,7 @@ FLOORS: tuple[set[str], ...] = (
     {"ops"},
     {"backends"},
     {"error_rule"},
-    {"kernels", "atomic", "text"},
+    {"kernels", "atomic", "eager", "text"},
 )
 
 # Files that import an optional dependency as they load, and so are imported inside functions only.

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..eager import is_eager
 from ..error_rule import compare
 from ..text import dtype_name
 from . import reference, triton
@@ -128,13 +129,7 @@ def _is_off() -> bool:
 
 def _nobody_may_compute() -> bool:
     """Whether a graph is being captured, or a tracer or dispatch mode would see the check's own operators."""
-    return (
-        (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
-        or torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-    )
+    return (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()) or not is_eager()
 
 
 def _first_fault(check: Callable[[], Iterator[str]]) -> str | None:
@@ -242,9 +237,7 @@ def _middle(p: Product) -> Tensor:
 
 
 def _update(p: Product, z: Tensor) -> Tensor:
-    y = torch.mm(z, p.b.to(z.dtype).T)
-    if (dropout := p.mask_product) is not None:
-        y = y.mul_(dropout.rescale).masked_fill_(~dropout.keep(*y.shape), 0)
+    y = reference.dropped(torch.mm(z, p.b.to(z.dtype).T), p.mask_product)
     return y if p.bias is None else y.add_(p.bias)
 
 

@@ -25,19 +25,20 @@ def lora_matmul(p: Product) -> tuple[Tensor | None, Tensor]:
     """x [M, K], w [N, K] or None for z alone, a [R, K], b [N, R], bias [N] → y [M, N], z [M, R]."""
     x = whole_rows(p.x)
     a, b = p.a.to(x.dtype), p.b.to(x.dtype)
-    z = new_middle(x, a.shape[0]).copy_(p.scale * (_dropped(x, p.mask_x) @ a.T))
+    z = new_middle(x, a.shape[0]).copy_(p.scale * (dropped(x, p.mask_x) @ a.T))
     if p.w is None:
         return None, z
-    y = x @ p.w.T + _dropped(z @ b.T, p.mask_product)
+    y = x @ p.w.T + dropped(z @ b.T, p.mask_product)
     return (y if p.bias is None else y + p.bias), z
 
 
 def rank_grad(p: Tensor, q: Tensor, *, dtype: torch.dtype, dropout: Dropout | None = None) -> Tensor:
     """p [M, P], q [M, Q] → pᵀ D(q) [P, Q] in ``dtype``."""
-    return (whole_rows(p.T) @ _dropped(q, dropout)).to(dtype)
+    return (whole_rows(p.T) @ dropped(q, dropout)).to(dtype)
 
 
-def _dropped(x: Tensor, dropout: Dropout | None) -> Tensor:
+def dropped(x: Tensor, dropout: Dropout | None) -> Tensor:
+    """D(x), or x itself without dropout."""
     if dropout is None:
         return x
     return torch.where(dropout.keep(*x.shape), x * dropout.rescale, 0)

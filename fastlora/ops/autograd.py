@@ -21,8 +21,8 @@ from torch.autograd.function import once_differentiable
 from ..backends import dispatch
 from ..backends.dropout import Dropout
 from ..backends.request import Product, new_middle
+from ..eager import is_eager
 from . import flops
-from .eager import is_eager
 
 _ops = torch.library.Library("fastlora", "FRAGMENT")
 _ops.define(

@@ -6,15 +6,15 @@ import numbers
 from typing import NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..backends import dispatch
 from ..backends.dispatch import Explanation
 from ..backends.dropout import draw_seed
 from ..backends.request import Product
+from ..eager import is_eager
 from ..text import dtype_name
 from . import autograd, dtensor, small
-from .eager import is_eager
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -58,7 +58,14 @@ def lora_linear(
     """
     eager = is_eager()
     product = None
-    if eager:
+    if (
+        eager
+        and type(x) in _PLAIN
+        and type(weight) in _PLAIN
+        and type(lora_a) in _PLAIN
+        and type(lora_b) in _PLAIN
+        and (bias is None or type(bias) in _PLAIN)
+    ):
         y = small.multiply(Product(x, weight, lora_a, lora_b, scale, bias, dropout_p), training)
         if y is not None:
             return y
@@ -104,6 +111,7 @@ def explain(
 # Signatures of calls of plain tensors that have passed the checks.
 _passed: set[tuple[object, ...]] = set()
 _MOST_PASSED = 4096
+_PLAIN = frozenset({Tensor, nn.Parameter})
 
 
 def _known(
@@ -115,24 +123,19 @@ def _known(
     try:
         device_type = "cpu" if x.is_cpu else x.device.type
         autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-        # Everything that the checks depend on.
+        # Everything that the checks of plain tensors depend on.
         signature = (
-            type(x), x.shape, x.dtype, x.device,
-            type(weight), weight.shape, weight.dtype, weight.device,
-            type(lora_a), lora_a.shape, lora_a.dtype, lora_a.device,
-            type(lora_b), lora_b.shape, lora_b.dtype, lora_b.device,
-            None if bias is None else (type(bias), bias.shape, bias.dtype, bias.device),
+            x.shape, x.dtype, x.device,
+            weight.shape, weight.dtype, weight.device,
+            lora_a.shape, lora_a.dtype, lora_a.device,
+            lora_b.shape, lora_b.dtype, lora_b.device,
+            None if bias is None else (bias.shape, bias.dtype, bias.device),
             autocast,
         )  # fmt: skip
-    except (AttributeError, RuntimeError):  # of something else than a tensor, or of one without a shape
+    except RuntimeError:  # of a tensor without a shape
         return None
     if signature not in _passed:
         _checked(x, weight, lora_a, lora_b, scale, bias, dropout_p)
-        if (
-            not {type(x), type(weight), type(lora_a), type(lora_b), type(weight if bias is None else bias)}
-            <= small.PLAIN
-        ):
-            return None
         if len(_passed) >= _MOST_PASSED:
             _passed.clear()
         _passed.add(signature)

@@ -6,27 +6,23 @@ They keep what the Function keeps, and where it would refuse a second differenti
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..backends import dispatch
 from ..backends.request import Product
 from .autograd import rows_of
 
-PLAIN = frozenset({Tensor, nn.Parameter})
-
 
 def multiply(p: Product, training: bool) -> Tensor | None:
-    """y [..., N] of a call that is eager, or None where it is not small, or not one that needs no checks.
+    """y [..., N] of an eager call of plain tensors, or None where it is not small, or not one that needs no checks.
 
     The operators find wrong shapes, dtypes and devices, and the call is then left to those who put them into words.
     """
-    x, w, a, b, bias, dropout_p = p.x, p.w, p.a, p.b, p.bias, p.dropout_p
-    if not (type(x) in PLAIN and type(w) in PLAIN and type(a) in PLAIN and type(b) in PLAIN):
-        return None
+    x, bias, dropout_p = p.x, p.bias, p.dropout_p
     small = dispatch.small_of(x)
     if small is None or type(p.scale) is not float or type(dropout_p) is not float or torch.is_autocast_enabled("cpu"):
         return None
-    if bias is not None and (type(bias) not in PLAIN or bias.shape != w.shape[:1]):  # type: ignore[union-attr]
+    if bias is not None and bias.shape != p.w.shape[:1]:  # type: ignore[union-attr]
         return None
     dims = x.dim()
     if dims != 2:

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D as Conv1D
 
-from ..ops.eager import is_eager
+from ..eager import is_eager
 from ..ops.linear import lora_linear
 from ..text import dtype_name
 from . import calls
