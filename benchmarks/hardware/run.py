@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
-import os
 import re
-import shutil
-import signal
-import subprocess
 import sys
 import tarfile
 import time
@@ -17,15 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from . import outcomes
+from . import outcomes, processes
 from .outcomes import Outcome
 from .stages import EASY, STAGES, TIMED, Context, Sizes, Stage
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHIVE = "results.tgz"
 
-# Seconds under which no stage is started, and between two looks at one that runs.
-_LEAST, _LOOK = 3.0, 0.1
+# Seconds under which no stage is started.
+_LEAST = 3.0
 # Pytest's own: all passed, some failed, nothing left to run.
 _PYTEST_ENDS = (0, 1, 5)
 # What tests/conftest.py ends a process with that has lost the GPU.
@@ -162,7 +157,7 @@ class Run:
 
     def _module(self, stage: Stage, limit: float) -> str:
         command = [*self.python, *stage.arguments(self._context(stage))]
-        return _result(self._process(stage.name, command, time.monotonic() + limit))
+        return _result(processes.run(command, self._log_path(stage.name), time.monotonic() + limit))
 
     def _tests(self, stage: Stage, limit: float) -> str:
         """Runs pytest until each test has run once: one that ends the process, or hangs, is noted and left behind."""
@@ -177,7 +172,7 @@ class Run:
         }
         parallel = self.parallel and stage.kind == "tests"
         if stage.kind == "memcheck":
-            prefix = _sanitizer()
+            prefix = processes.sanitizer()
             # Under the caching allocator most accesses out of bounds land in a neighbour's memory, unseen.
             variables["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
         elif parallel:
@@ -187,67 +182,22 @@ class Run:
         while True:
             known = outcomes.by_test(outcomes.read(log))
             done.write_text("".join(f"{test}\n" for test in known), encoding="utf-8")
-            rc = self._process(stage.name, command, end, variables, log, stall=None if parallel else self.sizes.stall)
+            stall = None if parallel else self.sizes.stall
+            rc = processes.run(command, self._log_path(stage.name), end, variables, log, stall)
             after = outcomes.by_test(outcomes.read(log))
             running = [test for test, outcome in after.items() if outcome.outcome == outcomes.STARTED]
             on = running or (rc == _LOST_STATUS and len(after) > len(known))
-            if rc in _PYTEST_ENDS or not on or time.monotonic() > end - _LOOK:
+            if rc in _PYTEST_ENDS or not on or time.monotonic() > end - processes.LOOK:
                 break
             why = "hung" if rc is None else "crashed"
             lines = [Outcome(test, why, "" if rc is None else f"the process ended with {rc}") for test in running]
-            told = len(outcomes.read(log))
-            _append(log, lines)
-            self._tell(log, told)
+            processes.note(log, lines)
         failures = [outcome for outcome in after.values() if outcome.is_failure]
         if rc is None:
             return "time out"
         if rc == 5 and after:
             rc = 0
         return f"{len(failures)} failed" if failures else _result(rc)
-
-    def _process(
-        self,
-        name: str,
-        command: Sequence[str],
-        end: float,
-        variables: dict[str, str] | None = None,
-        log: Path | None = None,
-        stall: float | None = None,
-    ) -> int | None:
-        """The exit status of a process; None where it was ended, at ``end`` or for ``stall`` seconds of silence."""
-        environment = os.environ | {"PYTHONUNBUFFERED": "1"} | (variables or {})
-        if shutil.which(command[0]) is None:
-            _write(self._log_path(name), f"there is no {command[0]} here\n")
-            return 127
-        told = len(outcomes.read(log)) if log else 0
-        with self._log_path(name).open("a", encoding="utf-8") as output:
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-            )
-            try:
-                # From the first word on: imports and collection are no test.
-                heard: float | None = None
-                while (rc := process.poll()) is None:
-                    now = time.monotonic()
-                    if log is not None and (lines := self._tell(log, told)) > told:
-                        told, heard = lines, now
-                    if now > end or (stall is not None and heard is not None and now > heard + stall):
-                        return None
-                    time.sleep(_LOOK)
-                if log is not None:
-                    self._tell(log, told)
-                return rc
-            finally:
-                # Also what a process that is over has left running.
-                _end(process)
-
-    def _tell(self, log: Path, told: int) -> int:
-        """Prints the failures among the lines that are new; returns how many lines there are."""
-        lines = outcomes.read(log)
-        for outcome in lines[told:]:
-            if outcome.is_failure:
-                print(f"  {outcome}"[:240], flush=True)
-        return len(lines)
 
     def _log_path(self, name: str) -> Path:
         return self.work / f"{name}.log"
@@ -335,33 +285,9 @@ def unpack(archive: Path, folder: Path) -> None:
         packed.extractall(folder, filter="data")
 
 
-def kernel_functions() -> list[str]:
-    """The names of the kernels as a GPU's tools see them, from the sources."""
-    triton = (re.findall(r"^def (_\w+_kernel)\(", path.read_text(), re.M) for path in ROOT.glob("kernels/*.py"))
-    cuda = (re.findall(r"__global__[^;{]*?\b(\w+)\(const", path.read_text()) for path in ROOT.glob("csrc/*.cu*"))
-    return sorted({name for names in (*triton, *cuda) for name in names})
-
-
-def _sanitizer() -> list[str]:
-    """The sanitizer on our own kernels; on all of torch's it takes hours."""
-    names = [word for name in kernel_functions() for word in ("--kernel-name", f"kns={name}")]
-    return ["compute-sanitizer", "--tool", "memcheck", *names, "--error-exitcode", "9"]
-
-
 def _result(rc: int | None) -> str:
     return "time out" if rc is None else "ok" if rc == 0 else f"rc {rc}"
 
 
-def _append(log: Path, lines: Sequence[Outcome]) -> None:
-    with log.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(line._asdict()) + "\n" for line in lines)
-
-
 def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()

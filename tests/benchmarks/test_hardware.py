@@ -20,7 +20,7 @@ import pytest
 from benchmarks.__main__ import main as benchmarks
 from benchmarks.cases import Case, ModelCase
 from benchmarks.hardware import __main__ as hardware
-from benchmarks.hardware import ingest, outcomes
+from benchmarks.hardware import ingest, outcomes, processes
 from benchmarks.hardware import run as runner
 from benchmarks.hardware.ingest import Places
 from benchmarks.hardware.outcomes import Check, Outcome, Tally
@@ -94,7 +94,7 @@ class Driven:
         self.out, self.work, self.script = folder / "out", folder / "work", folder / "script.json"
         monkeypatch.setenv("STAND_IN_SCRIPT", str(self.script))
         monkeypatch.setenv("FASTLORA_COMMIT", COMMIT)
-        monkeypatch.setattr(runner, "_sanitizer", lambda: ["env"])
+        monkeypatch.setattr(processes, "sanitizer", lambda: ["env"])
         self.does({})
 
     def does(self, changes: dict[str, object]) -> None:
@@ -503,7 +503,7 @@ def test_every_test_of_a_kernel_runs_in_one_stage() -> None:
 
 
 def test_the_kernels_that_the_sanitizer_looks_at() -> None:
-    functions = runner.kernel_functions()
+    functions = processes.kernel_functions()
     assert {"_middle_kernel", "_rank_update_kernel", "lora_matmul_kernel", "prepare_kernel"} <= set(functions)
 
 

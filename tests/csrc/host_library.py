@@ -33,7 +33,7 @@ def build(folder: Path, csrc: Path = CSRC, sources: Sequence[Path] | None = None
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda job: _compile(*job), jobs))
     library = folder / "libfastlora_host.so"
-    _make(library, [*COMPILE, "-shared", *map(str, objects)], objects)
+    make(library, [*COMPILE, "-shared", *map(str, objects)], objects)
     return library
 
 
@@ -41,11 +41,11 @@ def _compile(source: Path, folder: Path, csrc: Path, flags: Sequence[str]) -> Pa
     """The object of one file."""
     headers = [path for include in (MODEL, csrc) for path in sorted(include.iterdir()) if path.suffix in HEADERS]
     made = folder / f"{source.stem}.o"
-    _make(made, [*COMPILE, *flags, "-I", str(MODEL), "-I", str(csrc), "-c", str(source)], [source, *headers])
+    make(made, [*COMPILE, *flags, "-I", str(MODEL), "-I", str(csrc), "-c", str(source)], [source, *headers])
     return made
 
 
-def _make(made: Path, command: list[str], inputs: Iterable[Path]) -> None:
+def make(made: Path, command: list[str], inputs: Iterable[Path]) -> None:
     """Runs the command with ``-o made``, unless the last one that did was the same on inputs of the same content."""
     key = hashlib.sha256("\0".join([shutil.which(command[0]) or "", *command]).encode())
     for path in inputs:
@@ -58,6 +58,6 @@ def _make(made: Path, command: list[str], inputs: Iterable[Path]) -> None:
     fresh = made.with_name(f"{made.name}.{os.getpid()}")
     done = subprocess.run([*command, "-o", str(fresh)], capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
     fresh.replace(made)
     stamp.write_text(key.hexdigest())

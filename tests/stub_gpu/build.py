@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from csrc import build as csrc
+from tests.csrc.host_library import make
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
@@ -43,7 +44,7 @@ def driver() -> Path:
     made = FOLDER / "driver" / "libcuda.so.1"
     sources = [str(HERE / name) for name in ("checks.cpp", "driver.cpp")]
     host = ("-Wall", "-Wextra", "-fPIC", "-fvisibility=hidden", "-Wl,-soname,libcuda.so.1", "-Wl,-z,defs")
-    _run(["g++", *_FLAGS, *host, "-isystem", str(headers), *sources], made)
+    make(made, ["g++", *_FLAGS, *host, "-isystem", str(headers), *sources], _read(sources))
     return made.parent
 
 
@@ -65,18 +66,13 @@ def _nvcc(inputs: Sequence[str], made: Path) -> Path:
     sources = [str(HERE / name) for name in ("checks.cpp", "runtime.cpp")]
     device = ("-gencode=arch=compute_90a,code=sm_90a", "-cudart", "none", "-I", str(ROOT / "csrc"))
     host = ("-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xlinker", "-z,defs,-Bsymbolic")
-    _run([nvcc.path, *_FLAGS, *device, *host, *sources, *inputs], made)
+    make(made, [nvcc.path, *_FLAGS, *device, *host, *sources, *inputs], _read([*sources, *inputs]))
     return made
 
 
-def _run(command: Sequence[str], made: Path) -> None:
-    made.parent.mkdir(parents=True, exist_ok=True)
-    # Another run of the tests may have the old file loaded.
-    fresh = made.with_name(f"{made.name}.{os.getpid()}")
-    done = subprocess.run([*command, "-o", str(fresh)], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
-    fresh.replace(made)
+def _read(sources: Sequence[str]) -> list[Path]:
+    """The sources, and the headers that they may include."""
+    return [*map(Path, sources), *sorted(HERE.glob("*.hpp")), *sorted((ROOT / "csrc").glob("*.cuh"))]
 
 
 def start(module: str, *arguments: str, **variables: str) -> subprocess.Popen[str]:
