@@ -17,6 +17,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# What somebody measured on this machine is no part of a test.
+os.environ["FASTLORA_TABLE"] = "none"
+
 from fastlora.backends import dispatch
 
 # The tensors are small: waking a second thread costs more than it computes.
@@ -35,6 +38,7 @@ else:
 @pytest.fixture(autouse=True)
 def same_start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTLORA_BACKEND", raising=False)
+    monkeypatch.setenv("FASTLORA_TABLE", "none")
     dispatch.forget()
     torch.manual_seed(0)
     # Tests are small for time's sake: what they look at is the verbs, but where they ask for small calls.

@@ -159,6 +159,11 @@ def require_library() -> Library:
     return library
 
 
+def library_path() -> Path:
+    """Where the library is, or would be."""
+    return Path(os.environ.get("FASTLORA_CUDA_LIBRARY", _PACKAGE_LIBRARY))
+
+
 @functools.cache
 def find_library() -> Library | str:
     """The library, or the reason why there is none."""

@@ -1,9 +1,10 @@
 """Asks each kernel whether it refuses a call, picks one, and can explain the choice.
 
-``auto`` takes the first kernel in the order of ``KERNELS`` that neither refuses nor is unproven on the device. Skinny
-kernels prove themselves at their first use (``first_use``); the last of all, ``library``, needs no proof.
+``auto`` takes the kernel that a table (``measured``) says is the fastest at such sizes, where it is proven and does not
+refuse. Without one it goes by the rule: the skinny kernels, which prove themselves at their first use (``first_use``),
+and where these cannot run ``library``, which needs no proof.
 ``FASTLORA_BACKEND`` forces a kernel by its name, or the first that can of those whose names it begins (``triton``); a
-forced kernel that refuses is an error.
+forced kernel that refuses is an error. A name with a minus before it (``-triton-serial``) keeps kernels from ``auto``.
 """
 
 from __future__ import annotations
@@ -20,10 +21,9 @@ from ..kernels.tiles import architecture
 from ..text import dtype_name
 from . import cuda, first_use, library, measured, reference, replay, triton, triton_skinny
 from .dropout import Dropout
-from .measured import Proof
 from .request import Kernel, Product, Request
 
-# For each verb, in the order of preference. rank_grad has one kernel of each family, named by it.
+# For each verb. Of a family that is forced the first that can runs. rank_grad has one kernel of each, named by it.
 KERNELS: dict[str, tuple[Kernel, ...]] = {
     "lora_matmul": (
         *cuda.LORA_MATMUL,
@@ -44,7 +44,7 @@ class Verdict(NamedTuple):
 
 
 class Explanation(NamedTuple):
-    """The kernel that would run a request, its tile where it has one, and what each kernel answered.
+    """The kernel that would run a request, why, its tile where it has one, and what each kernel answered.
 
     ``check`` is how the check at first use stands, on GPUs.
     """
@@ -52,6 +52,7 @@ class Explanation(NamedTuple):
     request: Request
     chosen: str | None
     verdicts: tuple[Verdict, ...]
+    why: str
     tile: str | None = None
     check: str | None = None
 
@@ -60,7 +61,8 @@ class Explanation(NamedTuple):
         chosen = (self.chosen or "nothing") + (f" ({self.tile})" if self.tile else "")
         lines = [
             f"{r.verb} on {r.device}: M={r.m} K={r.k} N={r.n} R={r.r} {dtype_name(r.dtype)}, "
-            f"adapters {dtype_name(r.adapter_dtype)}, {'with' if r.dropout else 'no'} dropout -> {chosen}"
+            f"adapters {dtype_name(r.adapter_dtype)}, {'with' if r.dropout else 'no'} dropout -> {chosen}",
+            f"  {self.why}",
         ]
         for v in self.verdicts:
             note = f": {self.check}" if self.check and v.kernel == first_use.KERNELS[r.verb] else ""
@@ -74,8 +76,9 @@ def lora_matmul(p: Product) -> tuple[Tensor | None, Tensor]:
     Raises:
         RuntimeError: ``FASTLORA_BACKEND`` names an unknown kernel, or one that refuses.
     """
-    simple = p.x.is_cpu and _environment.get(_NAME, _AUTO) in _LIBRARY
-    kernel = _on_a_cpu("lora_matmul") if simple else _choose(Request.of_lora_matmul(p), _forced())
+    kernel = _simple("lora_matmul") if p.x.is_cpu and _environment.get(_NAME, _AUTO) in _LIBRARY else None
+    if kernel is None:
+        kernel = _choose(Request.of_lora_matmul(p), _forced())
     result: tuple[Tensor | None, Tensor] = kernel.run(p)
     return result
 
@@ -86,10 +89,9 @@ def rank_grad(p: Tensor, q: Tensor, dtype: torch.dtype, dropout: Dropout | None)
     Raises:
         RuntimeError: ``FASTLORA_BACKEND`` names an unknown kernel, or one that refuses.
     """
-    simple = q.is_cpu and _environment.get(_NAME, _AUTO) in _LIBRARY
-    kernel = (
-        _on_a_cpu("rank_grad") if simple else _choose(Request.of_rank_grad(p, q, dtype, dropout is not None), _forced())
-    )
+    kernel = _simple("rank_grad") if q.is_cpu and _environment.get(_NAME, _AUTO) in _LIBRARY else None
+    if kernel is None:
+        kernel = _choose(Request.of_rank_grad(p, q, dtype, dropout is not None), _forced())
     grad: Tensor = kernel.run(p, q, dtype=dtype, dropout=dropout)
     return grad
 
@@ -101,22 +103,29 @@ def gradients_of(p: Product, dy: Tensor) -> Callable[[Product, Tensor, Tensor], 
         p: the forward's product, with x [M, K].
         dy: gradient of the output [M, N].
     """
-    if dy.is_cpu and _environment.get(_NAME, _AUTO) in _LIBRARY:
-        return _on_a_cpu("lora_matmul").gradients
-    turned = Product(dy, p.w.T, p.b.T, p.a.T, p.scale, None, p.dropout_p, p.seed, on_product=True)  # type: ignore[union-attr]
-    kernel = _choose(Request.of_lora_matmul(turned), _forced())
-    # The library's are those of a CPU.
-    return None if kernel.name == "library" and not dy.is_cpu else kernel.gradients
+    kernel = _simple("lora_matmul") if dy.is_cpu and _environment.get(_NAME, _AUTO) in _LIBRARY else None
+    if kernel is None:
+        turned = Product(dy, p.w.T, p.b.T, p.a.T, p.scale, None, p.dropout_p, p.seed, on_product=True)  # type: ignore[union-attr]
+        kernel = _choose(Request.of_lora_matmul(turned), _forced())
+        # The library's are those of a CPU.
+        if kernel.name == "library" and not dy.is_cpu:
+            return None
+    return kernel.gradients
 
 
 def small_of(x: Tensor) -> Callable[[Product, bool], Tensor | None] | None:
     """The kernel's own way with small calls, or None where it has none."""
-    return _on_a_cpu("lora_matmul").small if x.is_cpu and _environment.get(_NAME, _AUTO) in _LIBRARY else None
+    return _library("lora_matmul").small if x.is_cpu and _environment.get(_NAME, _AUTO) in _LIBRARY else None
 
 
 @functools.cache
-def _on_a_cpu(verb: str) -> Kernel:
-    """What ``auto`` takes on a CPU, whatever the call: the kernels before it are kept for GPUs."""
+def _simple(verb: str) -> Kernel | None:
+    """What runs every call on a CPU, or None where a table knows better forms of it: the other kernels are for GPUs."""
+    return None if measured.sources_of(torch.device("cpu")) else _library(verb)
+
+
+@functools.cache
+def _library(verb: str) -> Kernel:
     return next(kernel for kernel in KERNELS[verb] if kernel.name == "library")
 
 
@@ -133,8 +142,10 @@ def forget() -> None:
     """Lets every choice be made anew."""
     _chosen.clear()
     first_use.forget()
+    measured.forget()
     replay.forget()
-    _on_a_cpu.cache_clear()
+    _simple.cache_clear()
+    _library.cache_clear()
 
 
 # os.environ encodes the name in each look and raises inside where it is not set, half a microsecond; this is its dict.
@@ -162,7 +173,7 @@ def _decide(request: Request, forced: str) -> Kernel:
     explanation = _explain(request, forced)
     if explanation.chosen is None:
         raise RuntimeError(f"FASTLORA_BACKEND={forced} cannot run this call\n{explanation}")
-    kernel = next(kernel for kernel in KERNELS[request.verb] if kernel.name == explanation.chosen)
+    kernel = named(request.verb)[explanation.chosen]
     if len(first_use.failed) > failures or len(_chosen) >= _MOST_CHOSEN:
         _chosen.clear()
     if not any(verdict.reason == first_use.LATER for verdict in explanation.verdicts):
@@ -170,29 +181,61 @@ def _decide(request: Request, forced: str) -> Kernel:
     return kernel
 
 
+def named(verb: str) -> dict[str, Kernel]:
+    """The kernels of a verb and their forms, by name."""
+    return {form.name: form for kernel in KERNELS[verb] for form in (kernel, *kernel.forms)}
+
+
 def _explain(request: Request, forced: str) -> Explanation:
-    if forced != "auto" and not any(_is_named(kernel.name, forced) for kernel in KERNELS["lora_matmul"]):
+    forbidden = forced[1:] if forced.startswith("-") else None
+    meant = forced if forbidden is None else forbidden
+    if meant != "auto" and not any(_is_named(kernel.name, meant) for kernel in KERNELS["lora_matmul"]):
         names = [kernel.name for kernel in KERNELS["lora_matmul"]]
         raise RuntimeError(
             f"FASTLORA_BACKEND={forced!r} is unknown: expected auto, one of the kernels {', '.join(names)}, or the "
-            "beginning of their names, such as triton"
+            "beginning of their names, such as triton; with a minus before it, such as -triton, none of them"
         )
+    refusals = {kernel.name: kernel.refuses(request) for kernel in KERNELS[request.verb]}
+    chosen: str | None
     if 0 in (request.m, request.k, request.n):
         # Nothing to multiply, so nothing to force: an empty batch must not break a training loop.
-        forced = "library"
-    refusals = {kernel.name: kernel.refuses(request) for kernel in KERNELS[request.verb]}
-    candidates = [name for name in refusals if _is_candidate(name, forced)]
-    chosen = None
-    for name in candidates:
-        if forced == "auto" and refusals[name] is None and (chosen is None or name != first_use.KERNELS[request.verb]):
-            refusals[name] = unproven(name, request)
-        chosen = chosen or (name if refusals[name] is None else None)
+        chosen, why = "library", "nothing to multiply"
+    elif forced != "auto" and forbidden is None:
+        able = (name for name, refusal in refusals.items() if refusal is None)
+        chosen = next((name for name in able if _is_named(name, forced) or _is_family(name, forced)), None)
+        why = f"forced by FASTLORA_BACKEND={forced}"
+    else:
+        if forbidden is not None:
+            for name in refusals:
+                if name != "library" and _is_named(name, forbidden):
+                    refusals[name] = refusals[name] or f"FASTLORA_BACKEND={forced} forbids it"
+        chosen, why = _automatic(request, refusals)
     check = first_use.state(request) if request.device.type == "cuda" else None
-    return Explanation(request, chosen, tuple(Verdict(*item) for item in refusals.items()), check=check)
+    return Explanation(request, chosen, tuple(Verdict(*item) for item in refusals.items()), why, check=check)
 
 
-def _is_candidate(name: str, forced: str) -> bool:
-    return name != "reference" if forced == "auto" else _is_named(name, forced) or _is_family(name, forced)
+def _automatic(request: Request, refusals: dict[str, str | None]) -> tuple[str, str]:
+    """The kernel that ``auto`` takes and why; adds to the refusals why it passes over those that could run."""
+    best, why = measured.choice(request)
+    checked = first_use.KERNELS[request.verb]
+    for name in refusals:
+        if refusals[name] is None and name not in (checked, "library", "reference"):
+            refusals[name] = unproven(name, request)
+    # What is checked at its first use is not before it is wanted. A form is refused what its kernel is.
+    kernel = None if best is None else best.partition(":")[0]
+    if kernel is None or kernel == checked or refusals.get(kernel, "is unknown") is not None:
+        refusals[checked] = refusals[checked] or unproven(checked, request)
+    if best in named(request.verb) and refusals[kernel] is None:  # type: ignore[index]
+        return best, why
+    chosen = checked if refusals[checked] is None else "library"
+    return chosen, f"by the rule: {why}" if best is None else f"by the rule: {best} was faster but cannot run ({why})"
+
+
+def rule(request: Request) -> str:
+    """The kernel that ``auto`` takes where no table knows better."""
+    checked = first_use.KERNELS[request.verb]
+    able = named(request.verb)[checked].refuses(request) is None and unproven(checked, request) is None
+    return checked if able else "library"
 
 
 def _is_named(kernel: str, forced: str) -> bool:
@@ -211,12 +254,9 @@ def unproven(kernel: str, request: Request) -> str | None:
         return None
     if request.device.type != "cuda":
         return f"can run without a GPU, but auto keeps it for GPUs; FASTLORA_BACKEND={kernel} forces it"
-    if kernel == first_use.KERNELS[request.verb]:
-        return first_use.objection(request)
-    proof = Proof(request.verb, kernel, triton.capability_of(request.device), dtype_name(request.dtype))
-    if proof in measured.PROVEN:
-        return None
-    return (
-        f"can run, but auto passes it over: not yet proven on {architecture(proof.capability)} in {proof.dtype} "
-        f"(benchmarks/HARDWARE.md); FASTLORA_BACKEND={kernel} forces it"
-    )
+    if obstacle := measured.unproven(request, kernel):
+        return (
+            f"can run, but auto passes it over: {obstacle} on {architecture(triton.capability_of(request.device))} in "
+            f"{dtype_name(request.dtype)} (`{measured.COMMAND}`, docs/tuning.md); FASTLORA_BACKEND={kernel} forces it"
+        )
+    return first_use.objection(request) if kernel == first_use.KERNELS[request.verb] else None

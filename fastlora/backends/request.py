@@ -69,6 +69,7 @@ class Request(NamedTuple):
     Attributes:
         unaligned: why the copy engine of a GPU cannot read one of the 16-bit operands, or None.
         z_only: whether there is no w, so that z alone is made.
+        backward: whether the operands of ``lora_matmul`` are turned.
     """
 
     verb: str
@@ -82,6 +83,14 @@ class Request(NamedTuple):
     dropout: bool
     unaligned: str | None = None
     z_only: bool = False
+    backward: bool = False
+
+    @property
+    def direction(self) -> str:
+        """``forward`` or ``backward``; of ``rank_grad`` the gradient that its two sides are those of."""
+        if self.verb == "rank_grad":
+            return "da" if self.k <= self.n else "db"
+        return "backward" if self.backward else "forward"
 
     @staticmethod
     def of_lora_matmul(p: Product) -> Request:
@@ -106,7 +115,18 @@ class Request(NamedTuple):
                     w_rows = _unaligned("w", w) if w.stride(1) == 1 else _unaligned("wᵀ", w.T)
                     unaligned = _unaligned("x", x) or w_rows or f"N = {n}: rows of y must start on 16 bytes, {_EIGHT}"
         return Request(
-            "lora_matmul", x.device, dtype, p.a.dtype, m, k, n, p.a.shape[0], p.seed is not None, unaligned, w is None
+            "lora_matmul",
+            x.device,
+            dtype,
+            p.a.dtype,
+            m,
+            k,
+            n,
+            p.a.shape[0],
+            p.seed is not None,
+            unaligned,
+            w is None,
+            p.on_product,
         )
 
     @staticmethod
@@ -136,6 +156,8 @@ class Kernel(NamedTuple):
             error rule. None where the verbs are called, as traced code always does.
         small: y [M, N] in torch's own differentiable operators, for eager calls in which a Function's time would show;
             returns None for other calls. Takes the product without a seed, and whether dropout is on.
+        forms: other ways of this kernel to the same results, which only a measured table prefers to it; their names
+            begin with the kernel's and a colon.
     """
 
     name: str
@@ -144,6 +166,7 @@ class Kernel(NamedTuple):
     tile: Callable[[Product], str] | None = None
     gradients: Callable[[Product, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None
     small: Callable[[Product, bool], Tensor | None] | None = None
+    forms: tuple[Kernel, ...] = ()
 
 
 def runs_anything(request: Request) -> str | None:

@@ -193,7 +193,7 @@ def test_on_amd_gpus_the_check_alone_decides(name: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(triton, "capability_of", lambda device: tiles.amd_capability(name))
     assert chosen() == "triton-skinny"
     assert dispatch._choose(REQUEST, "triton-portable").name == "triton-portable"
-    assert f"not yet proven on {name.partition(':')[0]} in" in str(dispatch._explain(REQUEST, "auto"))
+    assert f"is not proven on {name.partition(':')[0]} in" in str(dispatch._explain(REQUEST, "auto"))
     assert first_use.objection_to_masks(CPU) is None
     first_use.forget()
     dispatch.forget()
