@@ -14,12 +14,13 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from fastlora.clock import Clock, Hold, Work
+
 from .cases import MODES, Case
 from .layers.arms import arms
 from .layers.gate import Gate
 from .layers.operands import make_operands
 from .layers.work import broken, prepare
-from .measure.clocks import Clock, Hold, Work
 from .measure.failures import AbsentError
 from .records import environment
 from .records.rows import Spread

@@ -30,7 +30,7 @@ FLOORS: tuple[set[str], ...] = (
     {"ops"},
     {"backends"},
     {"error_rule"},
-    {"kernels", "atomic", "eager", "text"},
+    {"kernels", "atomic", "clock", "eager", "text"},
 )
 
 # Files that import an optional dependency as they load, and so are imported inside functions only.
@@ -154,6 +154,12 @@ def test_imports_go_down_only(module: str) -> None:
     imported = {name for name in imported_modules(MODULES[module], package_of(MODULES[module])) if "fastlora." in name}
     allowed = {part, "__version__"}.union(*FLOORS[floor + 1 :])
     assert {part_of(name) for name in imported} <= allowed
+
+
+def test_nothing_is_measured_inside_of_a_step() -> None:
+    """The clock is for the tuner, and for the benchmarks: nothing that a step runs imports it."""
+    timing = {name for name, file in MODULES.items() if "fastlora.clock" in imported_modules(file, package_of(file))}
+    assert {part_of(module) for module in timing} <= {"tune"}
 
 
 def test_no_import_cycles() -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastlora.clock import Clock, Hold, Work
+
 from ..cases import layer_named
-from ..measure.clocks import Clock, Hold, Work
 from ..records.rows import Spread
 
 ROUNDS, WARM_UP = 15, 3

@@ -18,9 +18,9 @@ from torch import Tensor
 from fastlora.accuracy import compare
 from fastlora.backends import dispatch, reference
 from fastlora.backends.request import Kernel, Product, Request
+from fastlora.clock import Clock
 
 from ..cases import SCALE
-from ..measure.clocks import Clock
 from .ceilings import normal, time_on_device
 
 VENDOR = "vendor"

@@ -7,8 +7,9 @@ from functools import partial
 
 import torch
 
+from fastlora.clock import Clock
+
 from ..cases import FLOOR, Case
-from ..measure.clocks import Clock
 from ..measure.contest import Subject, compete
 from ..measure.failures import failures_into
 from ..records.rows import LayerRow

@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import torch
 
+from fastlora.clock import Clock
+
 from ..cases import DTYPES, FLOOR, LAYERS, MODES, PROFILES, Case
 from ..measure import runner
-from ..measure.clocks import Clock
 from ..measure.failures import AbsentError
 from ..measure.runner import Doing, layer_name, positive, probability
 from ..records import plots

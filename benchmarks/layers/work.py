@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastlora.clock import Work
+
 from ..cases import COPIES
-from ..measure.clocks import Work
 from ..measure.memory import allocation
 from .arm import Built
 from .operands import Operands

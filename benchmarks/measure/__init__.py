@@ -1,1 +1,1 @@
-"""The clock, the contest and the loop over cases, for every subcommand that measures."""
+"""The contest and the loop over cases, for every subcommand that measures."""

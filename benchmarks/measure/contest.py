@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from fastlora.clock import Clock, Hold, Work, no_garbage_collection, shuffled
+
 from ..records.rows import Measured
-from .clocks import Clock, Hold, Work, no_garbage_collection, shuffled
 from .failures import failures_into
 
 # Lazy set-up and compilation are over after so many calls.

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 
 import torch
 
+from fastlora.clock import Clock, Work
+
 from ..cases import ModelCase
-from ..measure.clocks import Clock, Work
 from ..measure.contest import Subject, compete
 from ..measure.failures import failures_into
 from ..records.rows import ModelRow

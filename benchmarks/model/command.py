@@ -6,10 +6,11 @@ import argparse
 import importlib.util
 from collections.abc import Sequence
 
+from fastlora.clock import Clock
+
 from ..cases import DTYPES, ModelCase, Profile, Sweep
 from ..layers.arm import absent
 from ..measure import runner
-from ..measure.clocks import Clock
 from ..measure.runner import Doing, StopError, positive, probability
 from ..records import plots
 from ..records.rows import ModelRow

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 import fastlora
+from fastlora.clock import Work
 
 from ..cases import COPIES, ModelCase
 from ..layers.arm import choice
-from ..measure.clocks import Work
 from ..measure.memory import allocation, stored_bytes
 from .architectures import architecture_named, build, parameter_count, random_batch
 from .arms import FULL, ModelArm

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from fastlora.accuracy import Errors
+from fastlora.clock import Clock, Work
 
 from ..cases import DTYPES, Case
 from ..layers.arms import arms
 from ..layers.gate import Gate
 from ..layers.operands import make_operands
-from ..measure.clocks import Clock, Work
 from ..measure.contest import Subject, compete
 from ..records.rows import Spread
 from .claims import Lab

@@ -67,12 +67,12 @@ def on_the_stand_in(arguments: list[str]) -> int:
     """A module as on a GPU, with kernels that launch into the stubs and results from the reference."""
     import torch
 
-    from benchmarks.measure import clocks
+    from fastlora.clock import Clock
     from tests.stub_gpu import bench
 
     bench.prepare()
     # Not a quarter of a gigabyte before every sample.
-    clocks.Clock._flush = torch.empty(1)  # type: ignore[assignment]
+    Clock._flush = torch.empty(1)  # type: ignore[assignment]
     sys.argv = [arguments[0], *arguments[1:]]
     try:
         runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)

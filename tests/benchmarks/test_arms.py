@@ -15,9 +15,9 @@ from benchmarks.layers.arm import imported
 from benchmarks.layers.arms import HOST_ARMS, arms
 from benchmarks.layers.case import run_case
 from benchmarks.layers.operands import make_operands
-from benchmarks.measure.clocks import Clock
 from benchmarks.measure.failures import AbsentError
 from benchmarks.records import plots
+from fastlora.clock import Clock
 
 pytestmark = pytest.mark.usefixtures("no_interpreter")
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from benchmarks.cases import Case
-from benchmarks.measure.clocks import Clock
 from benchmarks.measure.contest import MIN_ROUNDS, Subject, compete
 from benchmarks.records.rows import LayerRow
+from fastlora.clock import Clock
 
 CLOCK = Clock(torch.device("cpu"))
 

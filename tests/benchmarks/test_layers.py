@@ -22,13 +22,13 @@ from benchmarks.layers.operands import make_operands
 from benchmarks.layers.table import render_case
 from benchmarks.layers.work import kept_bytes, peak_bytes
 from benchmarks.measure import contest, runner
-from benchmarks.measure.clocks import Clock, shuffled
 from benchmarks.measure.failures import failures_into
 from benchmarks.records import environment
 from benchmarks.records.files import read
 from benchmarks.records.rows import STATUSES, LayerRow, Spread
 from benchmarks.records.tables import WIDTH, speedups
 from benchmarks.records.units import geometric_mean
+from fastlora.clock import Clock, shuffled
 
 pytestmark = pytest.mark.usefixtures("no_interpreter")
 

@@ -16,7 +16,6 @@ from benchmarks import __main__ as command_line
 from benchmarks.cases import ModelCase
 from benchmarks.layers import arm as layers_arm
 from benchmarks.layers.arm import KERNELS
-from benchmarks.measure.clocks import Clock
 from benchmarks.measure.contest import MIN_ROUNDS
 from benchmarks.model import architectures
 from benchmarks.model import case as model_case
@@ -32,6 +31,7 @@ from benchmarks.model.training import Training, keep_imports
 from benchmarks.records.files import read
 from benchmarks.records.rows import ModelRow, Spread, from_json
 from benchmarks.records.tables import WIDTH, quotients
+from fastlora.clock import Clock
 
 CPU = torch.device("cpu")
 ON_CPU = [name for name, arm in arms().items() if arm.kernel in (None, "library")]

@@ -1,4 +1,4 @@
-"""Clocks: wall time and device time of a call, and the order in which arms take turns.
+"""The clock: wall time and device time of a call, and the order in which arms take turns.
 
 Wall time is one call on a quiet device, until the device is done. Device time, on CUDA alone, lies between two events:
 L2 is flushed before, and the stream is held back until the host has queued the whole call, so that gaps between
