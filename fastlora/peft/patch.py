@@ -174,7 +174,7 @@ def _patch(model: nn.Module, strict_dtype: bool) -> tuple[PatchReport, dict[nn.M
         if isinstance(layer, FusedLoraLinear):
             already[name] = layer
         elif isinstance(layer, BaseTunerLayer):
-            reason = _refusal(layer) if type(layer) is lora.Linear else _another(layer)
+            reason = refusal(layer)
             if reason is None:
                 patched[name] = layer
             else:
@@ -199,10 +199,15 @@ def _patch(model: nn.Module, strict_dtype: bool) -> tuple[PatchReport, dict[nn.M
     return report, before
 
 
-def _refusal(layer: Any) -> str | None:
-    """Gives the reason why a LoRA layer can never run on fastlora, as it was built; None where it can."""
+def refusal(layer: Any) -> str | None:
+    """Gives the reason why an adapter layer of peft can never run on fastlora, as it was built; None where it can."""
+    from peft.tuners import lora
+
     from .layer import LORA_BIAS, Conv1D, base_refusal, exotic, is_exotic, variant
 
+    kind = type(layer)
+    if kind is not lora.Linear:
+        return f"a {kind.__module__}.{kind.__name__} is not peft.tuners.lora.Linear itself"
     missing = [attribute for attribute in READ if not hasattr(layer, attribute)]
     if missing:
         return f"this version of peft has no {', '.join(missing)} in its LoRA layers: install one docs/peft.md names"
@@ -219,11 +224,6 @@ def _refusal(layer: Any) -> str | None:
     if names and all(layer.lora_B[name].bias is not None for name in names):
         return LORA_BIAS
     return None
-
-
-def _another(layer: object) -> str:
-    kind = type(layer)
-    return f"a {kind.__module__}.{kind.__name__} is not peft.tuners.lora.Linear itself"
 
 
 def _base_weight(layer: Any) -> Any:
