@@ -77,6 +77,7 @@ setup(
         "fastlora.loralib",
         "fastlora.ops",
         "fastlora.peft",
+        "fastlora.tune",
     ],
     package_data={"fastlora": ["py.typed"]},
     ext_modules=[

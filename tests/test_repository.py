@@ -24,7 +24,7 @@ LEDGER = ROOT / "benchmarks" / "HARDWARE.md"
 
 # Top to bottom: a file imports from its own folder and from lower floors, and wings never name each other.
 FLOORS: tuple[set[str], ...] = (
-    {"info", "merge", "parallel"},
+    {"info", "merge", "parallel", "tune"},
     {"module", "adapters", "peft", "loralib"},
     {"mergeable", "accuracy"},
     {"ops"},

@@ -1,0 +1,233 @@
+"""The LoRA layers that matter to a user: those of a model, or those that a model of a config.json would have."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.config import AdapterConfig
+from ..adapters.layer import AdaptedLinear, features
+from ..adapters.matching import ALL_LINEAR
+from ..adapters.plan import plan
+from ..loralib import Linear, MergedLinear
+from ..mergeable import Mergeable
+from ..module import LoRALinear
+from ..text import dtype_name, listed, shown
+
+_HALF = (torch.bfloat16, torch.float16)
+_BASES = (*_HALF, torch.float32, torch.float64)
+
+_SHAPE = "the layers themselves, with --layer K N"
+_MERGED = "the adapter is merged into the base weight: unmerge it, in fastlora.loralib with train()"
+
+
+class Layer(NamedTuple):
+    """One kind of LoRA layer: what a kernel is chosen by, but for the number of tokens.
+
+    Attributes:
+        k: width of the input.
+        n: width of the output.
+        r: rank of the one product that is run.
+        dtype: of input, base and output.
+        adapter_dtype: of A and B.
+        dropout: True where training drops elements of the adapter's input.
+        bias: True where the base has a bias.
+    """
+
+    k: int
+    n: int
+    r: int
+    dtype: torch.dtype
+    adapter_dtype: torch.dtype
+    dropout: bool
+    bias: bool
+
+    def __str__(self) -> str:
+        text = f"{self.k} -> {self.n} R={self.r} {dtype_name(self.dtype)}"
+        if self.adapter_dtype is not self.dtype:
+            text += f", {dtype_name(self.adapter_dtype)} adapters"
+        return text + (", dropout" if self.dropout else "") + (", bias" if self.bias else "")
+
+
+def of_model(model: nn.Module, dtype: torch.dtype | None = None) -> list[Layer]:
+    """Lists the LoRA layers of a model that run on :func:`fastlora.lora_linear`, each kind once, as they come.
+
+    They are ``LoRALinear``, layers that ``fastlora.inject`` adapted, ``Linear`` and ``MergedLinear`` of
+    ``fastlora.loralib``, and PEFT's LoRA layers that ``patch_peft`` has patched or would.
+
+    A layer counts with its active adapter, switched off or not, and not at all where that has no part in it; while an
+    injected model has none active, each of its adapters counts. Several active adapters of PEFT are one product of the
+    summed rank, as they run where none drops. Left out is what runs no such product: merged layers, embeddings,
+    convolutions, DoRA, quantised bases.
+
+    Args:
+        model: any module, in any mode; wrappers such as DDP and torch.compile's are looked through. Widths are those of
+            the whole layer, not of a tensor-parallel rank's share.
+        dtype: dtype of autocast, where the model will run in it: bases and adapters count as cast, float32 adapters
+            and float64 layers stay.
+
+    Raises:
+        TypeError: ``model`` is no ``nn.Module``.
+        ValueError: it has no such layer.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    found: dict[Layer, None] = {}
+    left_out: Counter[str] = Counter()
+    for module in model.modules():
+        for layer in _layers(module):
+            fit = layer if isinstance(layer, str) else _cast(layer, dtype)
+            if isinstance(fit, str):
+                left_out[fit] += 1
+            else:
+                found[fit] = None
+    if not found:
+        why = "; ".join(f"{count} × {reason}" for reason, count in left_out.most_common())
+        raise ValueError(
+            f"model has no LoRA layer that runs on fastlora{f' ({why})' if why else ''}: give it adapters first, with "
+            "peft.get_peft_model or fastlora.inject, and pass the model that has them"
+        )
+    return list(found)
+
+
+def _layers(module: nn.Module) -> Iterator[Layer | str]:
+    """Yields what a module counts as, one of each product that it may run, or the reason why it runs none."""
+    lora: Any = sys.modules.get("peft.tuners.lora")  # where nobody has imported it, no layer is PEFT's
+    if lora is not None and isinstance(module, lora.LoraLayer):
+        yield _of_peft(module)
+    elif isinstance(module, LoRALinear):
+        yield _layer(module, module.out_features, [module.lora_A], module.lora_dropout > 0)
+    elif isinstance(module, AdaptedLinear):
+        active = module.active_adapter
+        for name, a in module.lora_A.items():
+            if active is None or name == active:
+                yield _layer(module, module.lora_B[name].shape[0], [a], module.lora_dropout[name] > 0)
+    elif isinstance(module, (Linear, MergedLinear)) and "lora_A" in module._parameters:
+        yield _layer(module, module.out_features, [module.lora_A], _drops(module.lora_dropout))
+
+
+def _of_peft(layer: Any) -> Layer | str:
+    from ..peft.layer import LORA_BIAS, NO_ADAPTER, FusedLoraLinear, variant
+    from ..peft.patch import refusal
+
+    if not isinstance(layer, FusedLoraLinear) and (reason := refusal(layer)) is not None:
+        return reason
+    if layer.merged:
+        return _MERGED
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if not names:
+        return NO_ADAPTER
+    for name in names:
+        if name in layer.lora_variant:
+            return variant(layer, name)
+        if layer.lora_B[name].bias is not None:
+            return LORA_BIAS
+    # Active ones that drop have a mask each, and PEFT runs those itself: what is ours is one product without dropout.
+    drops = len(names) == 1 and _drops(layer.lora_dropout[names[0]])
+    return _layer(layer.base_layer, layer.out_features, [layer.lora_A[name].weight for name in names], drops)
+
+
+def _drops(dropout: object) -> bool:
+    return isinstance(dropout, nn.Dropout) and dropout.p > 0
+
+
+def _layer(base: Any, n: int, downs: list[Tensor], dropout: bool) -> Layer | str:
+    """Makes the layer of a base [N, K] and the A [R, K] of the adapters that run as one."""
+    if isinstance(base, Mergeable) and base.merged:
+        return _MERGED
+    first = downs[0]
+    if any(a.dim() != 2 or 0 in a.shape for a in downs):
+        return "the adapter is one rank's share: pass the model before FSDP1 or DeepSpeed ZeRO-3 wraps it"
+    if any(a.dtype is not first.dtype for a in downs):
+        return "the active adapters differ in dtype"
+    r = sum(a.shape[0] for a in downs)
+    return Layer(first.shape[1], n, r, base.weight.dtype, first.dtype, dropout, base.bias is not None)
+
+
+def _cast(layer: Layer, dtype: torch.dtype | None) -> Layer | str:
+    """Casts a layer as autocast in this dtype does, and gives the reason where its dtypes do not fit together."""
+    if dtype is not None and layer.dtype in (*_HALF, torch.float32):
+        wide = layer.adapter_dtype is torch.float32
+        layer = layer._replace(dtype=dtype, adapter_dtype=torch.float32 if wide else dtype)
+    base, adapter = layer.dtype, layer.adapter_dtype
+    if base in _BASES and (adapter is base or (adapter is torch.float32 and base in _HALF)):
+        return layer
+    return f"the adapter is {dtype_name(adapter)} on a {dtype_name(base)} base"
+
+
+def of_config(
+    path: str | Path, r: int, dtype: torch.dtype, adapter_dtype: torch.dtype, dropout: bool = False
+) -> list[Layer]:
+    """Lists the LoRA layers that a model of transformers would have, each kind once, as they come.
+
+    They are those that ``fastlora.inject`` adapts with ``"all-linear"``: every linear layer but the head. The model is
+    built on the meta device: nothing is downloaded and no weight takes memory. Code and quantisation that the file
+    names are not looked at.
+
+    Args:
+        path: a ``config.json``, or the folder that holds one.
+        r: rank of every layer.
+        dtype: dtype of the base.
+        adapter_dtype: dtype of A and B.
+        dropout: True for adapters with dropout.
+
+    Raises:
+        ValueError: r is below 1; there is no such file; it describes no model with linear layers that the installed
+            transformers builds; or transformers is missing.
+    """
+    options = AdapterConfig(ALL_LINEAR, r)
+    file = Path(path)
+    file = file / "config.json" if file.is_dir() else file
+    described = _read(file)
+    try:
+        import transformers
+    except ImportError as error:
+        raise ValueError(
+            f"{file} is read by transformers, which cannot be imported ({error}): pip install transformers, or give "
+            f"{_SHAPE}"
+        ) from error
+    kind, known, version = str(described["model_type"]), transformers.CONFIG_MAPPING, transformers.__version__
+    if kind not in known:
+        near = get_close_matches(kind, known.keys()) or ["llama", "gpt2", "bert"]
+        raise ValueError(
+            f"{file} has model_type {shown(kind)}: expected one that transformers {version} knows, such as "
+            f"{listed(near)}. Install a newer transformers (code of the model's own is not run), or give {_SHAPE}"
+        )
+    try:
+        config = known[kind].from_dict(described)
+        with torch.device("meta"):
+            model = transformers.AutoModel.from_config(config, attn_implementation="eager", trust_remote_code=False)
+        planned = plan(model, options, "default")
+    except Exception as error:  # a value of the file may break anything in there
+        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(
+            f"transformers {version} builds no {kind} with linear layers from {file} ({why}): mend the file, or give "
+            f"{_SHAPE}"
+        ) from error
+    layers = (
+        Layer(*features(layer.module), r, dtype, adapter_dtype, dropout, layer.module.bias is not None)
+        for layer in planned.layers
+    )
+    return list(dict.fromkeys(layers))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Reads a config.json, without what would have other code or another kind of weight take part."""
+    expected = f"expected the config.json of a model of transformers, or the folder that holds it, or {_SHAPE}"
+    try:
+        described = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error.strerror}): {expected}") from error
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error}): {expected}") from error
+    if not isinstance(described, dict) or "model_type" not in described:
+        raise ValueError(f"{file} has no model_type: {expected}")
+    return {key: value for key, value in described.items() if key not in ("auto_map", "quantization_config")}
