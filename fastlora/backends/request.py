@@ -152,8 +152,8 @@ class Kernel(NamedTuple):
         run: the verb.
         tile: the tile it would take for a product, in words; None where it has none of its own.
         gradients: dx, da and db in one call, for eager code, from a product (with x [M, K]), dy [M, N] and z: what the
-            two verbs give, for less; on a CPU bit for bit, on a GPU perhaps with sums in another order, each within the
-            error rule. None where the verbs are called, as traced code always does.
+            two verbs give, for less; on a CPU bit for bit where no form is taken, else perhaps with sums in another
+            order, each within the error rule. None where the verbs are called, as traced code always does.
         small: y [M, N] in torch's own differentiable operators, for eager calls in which a Function's time would show;
             returns None for other calls. Takes the product without a seed, and whether dropout is on.
         forms: other ways of this kernel to the same results, which only a measured table prefers to it; their names
@@ -167,6 +167,13 @@ class Kernel(NamedTuple):
     gradients: Callable[[Product, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None
     small: Callable[[Product, bool], Tensor | None] | None = None
     forms: tuple[Kernel, ...] = ()
+
+    def ways(self, field: str) -> tuple[Kernel, ...]:
+        """This kernel, then those of its forms that do something of their own in ``"run"`` or ``"gradients"``."""
+        by_function: dict[Any, Kernel] = {}
+        for kernel in (self, *self.forms):
+            by_function.setdefault(getattr(kernel, field), kernel)
+        return tuple(by_function.values())
 
 
 def runs_anything(request: Request) -> str | None:
