@@ -19,11 +19,14 @@ from .dropout import Dropout, draw_seed
 from .request import Kernel, Product, new_middle, runs_anything, whole_rows
 
 
-def lora_matmul(p: Product) -> tuple[Tensor | None, Tensor]:
-    """x [M, K], w [N, K] or None for z alone, a [R, K], b [N, R], bias [N] → y [M, N], z [M, R]."""
+def lora_matmul(p: Product, *, addmm: bool = False, last: bool = False) -> tuple[Tensor | None, Tensor]:
+    """x [M, K], w [N, K] or None for z alone, a [R, K], b [N, R], bias [N] → y [M, N], z [M, R].
+
+    On a CPU z is made by one GEMM with alpha where ``addmm``, and z bᵀ added ``last``; elsewhere both hold always.
+    """
     x, w, a, b, scale = p.x, p.w, p.a, p.b, p.scale
     if not x.is_cpu:
-        return _elsewhere(p)
+        addmm = last = True
     dtype = x.dtype
     half = dtype.itemsize == 2
     if half:
@@ -31,21 +34,46 @@ def lora_matmul(p: Product) -> tuple[Tensor | None, Tensor]:
     if a.dtype is not dtype:
         a, b = a.to(dtype), b.to(dtype)
     dropout = None if p.seed is None else Dropout(p.dropout_p, p.seed)
-    if dropout is None or p.on_product:
-        z = F.linear(x, a)
+    if addmm:
+        z = _scaled_middle(x, a, scale, None if p.on_product else dropout)
     else:
-        z = _dropped_middle(x, a, dropout)
-        scale *= dropout.rescale
-    if scale != 1:
-        z.mul_(scale)
-    if half and a.shape[0] % 8:
-        z = new_middle(x, a.shape[0]).copy_(z)
+        if dropout is None or p.on_product:
+            z = F.linear(x, a)
+        else:
+            z = _dropped_middle(x, a, dropout)
+            scale *= dropout.rescale
+        if scale != 1:
+            z.mul_(scale)
+        if half and a.shape[0] % 8:
+            z = new_middle(x, a.shape[0]).copy_(z)
     if w is None:
         return None, z
+    if last:
+        return _product_last(x, w, z, b, p.bias, dropout if p.on_product else None), z
     if dropout is None or not p.on_product:
         return F.linear(z, b, p.bias).addmm_(x, w.T), z
     y = _kept_product(z, b.T, dropout).addmm_(x, w.T, beta=dropout.rescale)
     return y if p.bias is None else y.add_(p.bias), z
+
+
+def _scaled_middle(x: Tensor, a: Tensor, scale: float, dropout: Dropout | None) -> Tensor:
+    """z = scale · D(x) aᵀ, scaled by the GEMM."""
+    z = new_middle(x, a.shape[0])
+    if dropout is None:
+        return z.addmm_(x, a.T, beta=0, alpha=scale)
+    for rows in dropout.chunks(x):
+        z[rows].addmm_(masks.kept(dropout, x[rows], rows.start), a.T, beta=0, alpha=scale * dropout.rescale)
+    return z
+
+
+def _product_last(x: Tensor, w: Tensor, z: Tensor, b: Tensor, bias: Tensor | None, dropout: Dropout | None) -> Tensor:
+    """y = x wᵀ + bias, then D(z bᵀ) added to it."""
+    y = F.linear(x, w, bias)
+    if dropout is None:
+        return y.addmm_(z, b.T)
+    for rows in dropout.chunks(y):
+        y[rows].add_(masks.kept_(dropout, z[rows] @ b.T, rows.start), alpha=dropout.rescale)
+    return y
 
 
 def _dropped_middle(x: Tensor, a: Tensor, dropout: Dropout) -> Tensor:
@@ -66,32 +94,18 @@ def _kept_product(z: Tensor, b_rn: Tensor, dropout: Dropout) -> Tensor:
     return product
 
 
-def _elsewhere(p: Product) -> tuple[Tensor | None, Tensor]:
-    x, w = p.x, p.w
-    a, b = p.a.to(x.dtype), p.b.to(x.dtype)
-    z = new_middle(x, a.shape[0])
-    if (dropout := p.mask_x) is None:
-        z.addmm_(x, a.T, beta=0, alpha=p.scale)
-    else:
-        for rows in dropout.chunks(x):
-            z[rows].addmm_(masks.kept(dropout, x[rows], rows.start), a.T, beta=0, alpha=p.scale * dropout.rescale)
-    if w is None:
-        return None, z
-    y = F.linear(x, w, p.bias)
-    if (dropout := p.mask_product) is None:
-        y.addmm_(z, b.T)
-    else:
-        for rows in dropout.chunks(y):
-            y[rows].add_(masks.kept_(dropout, z[rows] @ b.T, rows.start), alpha=dropout.rescale)
-    return y, z
+def rank_grad(
+    p: Tensor, q: Tensor, *, dtype: torch.dtype, dropout: Dropout | None = None, narrow: bool | None = None
+) -> Tensor:
+    """p [M, P], q [M, Q] → pᵀ D(q) [P, Q] in ``dtype``.
 
-
-def rank_grad(p: Tensor, q: Tensor, *, dtype: torch.dtype, dropout: Dropout | None = None) -> Tensor:
-    """p [M, P], q [M, Q] → pᵀ D(q) [P, Q] in ``dtype``."""
+    On a CPU the narrower of p and q comes first where ``narrow``, the wider where not, by a rule where None. A masked q
+    in more than one chunk comes second.
+    """
     if dropout is None:
-        return _rank_grad(p, q, dtype)
+        return _rank_grad(p, q, dtype, narrow)
     if dropout.at_once(q):
-        return _rank_grad(p, masks.kept(dropout, q), dtype).mul_(dropout.rescale)
+        return _rank_grad(p, masks.kept(dropout, q), dtype, narrow).mul_(dropout.rescale)
     wide = torch.promote_types(q.dtype, torch.float32)
     grad = torch.zeros(p.shape[1], q.shape[1], dtype=wide, device=q.device)
     for rows in dropout.chunks(q):
@@ -99,9 +113,9 @@ def rank_grad(p: Tensor, q: Tensor, *, dtype: torch.dtype, dropout: Dropout | No
     return grad.to(dtype)
 
 
-def _rank_grad(p: Tensor, q: Tensor, dtype: torch.dtype) -> Tensor:
+def _rank_grad(p: Tensor, q: Tensor, dtype: torch.dtype, narrow: bool | None) -> Tensor:
     if q.is_cpu:
-        grad = _rank_grad_on_cpu(p, q)
+        grad = _rank_grad_on_cpu(p, q, narrow)
     elif q.is_cuda and dtype is torch.float32 and q.dtype is not dtype:
         return torch.mm(p.T, q, out_dtype=dtype)
     else:
@@ -109,17 +123,26 @@ def _rank_grad(p: Tensor, q: Tensor, dtype: torch.dtype) -> Tensor:
     return grad if grad.dtype is dtype else grad.to(dtype)
 
 
-def _rank_grad_on_cpu(p: Tensor, q: Tensor) -> Tensor:
+def _rank_grad_on_cpu(p: Tensor, q: Tensor, narrow: bool | None) -> Tensor:
     half = q.dtype.itemsize == 2
-    m, narrow = q.shape
-    # The narrow side first is faster, its result turned and copied, from so many tokens on.
-    if m >= (64 if half else 16) * narrow and p.shape[1] > narrow:
+    m, width = q.shape
+    if narrow is None:
+        # The narrow side first is faster, its result turned and copied, from so many tokens on.
+        q_first = m >= (64 if half else 16) * width and p.shape[1] > width
+    else:
+        q_first = (p.shape[1] > width) is narrow
+    if q_first:
         return torch.mm(whole_rows(q.T) if half else q.T, p).T.contiguous()
     return torch.mm(whole_rows(p.T) if half else p.T, q)
 
 
-def gradients(p: Product, dy: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """dx [M, K], da [R, K] and db [N, R] on a CPU: the two verbs' products, the operands not turned."""
+def gradients(
+    p: Product, dy: Tensor, z: Tensor, *, last: bool = False, narrow: bool | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx [M, K], da [R, K] and db [N, R] on a CPU: the two verbs' products, the operands not turned.
+
+    t a is added to dx ``last``, or dy w is; ``narrow`` is :func:`rank_grad`'s, for db.
+    """
     x, w, a, b, scale = p.x, p.w, p.a, p.b, p.scale
     dtype, adapter_dtype = dy.dtype, a.dtype
     if dtype.itemsize == 2:
@@ -129,16 +152,21 @@ def gradients(p: Product, dy: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor
     t = torch.mm(dy, b)
     if scale != 1:
         t.mul_(scale)
+    dropout = None
     rescale = 1.0
     if p.seed is None:
-        dx, da = torch.mm(t, a), torch.mm(t.T, x)
+        dx = None if last else torch.mm(t, a)
+        da = torch.mm(t.T, x)
     else:
         dropout = Dropout(p.dropout_p, p.seed)
-        dx, da = _kept_product(t, a, dropout), rank_grad(t, x, dtype=adapter_dtype, dropout=dropout)
+        dx = None if last else _kept_product(t, a, dropout)
+        da = rank_grad(t, x, dtype=adapter_dtype, dropout=dropout)
         rescale = dropout.rescale
-    db = _rank_grad_on_cpu(dy, z)
+    db = _rank_grad_on_cpu(dy, z, narrow)
     if adapter_dtype is not dtype:
         da, db = da.to(adapter_dtype), db.to(adapter_dtype)
+    if dx is None:
+        return _product_last(dy, w.T, t, a.T, None, dropout), da, db  # type: ignore[union-attr]
     return dx.addmm_(dy, w, beta=rescale), da, db  # type: ignore[arg-type]
 
 
