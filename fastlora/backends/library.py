@@ -5,10 +5,15 @@
 
 Runs on any device and never refuses: the default on a CPU and the safety net on a GPU. Against the frozen GEMM it
 costs one read of x (for z), and one read and one write of y. With dropout the masked operand exists a few rows at a
-time. On a CPU the order and form of the products are those that were fastest: benchmarks/HARDWARE.md.
+time. On a CPU the order and form of the products are those that were fastest: benchmarks/HARDWARE.md. Which these are
+differs between shapes and dtypes, so the kernels have forms (``_FORMS``) that are of use there.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -193,5 +198,27 @@ def small(p: Product, drops: bool) -> Tensor | None:
     return F.linear(x, p.w, p.bias).addmm_(z, p.b.t(), alpha=p.scale)  # type: ignore[arg-type]
 
 
-LORA_MATMUL = (Kernel("library", runs_anything, lora_matmul, gradients=gradients, small=small),)
-RANK_GRAD = (Kernel("library", runs_anything, rank_grad),)
+_run_last = functools.partial(lora_matmul, last=True)
+_gradients_last = functools.partial(gradients, last=True)
+
+
+def _form(words: str, run: Callable[..., Any] = lora_matmul, backward: Callable[..., Any] = gradients) -> Kernel:
+    return Kernel(f"library:{words}", runs_anything, run, gradients=backward, small=small)
+
+
+# Where a form does what one before it does, forward or backward, both have one function there.
+_FORMS = (
+    _form("addmm", functools.partial(lora_matmul, addmm=True)),
+    _form("last", _run_last, _gradients_last),
+    _form("addmm,last", functools.partial(lora_matmul, addmm=True, last=True), _gradients_last),
+    _form("narrow", backward=functools.partial(gradients, narrow=True)),
+    _form("wide", backward=functools.partial(gradients, narrow=False)),
+    _form("last,narrow", _run_last, functools.partial(gradients, last=True, narrow=True)),
+    _form("last,wide", _run_last, functools.partial(gradients, last=True, narrow=False)),
+)
+_RANK_GRAD_FORMS = (
+    Kernel("library:narrow", runs_anything, functools.partial(rank_grad, narrow=True)),
+    Kernel("library:wide", runs_anything, functools.partial(rank_grad, narrow=False)),
+)
+LORA_MATMUL = (Kernel("library", runs_anything, lora_matmul, gradients=gradients, small=small, forms=_FORMS),)
+RANK_GRAD = (Kernel("library", runs_anything, rank_grad, forms=_RANK_GRAD_FORMS),)
