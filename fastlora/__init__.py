@@ -7,6 +7,7 @@ from .adapters.saving import load_adapter, save_adapter
 from .module import LoRALinear
 from .ops.linear import explain, lora_linear
 from .peft import PatchReport, patch_peft, patched_peft, unpatch_peft
+from .tune import tune_model
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ __all__ = [
     "patched_peft",
     "save_adapter",
     "set_adapter",
+    "tune_model",
     "unload",
     "unmerge_adapter",
     "unpatch_peft",

@@ -1,4 +1,4 @@
-"""``python -m fastlora.info``: prints the environment, the backend that would run, and why."""
+"""``python -m fastlora.info``: prints the environment, the tables, the kernels that would run, and why."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ import platform
 import torch
 
 from . import __version__
-from .backends import dropout_cpu
+from .backends import dropout_cpu, measured
 from .ops.linear import explain
 
 PACKAGES = ("torch", "triton", "numpy", "peft", "transformers", "safetensors")
 VARIABLES = (
     "FASTLORA_BACKEND",
+    "FASTLORA_CACHE",
     "FASTLORA_CHECK",
     "FASTLORA_CUDA_LIBRARY",
+    "FASTLORA_TABLE",
     "TRITON_INTERPRET",
 )
 
@@ -36,11 +38,19 @@ def report() -> str:
         lines.append(f"  {device!s:<14}{torch.cuda.get_device_name(device)}, sm_{major}{minor}")
     if not devices:
         lines.append("  no CUDA GPU: everything runs on the CPU")
+    devices.append(torch.device("cpu"))
+    for device in devices:
+        lines.append(f"  {f'table of {device}':<24}{_table(device)}")
     lines.append("")
-    for device in [*devices, torch.device("cpu")]:
+    for device in devices:
         for dtype, dropout_p in ((torch.bfloat16, 0.0), (torch.bfloat16, 0.1), (torch.float32, 0.0)):
             lines.append(_explained(device, dtype, dropout_p))
     return "\n".join(lines)
+
+
+def _table(device: torch.device) -> str:
+    sources = measured.sources_of(device)
+    return "; ".join(map(str, sources)) or f"none: `{measured.COMMAND}` makes one"
 
 
 def _explained(device: torch.device, dtype: torch.dtype, dropout_p: float) -> str:

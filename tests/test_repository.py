@@ -134,6 +134,7 @@ def test_public_names() -> None:
         "patched_peft",
         "save_adapter",
         "set_adapter",
+        "tune_model",
         "unload",
         "unmerge_adapter",
         "unpatch_peft",

@@ -131,11 +131,16 @@ def _library(verb: str) -> Kernel:
 
 def explain(p: Product) -> Explanation:
     """What :func:`lora_matmul` would run for this product, and each other kernel's reason."""
-    explanation = _explain(Request.of_lora_matmul(p), _forced())
+    explanation = explain_request(Request.of_lora_matmul(p))
     kernel = next((k for k in KERNELS["lora_matmul"] if k.name == explanation.chosen), None)
     if kernel is None or kernel.tile is None:
         return explanation
     return explanation._replace(tile=kernel.tile(p))
+
+
+def explain_request(request: Request) -> Explanation:
+    """What would run a request, and each other kernel's reason."""
+    return _explain(request, _forced())
 
 
 def forget() -> None:

@@ -156,6 +156,12 @@ class Source(NamedTuple):
     table: Table
     origin: str
 
+    def __str__(self) -> str:
+        proofs, buckets = self.table.proofs, self.table.buckets
+        times = [proof.time for proof in proofs] + [bucket.time for bucket in buckets]
+        until = f" until {max(times)[:10]}" if times else ""
+        return f"{self.origin}: {len(proofs)} proofs, {len(buckets)} sizes{until}"
+
 
 class Choice(NamedTuple):
     """What the tables say of a request: the kernel, or None where the rule holds, and why in words."""
@@ -182,7 +188,9 @@ def choice(request: Request) -> Choice:
         return Choice(None, f"nothing like it was measured: {', '.join(origin for _, origin in sources)}")
     if os.environ.get("FASTLORA_TABLE") == _NO_TABLE:
         return Choice(None, f"FASTLORA_TABLE={_NO_TABLE}")
-    return Choice(None, f"no table for {_device_name(request.device)}: {COMMAND}")
+    if request.device.type != "cuda":
+        return Choice(None, "no table for this CPU")
+    return Choice(None, f"no table for {torch.cuda.get_device_name(request.device)}: {COMMAND}")
 
 
 # Kernels that run without a proof in a table: nothing is written by us, or it is checked at its first use.
@@ -290,10 +298,6 @@ def _packages(machine: Machine) -> Iterator[Source]:
 
 def _dtypes(request: Request) -> tuple[str, str]:
     return dtype_name(request.dtype), dtype_name(request.adapter_dtype)
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
 
 
 R = TypeVar("R", bound=tuple[Any, ...])

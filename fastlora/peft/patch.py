@@ -13,11 +13,13 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..backends import dispatch
+from ..backends.request import Request
 from ..text import listed
 from . import calls
 
@@ -38,6 +40,9 @@ READ = (
     "cast_input_dtype_enabled",
 )
 
+# At which a report says what would run: no layer knows how many it will get.
+TOKENS = 2048
+
 # Modules whose frames a warning skips, to be about the caller's line; a with statement calls through contextlib.
 _NOT_CALLERS = (__name__.split(".")[0], "contextlib")
 
@@ -51,12 +56,15 @@ class PatchReport:
         already_patched: names of those that did before.
         skipped: name of each other adapter layer → the reason why it keeps PEFT's forward.
         trainable_base: names of the patched layers whose base weight asks for a gradient.
+        requests: what the layers that run on fastlora ask of a kernel, at TOKENS tokens and without dropout; how many
+            layers ask it.
     """
 
     patched: tuple[str, ...]
     already_patched: tuple[str, ...]
     skipped: dict[str, str]
     trainable_base: tuple[str, ...]
+    requests: Counter[Request] = field(default_factory=Counter, repr=False)
 
     @property
     def reasons(self) -> Counter[str]:
@@ -72,7 +80,17 @@ class PatchReport:
             lines.append(f"  {count} skipped: {reason} ({listed(n for n, r in self.skipped.items() if r == reason)})")
         if self.trainable_base:
             lines.append(f"  {len(self.trainable_base)} with a trainable base weight ({listed(self.trainable_base)})")
+        for (kernel, why), count in self._kernels().most_common():
+            lines.append(f"  {count} run {kernel} at {TOKENS} tokens, {why}")
         return "\n".join(lines)
+
+    def _kernels(self) -> Counter[tuple[str, str]]:
+        """The kernel that would run, and why → the number of layers."""
+        kernels: Counter[tuple[str, str]] = Counter()
+        for request, count in self.requests.items():
+            explanation = dispatch.explain_request(request)
+            kernels[explanation.chosen or "nothing", explanation.why] += count
+        return kernels
 
 
 def patch_peft(model: nn.Module, *, strict_dtype: bool = False) -> PatchReport:
@@ -189,7 +207,8 @@ def _patch(model: nn.Module, strict_dtype: bool) -> tuple[PatchReport, dict[nn.M
                 calls.name_layer(layer, name)
         calls.forget_warnings()
         trainable = tuple(name for name, layer in patched.items() if _base_weight(layer).requires_grad)
-        report = PatchReport(tuple(patched), tuple(already), skipped, trainable)
+        requests = Counter(request for layer in (patched | already).values() if (request := _request(layer)))
+        report = PatchReport(tuple(patched), tuple(already), skipped, trainable, requests)
         # Inside of the try, because a user may have made warnings errors.
         _warn_of(report)
     except BaseException:
@@ -224,6 +243,16 @@ def refusal(layer: Any) -> str | None:
     if names and all(layer.lora_B[name].bias is not None for name in names):
         return LORA_BIAS
     return None
+
+
+def _request(layer: Any) -> Request | None:
+    """What a layer asks of a kernel with the first of its active adapters; None where it has none, or no data."""
+    weight = _base_weight(layer)
+    name = next((name for name in layer.active_adapters if name in layer.lora_A), None)
+    if name is None or weight.device.type == "meta":
+        return None
+    a, n = layer.lora_A[name].weight, layer.out_features
+    return Request("lora_matmul", weight.device, weight.dtype, a.dtype, TOKENS, a.shape[1], n, a.shape[0], False)
 
 
 def _base_weight(layer: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ..backends import dispatch, first_use
-from ..backends.request import Kernel, Request
+from ..backends.request import Kernel, Product, Request, new_middle
 from ..text import dtype_name
 from .layers import Layer
 
@@ -68,11 +68,29 @@ class Size(NamedTuple):
         return {name: size for name, size in sizes_of(layer, self.m, self.dropout).items() if size.verb == "rank_grad"}
 
     def request(self, device: torch.device) -> Request:
-        """What a kernel is asked."""
+        """What a kernel is asked, by tensors without data."""
         dtype, adapter_dtype = (getattr(torch, name) for name in (self.dtype, self.adapter_dtype))
+        m, k, n, r = self.m, self.k, self.n, self.r
+
+        def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        if self.verb == "rank_grad":
+            wide = empty(m, max(k, n))
+            narrow = new_middle(wide, min(k, n))
+            p, q = (narrow, wide) if self.direction == "da" else (wide, narrow)
+            return Request.of_rank_grad(p, q, adapter_dtype, self.dropout)._replace(device=device)
         backward = self.direction == "backward"
-        sizes = (self.m, self.k, self.n, self.r)
-        return Request(self.verb, device, dtype, adapter_dtype, *sizes, self.dropout, backward=backward)
+        product = Product(
+            empty(m, k),
+            empty(k, n).T if backward else empty(n, k),
+            empty(r, k, dtype=adapter_dtype),
+            empty(n, r, dtype=adapter_dtype),
+            1.0,
+            seed=empty(2, dtype=torch.int64) if self.dropout else None,
+            on_product=backward,
+        )
+        return Request.of_lora_matmul(product)._replace(device=device)
 
     def __str__(self) -> str:
         adapters = "" if self.adapter_dtype == self.dtype else f", {self.adapter_dtype} adapters"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TextIO
 
@@ -79,24 +81,27 @@ class Run:
 
     def run(self) -> int:
         """Does what has not been done; returns how much that was."""
-        proofs = list(self._unproven())
+        done = self._prove_all()
         sizes = plan.sizes(self._layers, self._tokens)
-        total = sum(len(cases) for *_, cases in proofs)
-        done = 0
-        for verb, kernel, dtype, cases in proofs:
-            self._say(f"proving {kernel.name} ({verb}, {dtype}): {len(cases)} cases", done, total)
-            self.keeper.add(self._prove(verb, kernel, dtype, cases))
-            done += len(cases)
         left = [(size, names) for size in sizes if (names := self._contenders(size))]
         self._began = time.monotonic()
-        worker = Worker(self.device, self._python)
-        try:
+        with closing(Worker(self.device, self._python)) as worker:
             for i, (size, names) in enumerate(left):
                 self._say(f"timing {size}: {len(names)} ways", i, len(left))
                 self._measure(worker, size, names)
-        finally:
-            worker.stop()
-        return len(proofs) + len(left)
+        return done + len(left)
+
+    def _prove_all(self) -> int:
+        """Proves each kernel in a process of its own; returns the number of proofs."""
+        proofs = list(self._unproven())
+        total, done = sum(len(cases) for *_, cases in proofs), 0
+        for (verb, kernel), of_kernel in itertools.groupby(proofs, lambda proof: proof[:2]):
+            with closing(Worker(self.device, self._python)) as worker:
+                for *_, dtype, cases in of_kernel:
+                    self._say(f"proving {kernel.name} ({verb}, {dtype}): {len(cases)} cases", done, total)
+                    self.keeper.add(self._prove(worker, verb, kernel, dtype, cases))
+                    done += len(cases)
+        return len(proofs)
 
     def _unproven(self) -> Iterable[tuple[str, Kernel, str, list[Case]]]:
         """The kernels that can run here and have not been proven, in each dtype."""
@@ -118,27 +123,20 @@ class Run:
         reasons = (kernel.refuses(size.request(self.device)) for size in case.sizes if size.verb == verb)
         return next(filter(None, reasons), None)
 
-    def _prove(self, verb: str, kernel: Kernel, dtype: str, cases: Sequence[Case]) -> Proof:
-        """Runs the cases in a process of the kernel's own."""
-        worker = Worker(self.device, self._python)
+    def _prove(self, worker: Worker, verb: str, kernel: Kernel, dtype: str, cases: Sequence[Case]) -> Proof:
+        """Runs the cases until one of them fails."""
         why = ""
-        try:
-            for case in cases:
+        for case in cases:
+            try:
                 answer = worker.ask(
                     {"do": "check", "verb": verb, "kernel": kernel.name, "case": case}, self._case_seconds
                 )
-                if "error" in answer:
-                    why = f"{case}: {answer['error']}"
-                elif answer["outcome"] == "failed":
-                    why = f"{case}: {answer['why']}"
-                if why:
-                    break
-        except DiedError as died:
-            why = f"{case}: {died}"
-        finally:
-            worker.stop()
-        if why:
-            print(f"  {kernel.name} failed: {why}", file=self._stream, flush=True)
+            except DiedError as died:
+                answer = {"error": str(died)}
+            if why := answer.get("error") or (answer["why"] if answer["outcome"] == "failed" else ""):
+                why = f"{case}: {why}"
+                print(f"  {kernel.name} failed: {why}", file=self._stream, flush=True)
+                break
         return Proof(verb, kernel.name, dtype, len(cases), not why, why, _now())
 
     def _contenders(self, size: Size) -> list[str]:
@@ -201,8 +199,12 @@ class Run:
                 self._fail(size, worker.begun, answer["error"])
                 names = [name for name in names if name != worker.begun]
                 continue
-            for name, why in answer["left_out"].items():
+            for name, why in answer["wrong"].items():
                 self._fail(size, name, why)
+            if rule in answer["wrong"]:
+                # There is another rule now.
+                names = [name for name in names if name not in answer["wrong"]]
+                continue
             samples = answer["samples"]
             if rule in samples and len(samples) > 1 and answer["again"]:
                 best, ahead = winner(samples, rule, answer["again"])
@@ -226,7 +228,8 @@ class Run:
     def _fastest_grad(self, grad: Size) -> str:
         """The kernel of rank_grad that a backward leaves da or db to."""
         bucket = self._bucket(grad)
-        return (None if bucket is None else bucket.best) or self._rule(grad)
+        best = None if bucket is None else bucket.best
+        return best if best is not None and self._may_run(grad, best) else self._rule(grad)
 
     def _say(self, what: str, done: int, total: int) -> None:
         elapsed = time.monotonic() - self._began

@@ -138,11 +138,14 @@ def _grads(p: Product, dy: Tensor, z: Tensor, t: Tensor) -> Results:
 
 
 class Times(NamedTuple):
-    """Milliseconds of each kernel in each round, the rule's once more as ``again``, and of the kernels left out why."""
+    """Milliseconds of each kernel in each round, the rule's once more as ``again``; of those that were wrong, why.
+
+    A kernel for which there was not enough memory is in neither.
+    """
 
     samples: dict[str, list[float]]
     again: list[float]
-    left_out: dict[str, str]
+    wrong: dict[str, str]
 
 
 Say = Callable[[str], None]
@@ -152,7 +155,7 @@ Say = Callable[[str], None]
 def measure(
     size: Size, names: Sequence[str], rule: str, grads: dict[str, str], device: torch.device, seconds: float, say: Say
 ) -> Times:
-    """Times kernels in turns at one size; those that are wrong or raise there are left out.
+    """Times kernels in turns at one size; those that are wrong there are left out.
 
     Args:
         size: what each of them computes.
@@ -167,25 +170,27 @@ def measure(
     clock = Clock(device)
     on_device = device.type == "cuda"
     holds = {name: Hold() for name in (*names, "")}
-    left_out = {}
     expected = _expected_at(size, works.inputs[0])
+    wrong: dict[str, str] = {}
+    fit = []
     for name in names:
         say(name)
         try:
-            made = works.run(name, 0)
-            wrong = [f"{what}: {errors}" for what, errors in _errors(made, expected) if not errors.ok]
+            errors = list(_errors(works.run(name, 0), expected))
             for i in range(_WARM_UP):
                 works.run(name, i)
             if on_device:
                 torch.cuda.synchronize()
-        except torch.OutOfMemoryError as error:
-            wrong = [str(error).splitlines()[0]]
-        if wrong:
-            left_out[name] = wrong[0]
+        except torch.OutOfMemoryError:
+            continue
+        if faults := [f"{what}: {error}" for what, error in errors if not error.ok]:
+            wrong[name] = faults[0]
+        else:
+            fit.append(name)
     del expected
-    samples: dict[str, list[float]] = {name: [] for name in ("", *names) if name not in left_out}
-    if rule in left_out:
-        return Times({}, [], left_out)
+    if rule not in fit:
+        return Times({}, [], wrong)
+    samples: dict[str, list[float]] = {name: [] for name in ("", *fit)}
 
     def sample(name: str, turn: int) -> float | None:
         def work() -> object:
@@ -210,7 +215,7 @@ def measure(
                 for name, ms in taken.items():
                     samples[name].append(ms)  # type: ignore[arg-type]
     again = samples.pop("")
-    return Times(samples, again, left_out)
+    return Times(samples, again, wrong)
 
 
 class _Works(NamedTuple):

@@ -54,7 +54,7 @@ class Worker:
     def ask(
         self, job: Mapping[str, Any], seconds: float, heard: Callable[[Answer], None] = lambda answer: None
     ) -> Answer:
-        """The answer to a job.
+        """The answer to a job, ``error`` among it where it raised.
 
         Args:
             job: the keyword arguments of a job, and its name as ``do``.
@@ -74,9 +74,12 @@ class Worker:
         self.begun = ""
         while "begins" in (answer := self._next(seconds)):
             self.begun = answer["begins"]
+        if "error" in answer:
+            # It may have lost its GPU with that.
+            self.close()
         return answer
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """Ends the process, whatever it does."""
         if self._process is None:
             return
@@ -91,7 +94,7 @@ class Worker:
         self._process = None
 
     def _start(self) -> None:
-        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - see stop
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - see close
         # A session of its own: Ctrl-C is the parent's to handle.
         self._process = subprocess.Popen(
             self._command,
@@ -109,7 +112,7 @@ class Worker:
         try:
             line = self._answers.get(timeout=seconds)
         except queue.Empty:
-            self.stop()
+            self.close()
             raise DiedError(f"gave no answer within {seconds:.0f} s") from None
         if line is not None:
             answer: Answer = json.loads(line)
@@ -117,7 +120,7 @@ class Worker:
         assert self._process is not None
         status = self._process.wait()
         last = self._last_words()
-        self.stop()
+        self.close()
         ended = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
         raise DiedError(f"ended its process with {ended}{f' ({last})' if last else ''}")
 
@@ -155,18 +158,7 @@ def main() -> int:
         except Exception as error:
             answer = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:500]}
         say(answer)
-        if "error" in answer and device.type == "cuda" and _is_lost(device):
-            return 1
     return 0
-
-
-def _is_lost(device: torch.device) -> bool:
-    """Whether the GPU's context can do nothing any more, as after an access outside of its memory."""
-    try:
-        torch.cuda.synchronize(device)
-    except RuntimeError:
-        return True
-    return False
 
 
 def _check(device: torch.device, say: Callable[[Answer], None], verb: str, kernel: str, case: list[Any]) -> Answer:
