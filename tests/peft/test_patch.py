@@ -22,9 +22,24 @@ from peft.utils.hotswap import hotswap_adapter
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
+from fastlora.backends import measured
+from fastlora.backends.measured import Choice
 from fastlora.peft import calls, count_calls
 from fastlora.peft.layer import FusedLoraLinear, StrictLoraLinear
-from tests.peft.peft_models import Net, adapted, assert_as_good_as, assert_same_bits, config, first, step, tokens, wake
+from tests.peft.peft_models import (
+    HIDDEN,
+    K,
+    N,
+    Net,
+    adapted,
+    assert_as_good_as,
+    assert_same_bits,
+    config,
+    first,
+    step,
+    tokens,
+    wake,
+)
 from tests.test_repository import run_python
 
 FIRST, SECOND = "base_model.model.first", "base_model.model.second"
@@ -66,6 +81,23 @@ def test_report_names_every_layer_and_why() -> None:
     }
     assert str(report).splitlines()[0] == "1 of 4 adapter layers patched"
     assert all(reason in str(report) and name in str(report) for name, reason in report.skipped.items())
+
+
+def test_report_names_the_kernel_and_why() -> None:
+    report = fastlora.patch_peft(adapted())
+    assert str(report).splitlines()[1:] == ["  2 run library at 2048 tokens, by the rule: FASTLORA_TABLE=none"]
+    with torch.device("meta"):
+        model = get_peft_model(Net(), config("first"))
+    assert str(fastlora.patch_peft(model)) == "1 of 1 adapter layers patched"
+
+
+def test_report_names_what_a_table_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = fastlora.patch_peft(get_peft_model(Net(), config("first", "second")))
+    monkeypatch.setattr(measured, "choice", lambda request: Choice("library:last", f"{request.k} -> {request.n}"))
+    assert str(report).splitlines()[1:] == [
+        f"  1 run library:last at 2048 tokens, {K} -> {HIDDEN}",
+        f"  1 run library:last at 2048 tokens, {HIDDEN} -> {N}",
+    ]
 
 
 @pytest.mark.parametrize(
