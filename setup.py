@@ -79,7 +79,7 @@ setup(
         "fastlora.peft",
         "fastlora.tune",
     ],
-    package_data={"fastlora": ["py.typed"]},
+    package_data={"fastlora": ["py.typed", "backends/tables/*.json"]},
     ext_modules=[
         Extension(f"fastlora.{name}", sources=[])
         for name, obstacle in ((csrc.NAME, _OBSTACLE), (csrc.CPU_NAME, _CPU_OBSTACLE))

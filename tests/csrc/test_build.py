@@ -267,3 +267,11 @@ def test_the_source_distribution_holds_the_kernels_and_what_builds_them(tree: Pa
     (path,) = (tree / "dist").glob("*.zip")
     files = {name.partition("/")[2] for name in zipfile.ZipFile(path).namelist()}
     assert {*FILES, "csrc/build.py", str(csrc.CPU_SOURCE), "setup.py", "fastlora/kernels/tiles.py"} <= files
+
+
+def test_a_wheel_has_the_tables_of_gpus(tree: Path) -> None:
+    tables = tree / "fastlora" / "backends" / "tables"
+    tables.mkdir(exist_ok=True)
+    (tables / "a-gpu.json").write_text("{}")
+    _, files, _ = wheel(tree, FASTLORA_BUILD_CUDA="0", FASTLORA_BUILD_CPU="0")
+    assert "fastlora/backends/tables/a-gpu.json" in files
