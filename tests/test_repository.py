@@ -217,7 +217,8 @@ class Line(NamedTuple):
 def is_proven(ledger: str, line: Line) -> bool:
     """Whether a row is of this very kernel, verb, architecture and dtype, and the run it reports passed."""
     rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in ledger.splitlines() if row[:1] == "|"]
-    return any(row[:4] == list(line) and row[-1].endswith("passed") for row in rows)
+    passed = re.compile(r"[^:]+: (\d+ checks (of fastlora\.tune )?)?passed")
+    return any(row[:4] == list(line) and passed.fullmatch(row[-1]) is not None for row in rows)
 
 
 def lacking(tables: Path, ledger: str) -> list[Line]:
@@ -262,6 +263,11 @@ LINE = Line("triton-serial", "lora_matmul", "sm_90", "bfloat16")
         ("| triton-serial | lora_matmul | sm_90 | bfloat16 | gate | not yet run on hardware |", False),
         ("| triton-serial | lora_matmul | sm_90 | bfloat16 | gate | H200, 1a2b3c4: 9 checks passed |", True),
         ("| triton-serial | lora_matmul | sm_90 | bfloat16 | gate | H200, 1a2b3c4: 1 of 9 checks failed |", False),
+        (
+            "| triton-serial | lora_matmul | sm_90 | bfloat16 | gate | H200, 1a2b: 9 checks of fastlora.tune passed |",
+            True,
+        ),
+        ("| triton-serial | lora_matmul | sm_90 | bfloat16 | gate | H200, 1a2b: failed: nothing was passed |", False),
         ("| triton-portable | lora_matmul | sm_90 | bfloat16 | gate | H200, 1a2b3c4: passed |", False),
         ("| triton | rank_grad | sm_90 | bfloat16 | gate | H200, 1a2b3c4: passed |", False),
         ("| triton-serial | rank_grad | sm_90 | bfloat16 | gate | H200, 1a2b3c4: passed |", False),
