@@ -2,7 +2,8 @@
 
 Stages run in processes of their own, the smallest kernels first: one that hangs or loses the GPU costs one test, or one
 stage of the timing, and kernels that failed are not timed. What was learned is in DIR/results.tgz after every stage;
-the last lines are a table. ``--ingest DIR`` files what came back: rows, ledger, README.
+the last lines are a table. ``--ingest DIR`` files what came back: rows, ledger, README; ``--ingest FILE`` what
+``python -m fastlora.tune --export FILE`` wrote: the package's table of that GPU, and its lines of the ledger.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ def main(
     parser.add_argument("--kernels", nargs="+", default=[], metavar="NAME", help="only these, by name or its beginning")
     parser.add_argument("--commit", metavar="SHA", help="what the tree is a copy of, where git cannot say")
     parser.add_argument("--list", action="store_true", help="list the stages with their seconds, and stop")
-    parser.add_argument("--ingest", type=Path, metavar="DIR", help="file the results in DIR, and stop")
+    parser.add_argument(
+        "--ingest", type=Path, metavar="PATH", help="file the results in a folder, or a table, and stop"
+    )
     args = parser.parse_args(argv)
     if args.list:
         for stage in STAGES:

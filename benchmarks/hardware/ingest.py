@@ -2,6 +2,7 @@
 
 Nothing is written that the run's own files do not show: rows of finished cases, counts of checks that ran, the commit
 and the GPU that the run recorded. Rows go to files of their own (``hardware-*``), so that no whole profile is replaced.
+What ``python -m fastlora.tune --export`` wrote is filed too (:mod:`.tables`).
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastlora.backends.measured import PACKAGE_TABLES
+
 from ..records.environment import Environment, slug_of
 from ..records.files import RESULTS, Results, read
 from ..report import command as report
-from . import outcomes
+from . import outcomes, tables
 from .outcomes import Check, Tally
 from .run import ARCHIVE, ROOT, Ended, all_outcomes, read_table, unpack
 from .stages import STAGES, TIMED
@@ -35,16 +38,20 @@ class Places(NamedTuple):
     results: Path = RESULTS
     ledger: Path = LEDGER
     readme: Path = README
+    tables: Path = PACKAGE_TABLES
 
 
-def ingest(folder: Path, places: Places | None = None) -> str:
-    """Files the results in ``folder``: ``results.tgz``, or what it holds; returns what was done, in lines.
+def ingest(path: Path, places: Places | None = None) -> str:
+    """Files the results in a folder (``results.tgz``, or what it holds) or an exported table; returns what was done.
 
     Raises:
-        ValueError: the run says of no GPU or of no clean commit what it was.
+        ValueError: the run says of no GPU or of no clean commit what it was, or the file is no table to be filed.
         OSError: something cannot be read or written.
     """
     places = places or Places()
+    if path.is_file():
+        return "\n".join(tables.file_table(path, places.tables, places.ledger))
+    folder = path
     if not (folder / ARCHIVE).exists():
         return "\n".join(_ingest(folder, places))
     with tempfile.TemporaryDirectory() as unpacked:

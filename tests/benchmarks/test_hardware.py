@@ -20,7 +20,7 @@ import pytest
 from benchmarks.__main__ import main as benchmarks
 from benchmarks.cases import Case, ModelCase
 from benchmarks.hardware import __main__ as hardware
-from benchmarks.hardware import ingest, outcomes, processes
+from benchmarks.hardware import ingest, outcomes, processes, tables
 from benchmarks.hardware import run as runner
 from benchmarks.hardware.ingest import Places
 from benchmarks.hardware.outcomes import Check, Outcome, Tally
@@ -29,7 +29,11 @@ from benchmarks.hardware.stages import EASY, KERNELS, NAMES, STAGES, TIMED, Size
 from benchmarks.records.files import ResultFile, read
 from benchmarks.records.rows import LayerRow, ModelRow
 from fastlora.backends import dispatch
+from fastlora.backends.machine import Machine
+from fastlora.backends.measured import Bucket, Proof, Table
+from fastlora.tune import report
 from tests.stub_gpu import build, stand_in
+from tests.test_repository import lacking
 
 from .test_files import described
 
@@ -187,7 +191,7 @@ def check_ingest(folder: Path, tmp_path: Path) -> None:
 
 def copied(folder: Path) -> Places:
     """Results, ledger and README to write to."""
-    places = Places(folder / "results", folder / "HARDWARE.md", folder / "README.md")
+    places = Places(folder / "results", folder / "HARDWARE.md", folder / "README.md", folder / "tables")
     places.results.mkdir(exist_ok=True)
     places.ledger.write_text(ingest.LEDGER.read_text())
     places.readme.write_text("<!-- benchmarks:start -->\n<!-- benchmarks:end -->\n")
@@ -428,6 +432,118 @@ def test_a_line_of_the_ledger_says_what_was_found(tally: Tally, missing: set[str
 def test_lines_of_another_architecture_stay() -> None:
     other = LINE.replace("sm_90", "sm_100")
     assert ingest.with_results(other, FACTS, {Z_JOBS: Tally(9, 0, 2)}, set()) == (other, [])
+
+
+GPU = Machine("NVIDIA H200", "sm_90", "570.86", "2.13.0", "3.6.0", "", "0123456789ab")
+PROOFS = (
+    Proof("lora_matmul", "triton-serial", "bfloat16", 12, True, "", "2026-11-25"),
+    Proof("lora_matmul", "cuda-serial", "bfloat16", 12, False, "M=1: it said | and\nno check was passed", "2026-11-25"),
+    Proof("rank_grad", "triton", "bfloat16", 12, True, "", "2026-11-25"),
+)
+BUCKET = Bucket(
+    *("lora_matmul", "forward", "bfloat16", "bfloat16", False, 512, 4096, 1024, 16),
+    {"triton-skinny": [2.0, 2.1, 2.2], "triton-serial": [1.0, 1.1, 1.2]},
+    *("triton-skinny", "triton-serial", 1.9, "2026-11-25"),
+)
+TABLE = Table(GPU, PROOFS, (BUCKET,))
+
+
+def exported(folder: Path, table: Table = TABLE) -> Path:
+    path = folder / "sent.json"
+    path.write_text(report.export(table))
+    return path
+
+
+def ledger_rows(ledger: str) -> dict[tuple[str, ...], tuple[str, str]]:
+    """Kernel, verb, architecture and dtype → the two cells behind them, in order."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in ledger.splitlines() if line[:2] == "| "]
+    return {tuple(row[:4]): (row[4], row[5]) for row in rows if len(row) == 6}
+
+
+def test_an_exported_table_becomes_the_packages_and_its_rows_the_ledgers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = copied(tmp_path)
+    monkeypatch.setattr(ingest, "Places", lambda: places)
+    before = ledger_rows(places.ledger.read_text())
+    assert hardware.main(["--ingest", str(exported(tmp_path))]) == 0
+    filed = places.tables / "nvidia-h200.json"
+    assert Table.parse(filed.read_text()) == TABLE
+    assert "ledger" not in json.loads(filed.read_text())
+    after = ledger_rows(places.ledger.read_text())
+    assert list(after) == list(before)
+    passed = "NVIDIA H200, kernels 0123456789ab: 12 checks of fastlora.tune passed"
+    failed = "NVIDIA H200, kernels 0123456789ab: failed: M=1: it said / and no check was passed"
+    changed = {
+        ("triton-serial", "lora_matmul", "sm_90", "bfloat16"): passed,
+        ("cuda-serial", "lora_matmul", "sm_90", "bfloat16"): failed,
+        ("triton", "rank_grad", "sm_90", "bfloat16"): passed,
+    }
+    assert after == before | {row: (before[row][0], words) for row, words in changed.items()}
+    assert lacking(places.tables, places.ledger.read_text()) == []
+    said = capsys.readouterr().out
+    assert f"wrote {filed}: 3 proofs, 1 sizes\n" in said
+    assert failed in said
+    assert hardware.main(["--ingest", str(exported(tmp_path))]) == 0
+    assert f"wrote {filed} in the place of an older one" in capsys.readouterr().out
+    assert ledger_rows(places.ledger.read_text()) == after
+
+
+def test_rows_that_the_ledger_does_not_have_come_behind_those_of_their_kernel(tmp_path: Path) -> None:
+    places = copied(tmp_path)
+    before = list(ledger_rows(places.ledger.read_text()))
+    machine = GPU._replace(device="NVIDIA L40S", capability="sm_89")
+    ingest.ingest(exported(tmp_path, Table(machine, PROOFS[:1] + PROOFS[2:])), places)
+    after = ledger_rows(places.ledger.read_text())
+    serial, grad = ("triton-serial", "lora_matmul"), ("triton", "rank_grad")
+    for kernel in (serial, grad):
+        row = (*kernel, "sm_89", "bfloat16")
+        assert after[row] == ("none", "NVIDIA L40S, kernels 0123456789ab: 12 checks of fastlora.tune passed")
+        assert [known for known in after if known[:2] == kernel] == [*(r for r in before if r[:2] == kernel), row]
+    assert [row for row in after if row[2] != "sm_89"] == before
+
+
+CPU = Machine("A CPU", "AVX512", "", "2.13.0+cpu", "3.6.0", "2", "0123456789ab")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"\x1f\x8b\x08\xff", r"it is no text: expected what `python -m fastlora\.tune --export FILE` wrote on a GPU"),
+        (b"{", "it is no JSON: .*: expected what `python"),
+        (b'{"format": 99}', "it has format 99, this fastlora reads 1: expected what"),
+        (TABLE.text().encode(), "it has no `ledger`, such as a table in a cache directory: expected what"),
+        (report.export(TABLE).replace("12 checks", "99 checks").encode(), "its `ledger` does not say what its proofs"),
+        (TABLE._replace(machine=CPU), r"it is of A CPU \(AVX512\), which is no GPU"),
+        (TABLE._replace(proofs=()), "triton-serial is the fastest at M=512 .* but has no proof: run `python"),
+        (
+            TABLE._replace(proofs=(PROOFS[0]._replace(passed=False, why="off by one"),)),
+            r"triton-serial is the fastest at M=512 K=4096 N=1024 R=16 \(forward, bfloat16\) but failed its checks "
+            r"\(off by one\): run `python -m fastlora.tune --again` there",
+        ),
+        (
+            TABLE._replace(proofs=(*PROOFS, PROOFS[0]._replace(kernel="cutlass"))),
+            r"a proof of cutlass \(lora_matmul, bfloat16\): expected a kernel",
+        ),
+    ],
+)
+def test_what_is_no_table_for_the_package_is_refused_and_nothing_written(
+    tmp_path: Path, text: bytes | Table, words: str
+) -> None:
+    places = copied(tmp_path)
+    path = tmp_path / "sent.json"
+    path.write_bytes(report.export(text).encode() if isinstance(text, Table) else text)
+    with pytest.raises(ValueError, match=words):
+        ingest.ingest(path, places)
+    assert places.ledger.read_text() == ingest.LEDGER.read_text()
+    assert not places.tables.exists()
+
+
+def test_a_form_is_as_good_as_its_kernels_proof() -> None:
+    assert tables.objection(TABLE, BUCKET._replace(best="triton-serial:form")) is None
+    assert tables.objection(TABLE, BUCKET._replace(best="library:last")) is None
+    assert tables.objection(TABLE, BUCKET._replace(best=None)) is None
+    assert "failed" in str(tables.objection(TABLE, BUCKET._replace(best="cuda-serial:form")))
 
 
 @pytest.mark.parametrize(
