@@ -229,7 +229,7 @@ def lacking(tables: Path, ledger: str) -> list[Line]:
         assert path.stem == table.machine.slug
         capability = table.machine.capability
         proven = {Line(p.kernel, p.verb, capability, p.dtype) for p in table.proofs if p.passed}
-        winning = {Line(b.best, b.verb, capability, b.dtype) for b in table.buckets if b.best is not None}
+        winning = {Line(b.best.partition(":")[0], b.verb, capability, b.dtype) for b in table.buckets if b.best}
         found += [line for line in proven | winning if line.kernel != "library" and not is_proven(ledger, line)]
     return sorted(set(found))
 

@@ -221,8 +221,8 @@ def sources_of(device: torch.device) -> tuple[Source, ...]:
     found = list(_users(machine, named))
     if device.type == "cuda":
         found += _packages(machine)
-        if not found and os.environ.get("LOCAL_RANK", "0") == "0":
-            _log.warning("no kernel has been measured on this %s: `%s` finds the fastest", machine.device, COMMAND)
+        if not found:
+            _warn("no kernel has been measured on this %s: `%s` finds the fastest", machine.device, COMMAND)
     return tuple(found)
 
 
@@ -265,17 +265,23 @@ def read(path: Path, machine: Machine) -> Table:
     return table
 
 
+def _warn(message: str, *values: object) -> None:
+    """Warns, of several ranks of one machine in the first alone: they read the same files."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        _log.warning(message, *values)
+
+
 def _users(machine: Machine, named: str | None) -> Iterator[Source]:
     path = table_path(machine)
     try:
         yield Source(read(path, machine), str(path))
     except FileNotFoundError:
         if named:
-            _log.warning("FASTLORA_TABLE=%s is no file: make it with `%s`", path, COMMAND)
+            _warn("FASTLORA_TABLE=%s is no file: make it with `%s`", path, COMMAND)
         else:
             _say_what_is_outdated(machine)
     except (OSError, ValueError) as error:
-        _log.warning("the table %s is not used: %s", path, error)
+        _warn("the table %s is not used: %s", path, error)
 
 
 def _say_what_is_outdated(machine: Machine) -> None:
@@ -285,7 +291,7 @@ def _say_what_is_outdated(machine: Machine) -> None:
         if paths:
             read(paths[-1], machine)
     except (OSError, ValueError) as error:
-        _log.warning("the table %s is not used: %s; measure again with `%s`", paths[-1], error, COMMAND)
+        _warn("the table %s is not used: %s; measure again with `%s`", paths[-1], error, COMMAND)
 
 
 def _packages(machine: Machine) -> Iterator[Source]:

@@ -124,8 +124,8 @@ class Run:
         return next(filter(None, reasons), None)
 
     def _prove(self, worker: Worker, verb: str, kernel: Kernel, dtype: str, cases: Sequence[Case]) -> Proof:
-        """Runs the cases until one of them fails."""
-        why = ""
+        """Runs the cases until one of them fails; what is refused there is no check."""
+        why, passed = "", 0
         for case in cases:
             try:
                 answer = worker.ask(
@@ -137,7 +137,10 @@ class Run:
                 why = f"{case}: {why}"
                 print(f"  {kernel.name} failed: {why}", file=self._stream, flush=True)
                 break
-        return Proof(verb, kernel.name, dtype, len(cases), not why, why, _now())
+            passed += answer["outcome"] == "passed"
+        if not (why or passed):
+            why = f"every case was refused: {answer['why']}"
+        return Proof(verb, kernel.name, dtype, passed, not why, why, _now())
 
     def _contenders(self, size: Size) -> list[str]:
         """What is timed at a size, the rule's kernel among it; empty where there is nothing to choose, or to do."""

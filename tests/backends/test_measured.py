@@ -312,9 +312,12 @@ def test_the_command_is_named_once_a_gpu_and_by_one_rank(
     line = f"no kernel has been measured on this {NAME}: `python -m fastlora.tune` finds the fastest"
     assert [chosen(FORWARD._replace(m=m)) for m in (512, 513)] == ["triton-skinny"] * 2
     assert caplog.messages == [line]
-    dispatch.forget()
     monkeypatch.setenv("LOCAL_RANK", "1")
-    chosen(FORWARD)
+    for broken in (False, True):
+        if broken:
+            keep(bucket()).write_text("")
+        dispatch.forget()
+        chosen(FORWARD)
     assert caplog.messages == [line]
 
 

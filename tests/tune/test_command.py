@@ -17,7 +17,7 @@ from fastlora.backends import dispatch, measured
 from fastlora.backends.machine import machine_of
 from fastlora.backends.measured import Bucket, Proof, Table
 from fastlora.tune import __main__ as command
-from fastlora.tune import report, run, work
+from fastlora.tune import plan, report, run, work
 from fastlora.tune.plan import Case, Size
 from fastlora.tune.worker import Worker
 
@@ -169,6 +169,22 @@ def test_a_named_file_of_another_machine_is_not_touched(
     monkeypatch.setenv("FASTLORA_TABLE", str(tmp_path / "new.json"))
     assert tune()[0] == 0
     assert measured.read(tmp_path / "new.json", MACHINE).buckets
+
+
+@pytest.mark.parametrize("refused", [3, 12])
+def test_what_the_worker_refuses_is_no_check(
+    refused: int, tune: Tune, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([work.Verdict("refused", "not at this address")] * refused + [work.Verdict("passed")] * 10)
+    monkeypatch.setattr(work, "check", lambda *arguments: next(answers))
+    for verb, kernels in dispatch.KERNELS.items():
+        able = [k._replace(refuses=lambda request: None) if k.name == "triton-portable" else k for k in kernels]
+        monkeypatch.setitem(dispatch.KERNELS, verb, tuple(able))
+    monkeypatch.setattr(plan, "DTYPES", {"fp32": torch.float32})
+    tune(*TINY, "--kernel", "triton-portable")
+    (proof,) = kept(cache).proofs
+    expected = (9, True, "") if refused == 3 else (0, False, "every case was refused: not at this address")
+    assert (proof.checks, proof.passed, proof.why) == expected
 
 
 @pytest.mark.parametrize(
