@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import torch
 
@@ -138,7 +138,7 @@ def _read(stream: IO[str], answers: queue.SimpleQueue[str | None]) -> None:
     answers.put(None)
 
 
-def main() -> int:
+def main() -> NoReturn:
     """Does jobs until there are no more."""
     # What libraries print is no answer.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -148,9 +148,11 @@ def main() -> int:
     def say(answer: Answer) -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
+    jobs: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_read_jobs, args=(jobs,), daemon=True).start()
     say({"begins": "the worker"})
-    for line in sys.stdin:
-        job = json.loads(line)
+    while True:
+        job = json.loads(jobs.get())
         try:
             answer = _JOBS[job.pop("do")](device, say, **job)
             if device.type == "cuda":
@@ -158,7 +160,13 @@ def main() -> int:
         except Exception as error:
             answer = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:500]}
         say(answer)
-    return 0
+
+
+def _read_jobs(jobs: queue.SimpleQueue[str]) -> None:
+    """Ends the process with stdin, whatever a kernel does: the command may have been killed while one hangs."""
+    for line in sys.stdin:
+        jobs.put(line)
+    os._exit(0)
 
 
 def _check(device: torch.device, say: Callable[[Answer], None], verb: str, kernel: str, case: list[Any]) -> Answer:
@@ -180,4 +188,4 @@ def _measure(
 _JOBS: dict[str, Callable[..., Answer]] = {"check": _check, "measure": _measure}
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -332,6 +332,20 @@ def test_ctrl_c_keeps_what_is_done_ends_the_worker_and_the_same_command_goes_on(
     assert "up to date: measured on " in up_to_date.out
 
 
+def test_a_killed_command_leaves_a_whole_file_and_no_worker_that_hangs(gpu: Gpu) -> None:
+    hanging = Planted(LORA, "cuda-serial", "hangs", {"m": 193})
+    started = gpu.start(Script((hanging,), forked=False), "--tokens", "32")
+    started.wait_until_it_hangs()
+    started.signal(signal.SIGKILL)
+    assert started.wait() == -signal.SIGKILL
+    assert [proof.kernel for proof in gpu.table.proofs] == ["cuda-z_jobs"]
+    assert len(started.workers) == 2
+    deadline = time.monotonic() + 10.0
+    while any(is_running(pid) for pid in started.workers):
+        assert time.monotonic() < deadline, "a worker is left behind"
+        time.sleep(0.05)
+
+
 def test_two_commands_at_once_leave_what_both_have_found(gpu: Gpu) -> None:
     commands = [
         gpu.start(Script(dtypes=(name,)), "--tokens", tokens, "--dtype", name)

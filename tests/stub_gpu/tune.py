@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch._inductor.config
@@ -271,7 +271,7 @@ def _be_a_worker(command: Sequence[str]) -> None:
     status: Any = 1
     try:
         sys.stdin, sys.stderr = os.fdopen(0), os.fdopen(2, "w", buffering=1)
-        status = _work(command)
+        _work(command)
     except SystemExit as end:
         status = end.code
     except BaseException:
@@ -280,13 +280,13 @@ def _be_a_worker(command: Sequence[str]) -> None:
         os._exit(status)
 
 
-def _work(command: Sequence[str]) -> int:
+def _work(command: Sequence[str]) -> NoReturn:
     *_, option, module, device = command
     assert (option, module) == ("-m", "fastlora.tune.worker"), command
     with Path(os.environ["STUB_TUNE_WORKERS"]).open("a") as file:
         print(os.getpid(), file=file)
     sys.argv = [module, device]
-    return worker.main()
+    worker.main()
 
 
 def _begin(script: str, cache: Path, out: Path) -> None:
@@ -341,11 +341,11 @@ def _answer(
     return [name, why]
 
 
-def main() -> int:
+def main() -> None:
     """A worker that was started, not forked."""
     prepare(Script.parse(os.environ["STUB_TUNE"]))
-    return _work(sys.argv)
+    _work(sys.argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
