@@ -40,6 +40,7 @@ def tune_model(
     Raises:
         TypeError: ``model`` is no ``nn.Module``.
         ValueError: it has no LoRA layer, a kernel's name is unknown, or a number of tokens is below 1.
+        RuntimeError: the process that tries the kernels does not start; the message has its last words.
         OSError: the table cannot be written; the message names the file.
     """
     from ..backends import dispatch, measured

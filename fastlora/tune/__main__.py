@@ -17,6 +17,7 @@ from ..backends.machine import machine_of
 from . import plan, report
 from .layers import Layer, of_config
 from .run import CASE_SECONDS, QUICK_SECONDS, SECONDS, Run
+from .worker import StartError
 
 _ABOUT = """\
 Proves the kernels on this machine's GPU and measures which is the fastest at which sizes; from then on fastlora takes
@@ -32,7 +33,9 @@ def main(
     case_seconds: float = CASE_SECONDS,
     stream: TextIO | None = None,
 ) -> int:
-    """Runs the command and returns its exit status: 1 where the table could not be kept, 2 for what cannot be done.
+    """Runs the command and returns its exit status.
+
+    It is 1 where the table could not be kept or no kernel tried, 2 for what cannot be done.
 
     Args:
         arguments: of the command line.
@@ -69,6 +72,9 @@ def main(
     except KeyboardInterrupt:
         print("\nstopped: what is done is kept, and the same command goes on", file=sys.stderr)
         status, done = 130, 1
+    except StartError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status, done = 1, 1
     print(_summary(run, done))
     if run.keeper.obstacle is not None:
         print(f"error: the table could not be kept: {run.keeper.obstacle}", file=sys.stderr)

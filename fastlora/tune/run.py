@@ -99,7 +99,8 @@ class Run:
             with closing(Worker(self.device, self._python)) as worker:
                 for *_, dtype, cases in of_kernel:
                     self._say(f"proving {kernel.name} ({verb}, {dtype}): {len(cases)} cases", done, total)
-                    self.keeper.add(self._prove(worker, verb, kernel, dtype, cases))
+                    if proof := self._prove(worker, verb, kernel, dtype, cases):
+                        self.keeper.add(proof)
                     done += len(cases)
         return len(proofs)
 
@@ -123,8 +124,11 @@ class Run:
         reasons = (kernel.refuses(size.request(self.device)) for size in case.sizes if size.verb == verb)
         return next(filter(None, reasons), None)
 
-    def _prove(self, worker: Worker, verb: str, kernel: Kernel, dtype: str, cases: Sequence[Case]) -> Proof:
-        """Runs the cases until one of them fails; what is refused there is no check."""
+    def _prove(self, worker: Worker, verb: str, kernel: Kernel, dtype: str, cases: Sequence[Case]) -> Proof | None:
+        """Runs the cases until one of them fails; what is refused there is no check.
+
+        None where the GPU's memory is full.
+        """
         why, passed = "", 0
         for case in cases:
             try:
@@ -133,6 +137,9 @@ class Run:
                 )
             except DiedError as died:
                 answer = {"error": str(died)}
+            if answer.get("no_memory"):
+                print(f"  {kernel.name} is not proven: {case}: {answer['error']}", file=self._stream, flush=True)
+                return None
             if why := answer.get("error") or (answer["why"] if answer["outcome"] == "failed" else ""):
                 why = f"{case}: {why}"
                 print(f"  {kernel.name} failed: {why}", file=self._stream, flush=True)
@@ -195,7 +202,7 @@ class Run:
             except DiedError as died:
                 answer = {"error": str(died)}
             if "error" in answer:
-                if worker.begun in ("", "library"):
+                if worker.begun in ("", "library") or answer.get("no_memory"):
                     # Such as no memory for the inputs: no kernel's fault.
                     print(f"  not timed: {answer['error']}", file=self._stream, flush=True)
                     return

@@ -34,6 +34,10 @@ class DiedError(Exception):
     """The worker is gone, or was ended since it did not answer; the message says which."""
 
 
+class StartError(RuntimeError):
+    """No worker can be started: no fault of a kernel; the message has its last words."""
+
+
 class Worker:
     """A worker process, started with the first job and again after its end.
 
@@ -50,20 +54,20 @@ class Worker:
         self._process: subprocess.Popen[str] | None = None
         self._answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._errors: IO[str] | None = None
+        self.begun = ""
 
-    def ask(
-        self, job: Mapping[str, Any], seconds: float, heard: Callable[[Answer], None] = lambda answer: None
-    ) -> Answer:
-        """The answer to a job, ``error`` among it where it raised.
+    def ask(self, job: Mapping[str, Any], seconds: float) -> Answer:
+        """The answer to a job; where it raised ``error`` is among it, and ``no_memory`` where that was the reason.
 
         Args:
             job: the keyword arguments of a job, and its name as ``do``.
             seconds: how long it may take, and each part of it that says that it begins.
-            heard: is told what begins.
 
         Raises:
             DiedError: there was none.
+            StartError: there is nobody to answer.
         """
+        self.begun = ""
         if self._process is None:
             self._start()
         assert self._process is not None
@@ -71,7 +75,6 @@ class Worker:
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(job) + "\n")
             self._process.stdin.flush()
-        self.begun = ""
         while "begins" in (answer := self._next(seconds)):
             self.begun = answer["begins"]
         if "error" in answer:
@@ -106,7 +109,10 @@ class Worker:
         )
         self._answers = queue.SimpleQueue()
         threading.Thread(target=_read, args=(self._process.stdout, self._answers), daemon=True).start()
-        self._next(_START_SECONDS)
+        try:
+            self._next(_START_SECONDS)
+        except DiedError as died:
+            raise StartError(f"the process that tries kernels does not start: it {died}") from None
 
     def _next(self, seconds: float) -> Answer:
         try:
@@ -148,6 +154,9 @@ def main() -> NoReturn:
     def say(answer: Answer) -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
+    if device.type == "cuda":
+        # The GPU's context is made here: where there is no room for it, no kernel is to blame.
+        torch.zeros(1, device=device)
     jobs: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_read_jobs, args=(jobs,), daemon=True).start()
     say({"begins": "the worker"})
@@ -159,6 +168,8 @@ def main() -> NoReturn:
                 torch.cuda.synchronize(device)
         except Exception as error:
             answer = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:500]}
+            if isinstance(error, torch.OutOfMemoryError):
+                answer["no_memory"] = True
         say(answer)
 
 

@@ -28,6 +28,7 @@ NAMES = {verb: [k.name for k in kernels if k.name != "reference"] for verb, kern
 OURS = {verb: [name for name in names if name != "library"] for verb, names in NAMES.items()}
 K, N, R = 64, 48, 8
 USUAL = ("--quick", "--layer", str(K), str(N), "--rank", str(R), "--dtype", "fp16")
+FORWARD, BACKWARD = {"k": K, "n": N}, {"k": N, "n": K}
 SECONDS = 60.0
 
 
@@ -242,7 +243,26 @@ def test_what_fails_at_a_size_alone_is_withdrawn_and_the_others_are_timed(gpu: G
     assert [name for name, _ in gpu.ask(*calls)] == ["triton-skinny"] * 2 + ["triton"] * 2
 
 
-FORWARD, BACKWARD = {"k": K, "n": N}, {"k": N, "n": K}
+def test_what_is_no_kernels_fault_is_not_kept_against_it(gpu: Gpu) -> None:
+    options = ("--tokens", "32", "--kernel", "triton-skinny")
+    started = gpu.start(Script(starts=False), *options)
+    assert started.wait() == 1
+    assert (
+        "error: the process that tries kernels does not start: it ended its process with status 1 (no GPU is free)\n"
+        in started.told
+    )
+    assert not gpu.cache.exists()
+    full = gpu.run(Script((Planted(LORA, "triton-skinny", "has no memory", {"m": 150}),)), *options)
+    assert re.search(r"  triton-skinny is not proven: M=150 .*: OutOfMemoryError: CUDA out of memory", full.told)
+    assert [proof.kernel for proof in gpu.table.proofs] == ["triton"]
+    # Behind the run that is checked, and those that warm up.
+    in_the_times = Planted(LORA, "triton-skinny", "has no memory", FORWARD | {"m": 32, "call": 6})
+    fuller = gpu.run(Script((in_the_times,)), *options)
+    assert proved(fuller) == ["triton-skinny (lora_matmul, float16)"]
+    assert "  not timed: OutOfMemoryError: CUDA out of memory" in fuller.told
+    assert timed(gpu.run(Script(), *options)) == [f"forward M=32 K={K} N={N} R={R} float16"]
+    assert all(proof.passed for proof in gpu.table.proofs)
+    assert len(gpu.table.buckets) == 4
 
 
 def test_the_fastest_is_taken_at_sizes_like_those_it_was_the_fastest_at_and_nowhere_else(gpu: Gpu) -> None:

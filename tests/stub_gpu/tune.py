@@ -38,7 +38,7 @@ _MS = 1.0
 
 
 class Planted(NamedTuple):
-    """What a kernel does in the calls that ``where`` describes, by fields of a Request and ``adapters``.
+    """What a kernel does in the calls that ``where`` describes: by fields of a Request, ``adapters`` and ``call``.
 
     Attributes:
         does: the name of a fault, or the milliseconds that it takes, in turns.
@@ -58,12 +58,14 @@ class Script(NamedTuple):
         dtypes: those that are proven.
         forked: False where workers are to be started as users' are.
         case_seconds: how long a kernel may take for one case.
+        starts: False where no worker is to start.
     """
 
     planted: tuple[Planted, ...] = ()
     dtypes: tuple[str, ...] = ("fp16",)
     forked: bool = True
     case_seconds: float = 60.0
+    starts: bool = True
 
     def text(self) -> str:
         """As :meth:`parse` reads it."""
@@ -112,6 +114,10 @@ def _raises() -> None:
     raise ValueError("a planted exception")
 
 
+def _has_no_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
+
+
 def _loses() -> None:
     def lost(*args: object) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -126,6 +132,7 @@ _ENDS: dict[str, Callable[[], None]] = {
     "crashes": _crashes,
     "raises": _raises,
     "loses the GPU": _loses,
+    "has no memory": _has_no_memory,
 }
 # Of the runs of a case, in both directions, one that is neither the first nor the last.
 _OTHER_BITS = 13
@@ -174,6 +181,7 @@ def _planted(script: Script, verb: str, kernel: Kernel, run: Callable[..., Any])
     def planted(*args: Any, **options: Any) -> Any:
         facts = _facts(verb, *args, **options)
         called = json.dumps(facts)
+        facts["call"] = calls[called]
         ran.append(kernel.name)
         ms, fault = _MS, ""
         for does, where in ((planted.does, planted.where) for planted in mine):
@@ -273,7 +281,10 @@ def _be_a_worker(command: Sequence[str]) -> None:
         sys.stdin, sys.stderr = os.fdopen(0), os.fdopen(2, "w", buffering=1)
         _work(command)
     except SystemExit as end:
-        status = end.code
+        if isinstance(end.code, int):
+            status = end.code
+        else:
+            print(end.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -286,6 +297,8 @@ def _work(command: Sequence[str]) -> NoReturn:
     with Path(os.environ["STUB_TUNE_WORKERS"]).open("a") as file:
         print(os.getpid(), file=file)
     sys.argv = [module, device]
+    if not Script.parse(os.environ["STUB_TUNE"]).starts:
+        sys.exit("no GPU is free")
     worker.main()
 
 
