@@ -72,6 +72,7 @@ class Run:
         self._seconds, self._again = seconds, again
         self._python, self._stream = python, stream or sys.stderr
         self._case_seconds = case_seconds
+        self._withdrawn = False
         self._began = time.monotonic()
 
     @property
@@ -81,15 +82,23 @@ class Run:
 
     def run(self) -> int:
         """Does what has not been done; returns how much that was."""
-        done = self._prove_all()
+        done = self._prove_all() + self._time_all(self._again)
+        while self._withdrawn:
+            # What failed at one size may have been the fastest at another that was timed before.
+            self._withdrawn = False
+            done += self._time_all(again=False)
+        return done
+
+    def _time_all(self, again: bool) -> int:
+        """Times what is proven at each size that needs it; returns the number of sizes."""
         sizes = plan.sizes(self._layers, self._tokens)
-        left = [(size, names) for size in sizes if (names := self._contenders(size))]
+        left = [(size, names) for size in sizes if (names := self._contenders(size, again))]
         self._began = time.monotonic()
         with closing(Worker(self.device, self._python)) as worker:
             for i, (size, names) in enumerate(left):
                 self._say(f"timing {size}: {len(names)} ways", i, len(left))
                 self._measure(worker, size, names)
-        return done + len(left)
+        return len(left)
 
     def _prove_all(self) -> int:
         """Proves each kernel in a process of its own; returns the number of proofs."""
@@ -149,7 +158,7 @@ class Run:
             why = f"every case was refused: {answer['why']}"
         return Proof(verb, kernel.name, dtype, passed, not why, why, _now())
 
-    def _contenders(self, size: Size) -> list[str]:
+    def _contenders(self, size: Size, again: bool) -> list[str]:
         """What is timed at a size, the rule's kernel among it; empty where there is nothing to choose, or to do."""
         request = size.request(self.device)
         library = dispatch.named(size.verb)["library"]
@@ -163,11 +172,13 @@ class Run:
                 if kernel.name in chosen and proof and proof.passed and kernel.refuses(request) is None:
                     names.append(kernel.name)
         kept = self._bucket(size)
-        if kept is not None and not self._again and set(names) <= set(kept.times):
-            return []
-        # What was timed before is timed once more beside the others: times of two runs are not compared.
-        before = [] if kept is None else [name for name in kept.times if name in dispatch.named(size.verb)]
-        names = list(dict.fromkeys([*names, *before]))
+        if kept is not None:
+            chosen_from = kept.rule, kept.best or kept.rule
+            if not again and set(names) <= set(kept.times) and all(self._may_run(size, name) for name in chosen_from):
+                return []
+            # What was timed before is timed once more beside the others: times of two runs are not compared.
+            names += [name for name in kept.times if name in dispatch.named(size.verb) and self._may_run(size, name)]
+            names = list(dict.fromkeys(names))
         return names if len(names) > 1 else []
 
     def _bucket(self, size: Size) -> Bucket | None:
@@ -233,6 +244,7 @@ class Run:
         print(f"  {name} failed: {size}: {why}", file=self._stream, flush=True)
         proof = self.table.proof(size.verb, kernel, size.dtype)
         if proof is not None:
+            self._withdrawn |= proof.passed
             self.keeper.add(proof._replace(passed=False, why=f"{size}: {why}", time=_now()))
 
     def _fastest_grad(self, grad: Size) -> str:

@@ -243,6 +243,26 @@ def test_what_fails_at_a_size_alone_is_withdrawn_and_the_others_are_timed(gpu: G
     assert [name for name, _ in gpu.ask(*calls)] == ["triton-skinny"] * 2 + ["triton"] * 2
 
 
+@pytest.mark.parametrize("kernel", ["triton-serial", "triton-skinny"])
+def test_sizes_at_which_a_withdrawn_kernel_was_ahead_are_timed_without_it(kernel: str, gpu: Gpu) -> None:
+    planted = (
+        Planted(LORA, kernel, [0.1]),
+        Planted(LORA, "cuda-serial", [0.5]),
+        Planted(LORA, kernel, "raises", BACKWARD | {"m": 64}),
+        # A part of a backward, but for kernels that make it all at once.
+        *(Planted(GRAD, name, [0.01]) for name in NAMES[GRAD]),
+    )
+    started = gpu.run(Script(planted), "--tokens", "32", "64")
+    sizes = timed(started)
+    assert len(sizes) == 8 + 3
+    assert set(sizes[8:]) < set(sizes[:8])
+    for found in gpu.table.buckets:
+        assert kernel not in found.times
+        assert found.best == ("cuda-serial" if found.verb == LORA else None)
+    assert [name for name, _ in gpu.ask({"m": 32})] == ["cuda-serial"]
+    assert "up to date" in gpu.run(Script(planted), "--tokens", "32", "64").out
+
+
 def test_what_is_no_kernels_fault_is_not_kept_against_it(gpu: Gpu) -> None:
     options = ("--tokens", "32", "--kernel", "triton-skinny")
     started = gpu.start(Script(starts=False), *options)
