@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,40 @@ def test_two_that_tune_at_once_keep_what_both_found(tmp_path: Path) -> None:
     one.add(BUCKET)
     assert {proof.kernel for proof in measured.read(path, MACHINE).proofs} == {"triton-serial", "triton-portable"}
     assert measured.read(path, MACHINE).buckets == (BUCKET,)
+
+
+def test_many_that_write_at_the_same_moment_lose_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    together = threading.Barrier(8)
+
+    def write(m: int) -> None:
+        keeper = Keeper(path, MACHINE)
+        together.wait()
+        keeper.add(BUCKET._replace(m=m))
+
+    threads = [threading.Thread(target=write, args=(m,)) for m in range(1, 9)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(bucket.m for bucket in measured.read(path, MACHINE).buckets) == list(range(1, 9))
+    assert os.listdir(tmp_path) == ["table.json"]
+
+
+@pytest.mark.parametrize("proven_by_both", [True, False])
+def test_a_kernel_that_another_has_seen_fail_stays_failed(proven_by_both: bool, tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    Keeper(path, MACHINE).add(PROOF)
+    one, other = Keeper(path, MACHINE), Keeper(path, MACHINE)
+    if proven_by_both:
+        one.add(PROOF)
+    failed = PROOF._replace(passed=False, why="hung", time="2026-11-26")
+    other.add(failed)
+    one.add(BUCKET)
+    assert one.table.proofs == measured.read(path, MACHINE).proofs == (failed,)
+    later = PROOF._replace(time="2026-11-27")
+    one.add(later)
+    assert measured.read(path, MACHINE).proofs == (later,)
 
 
 @pytest.mark.parametrize("content", ["", "{", Table(MACHINE._replace(torch="1.0")).text()])
