@@ -59,6 +59,7 @@ class Script(NamedTuple):
         forked: False where workers are to be started as users' are.
         case_seconds: how long a kernel may take for one case.
         starts: False where no worker is to start.
+        repeats: of a case; fewer than users' unless it is about them.
     """
 
     planted: tuple[Planted, ...] = ()
@@ -66,6 +67,7 @@ class Script(NamedTuple):
     forked: bool = True
     case_seconds: float = 60.0
     starts: bool = True
+    repeats: int = 2
 
     def text(self) -> str:
         """As :meth:`parse` reads it."""
@@ -242,6 +244,8 @@ def prepare(script: Script) -> None:
         dispatch.KERNELS[verb] = tuple(_kernel(script, verb, kernel) for kernel in kernels)
     # Cases of more tiles than a GPU has multiprocessors take a CPU seconds.
     plan._LARGE_CASES = ((520, 136, 264, 16, False, False, False),)
+    plan.REPEATS = script.repeats
+    work._MOST_ROUNDS = 20
     plan.DTYPES = {name: plan.DTYPES[name] for name in script.dtypes}
     worker._START_SECONDS = 60.0
     if script.forked:
