@@ -88,7 +88,7 @@ def test_the_numbers_are_those_of_the_code() -> None:
 
 def test_messages_in_the_page_are_those_of_the_code() -> None:
     quoted = re.findall(r"^\| `([^`]+)`", PAGE.split("## When something is wrong")[1], re.MULTILINE)
-    assert len(quoted) == 10
+    assert len(quoted) == 12
     code = re.sub(r'"\s+f?"', "", SOURCES)
     for message in quoted:
         for part in re.split(r"…|: it |error: ", message):
