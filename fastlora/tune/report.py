@@ -51,6 +51,9 @@ def _wins(found: Table, verb: str, kernel: str) -> str:
     """In how many sizes a kernel or a form of it is taken, and by how much it is ahead of the rule's there."""
     buckets = [bucket for bucket in found.buckets if bucket.verb == verb]
     mine = [bucket for bucket in buckets if bucket.best is not None and bucket.best.partition(":")[0] == kernel]
+    # What failed afterwards is not taken.
+    proofs = (found.proof(verb, kernel, bucket.dtype) for bucket in mine)
+    mine = [bucket for bucket, proof in zip(mine, proofs, strict=True) if proof is None or proof.passed]
     usual = sum(bucket.best is None and bucket.rule == kernel for bucket in buckets)
     words = [f"{len(mine)} of {len(buckets)} sizes, {_range(mine)} x the rule's"] if mine else []
     words += (

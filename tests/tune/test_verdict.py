@@ -47,6 +47,11 @@ def test_what_is_ahead_in_half_of_the_rounds_does_not_win() -> None:
     assert winner(samples, "library", [1.0] * ROUNDS).kernel is None
 
 
+def test_a_steady_second_wins_where_the_first_is_fitful() -> None:
+    samples = {"library": [1.0] * ROUNDS, "fitful": [0.5] * 14 + [1.5] * 6, "steady": [0.9] * ROUNDS}
+    assert winner(samples, "library", [1.0] * ROUNDS) == Winner("steady", 1.1111)
+
+
 def test_a_drift_of_the_clock_is_no_noise() -> None:
     # Every kernel slows down, as on a GPU that grows hot; within each round the order is the same.
     slope = [1 + i / ROUNDS for i in range(ROUNDS)]
