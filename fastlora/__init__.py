@@ -5,6 +5,7 @@ from .adapters.merging import merge_adapter, merge_and_unload, unmerge_adapter
 from .adapters.model import delete_adapter, disable, enable, set_adapter, unload
 from .adapters.saving import load_adapter, save_adapter
 from .module import LoRALinear
+from .ops.group import lora_linear_group
 from .ops.linear import explain, lora_linear
 from .peft import PatchReport, patch_peft, patched_peft, unpatch_peft
 from .tune import tune_model
@@ -22,6 +23,7 @@ __all__ = [
     "inject",
     "load_adapter",
     "lora_linear",
+    "lora_linear_group",
     "merge_adapter",
     "merge_and_unload",
     "patch_peft",

@@ -128,6 +128,7 @@ def test_public_names() -> None:
         "inject",
         "load_adapter",
         "lora_linear",
+        "lora_linear_group",
         "merge_adapter",
         "merge_and_unload",
         "patch_peft",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from ..kernels.tiles import architecture
 from ..text import dtype_name
 from . import cuda, first_use, library, measured, reference, replay, triton, triton_skinny
 from .dropout import Dropout
-from .request import Kernel, Product, Request
+from .request import Kernel, Product, Request, Together
 
 # For each verb. Of a family that is forced the first that can runs. rank_grad has one kernel of each, named by it.
 KERNELS: dict[str, tuple[Kernel, ...]] = {
@@ -111,6 +111,44 @@ def gradients_of(p: Product, dy: Tensor) -> Callable[[Product, Tensor, Tensor], 
         if kernel.name == "library" and not dy.is_cpu:
             return None
     return kernel.gradients
+
+
+def lora_matmul_group(products: Sequence[Product]) -> tuple[list[Tensor], list[Tensor]]:
+    """y and z of each of several products of one x [M, K], together where one kernel runs all and has a way to."""
+    together = _together(products)
+    if together is not None:
+        return together.run(products)
+    made = [lora_matmul(p) for p in products]
+    return [y for y, _ in made], [z for _, z in made]  # type: ignore[misc]
+
+
+GroupGradients = Callable[
+    [Sequence[Product], Sequence[Tensor], Sequence[Tensor]], tuple[Tensor, list[Tensor], list[Tensor]]
+]
+
+
+def group_gradients_of(products: Sequence[Product], dys: Sequence[Tensor]) -> GroupGradients | None:
+    """A kernel's own dx, and da and db of each, in one call, or None where they are to be made one by one.
+
+    Args:
+        products: the forward's, with one x [M, K].
+        dys: gradient of each output [M, N].
+    """
+    together = _together(
+        [
+            Product(dy, p.w.T, p.b.T, p.a.T, p.scale, None, p.dropout_p, p.seed, on_product=True)  # type: ignore[union-attr]
+            for p, dy in zip(products, dys, strict=True)
+        ]
+    )
+    return None if together is None else together.gradients
+
+
+def _together(products: Sequence[Product]) -> Together | None:
+    """The way with a group of the kernel that would run each of its products; None where they differ."""
+    if products[0].x.is_cpu and _environment.get(_NAME, _AUTO) in _LIBRARY:
+        return _library("lora_matmul").together
+    kernels = {_choose(Request.of_lora_matmul(p), _forced()).name: None for p in products}
+    return named("lora_matmul")[next(iter(kernels))].together if len(kernels) == 1 else None
 
 
 def small_of(x: Tensor) -> Callable[[Product, bool], Tensor | None] | None:

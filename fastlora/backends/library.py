@@ -12,7 +12,7 @@ differs between shapes and dtypes, so the kernels have forms (``_FORMS``) that a
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import masks
 from .dropout import Dropout, draw_seed
-from .request import Kernel, Product, new_middle, runs_anything, whole_rows
+from .request import Kernel, Product, Together, new_middle, runs_anything, whole_rows
 
 
 def lora_matmul(p: Product, *, addmm: bool = False, last: bool = False) -> tuple[Tensor | None, Tensor]:
@@ -175,6 +175,70 @@ def gradients(
     return dx.addmm_(dy, w, beta=rescale), da, db  # type: ignore[arg-type]
 
 
+def lora_matmul_group(products: Sequence[Product]) -> tuple[list[Tensor], list[Tensor]]:
+    """y and z of each of several products of one x, the middles by one GEMM where nothing is masked."""
+    first = products[0]
+    x = whole_rows(first.x)
+    if any(p.seed is not None for p in products):
+        made = [lora_matmul(p) for p in products]
+        return [y for y, _ in made], [z for _, z in made]  # type: ignore[misc]
+    wide = _middles(x, torch.cat([p.a.to(x.dtype) for p in products]))
+    ys, zs = [], []
+    for p, part in zip(products, wide.split([p.a.shape[0] for p in products], dim=1), strict=True):
+        z = new_middle(x, part.shape[1])
+        torch.mul(part, p.scale, out=z) if part.dtype is z.dtype else z.copy_(part.mul_(p.scale))
+        b = p.b.to(x.dtype)
+        w: Tensor = p.w  # type: ignore[assignment]
+        ys.append(F.linear(z, b, p.bias).addmm_(x, w.T) if x.is_cpu else _product_last(x, w, z, b, p.bias, None))
+        zs.append(z)
+    return ys, zs
+
+
+def _middles(x: Tensor, a: Tensor) -> Tensor:
+    """x aᵀ before its scales, in float32 where that costs no pass over x: rounded once then."""
+    return torch.mm(x, a.T, out_dtype=torch.float32) if x.is_cuda and x.dtype.itemsize == 2 else F.linear(x, a)
+
+
+def gradients_group(
+    products: Sequence[Product], dys: Sequence[Tensor], zs: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """dx [M, K], and da and db of each of several products of one x: dx is summed by the GEMMs.
+
+    Without masks Σ tᵢ aᵢ and all tᵢᵀ x are one product each.
+    """
+    x, dtype = whole_rows(products[0].x), products[0].x.dtype
+    dys = [whole_rows(dy) for dy in dys]
+    a_s = [p.a.to(dtype) for p in products]
+    ts = [torch.mm(dy, p.b.to(dtype)).mul_(p.scale) for p, dy in zip(products, dys, strict=True)]
+    ranks = [a.shape[0] for a in a_s]
+    if all(p.seed is None for p in products):
+        t = ts[0] if len(ts) == 1 else torch.cat(ts, dim=1)
+        dx = torch.mm(t, torch.cat(a_s))
+        das = list(_rank_grad(t, x, products[0].a.dtype, None).split(ranks))
+    else:
+        dx, das = _masked_sum(products, ts, a_s), []
+        for p, t in zip(products, ts, strict=True):
+            das.append(rank_grad(t, x, dtype=p.a.dtype, dropout=p.mask_x))
+    dbs = []
+    for p, dy, z in zip(products, dys, zs, strict=True):
+        dx.addmm_(dy, p.w)  # type: ignore[arg-type]
+        dbs.append(_rank_grad(dy, z, p.b.dtype, None))
+    return dx, das, dbs
+
+
+def _masked_sum(products: Sequence[Product], ts: Sequence[Tensor], a_s: Sequence[Tensor]) -> Tensor:
+    """Σ D'ᵢ(tᵢ aᵢ), a few rows at a time."""
+    m, k = products[0].x.shape
+    total = products[0].x.new_zeros(m, k)
+    for p, t, a in zip(products, ts, a_s, strict=True):
+        if (dropout := p.mask_x) is None:
+            total.addmm_(t, a)
+            continue
+        for rows in dropout.chunks(total):
+            total[rows].add_(masks.kept_(dropout, torch.mm(t[rows], a), rows.start), alpha=dropout.rescale)
+    return total
+
+
 # Elements of x up to which torch's own nodes are faster than a Function, for all that they add an [M, K] gradient more;
 # with dropout they keep the mask and the masked x, 64 kB each in float32 at most.
 _SMALL = 1 << 18
@@ -220,5 +284,15 @@ _RANK_GRAD_FORMS = (
     Kernel("library:narrow", runs_anything, functools.partial(rank_grad, narrow=True)),
     Kernel("library:wide", runs_anything, functools.partial(rank_grad, narrow=False)),
 )
-LORA_MATMUL = (Kernel("library", runs_anything, lora_matmul, gradients=gradients, small=small, forms=_FORMS),)
+LORA_MATMUL = (
+    Kernel(
+        "library",
+        runs_anything,
+        lora_matmul,
+        gradients=gradients,
+        small=small,
+        together=Together(lora_matmul_group, gradients_group),
+        forms=_FORMS,
+    ),
+)
 RANK_GRAD = (Kernel("library", runs_anything, rank_grad, forms=_RANK_GRAD_FORMS),)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -143,6 +143,21 @@ class Request(NamedTuple):
         return Request("rank_grad", q.device, q.dtype, dtype, m, k, n, min(k, n), dropout, unaligned)
 
 
+class Together(NamedTuple):
+    """A kernel's way with a group: several products of one x [M, K], none of them with a mask on its product.
+
+    Attributes:
+        run: y and z of each product.
+        gradients: dx, summed, and da and db of each product, from the dy and z of each: for eager code, as
+            ``Kernel.gradients``.
+    """
+
+    run: Callable[[Sequence[Product]], tuple[list[Tensor], list[Tensor]]]
+    gradients: Callable[
+        [Sequence[Product], Sequence[Tensor], Sequence[Tensor]], tuple[Tensor, list[Tensor], list[Tensor]]
+    ]
+
+
 class Kernel(NamedTuple):
     """One way to run a verb: the unit that is chosen, proven, timed and named.
 
@@ -156,6 +171,7 @@ class Kernel(NamedTuple):
             order, each within the error rule. None where the verbs are called, as traced code always does.
         small: y [M, N] in torch's own differentiable operators, for eager calls in which a Function's time would show;
             returns None for other calls. Takes the product without a seed, and whether dropout is on.
+        together: its way with several products of one x; None where they are run one by one.
         forms: other ways of this kernel to the same results, which only a measured table prefers to it; their names
             begin with the kernel's and a colon.
     """
@@ -166,6 +182,7 @@ class Kernel(NamedTuple):
     tile: Callable[[Product], str] | None = None
     gradients: Callable[[Product, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None
     small: Callable[[Product, bool], Tensor | None] | None = None
+    together: Together | None = None
     forms: tuple[Kernel, ...] = ()
 
     def ways(self, field: str) -> tuple[Kernel, ...]:

@@ -11,7 +11,7 @@ them costs eager code less than operators with registered autograd.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ _ops.define(
 _ops.define("rank_grad(Tensor p, Tensor q, ScalarType dtype, float dropout_p, Tensor? seed) -> Tensor")
 
 
-def _without_zero_strides(dy: Tensor) -> Tensor:
+def without_zero_strides(dy: Tensor) -> Tensor:
     """dy of a sum as rows: a copy costs less than what kernels and vendors do about such strides, or than a refusal."""
     return dy.contiguous() if 0 in dy.stride() else dy
 
@@ -40,7 +40,7 @@ def _without_zero_strides(dy: Tensor) -> Tensor:
 def _lora_matmul(*operands: Any) -> tuple[Tensor, Tensor]:
     product = Product(*operands)
     if product.on_product:
-        product = product._replace(x=_without_zero_strides(product.x))
+        product = product._replace(x=without_zero_strides(product.x))
     y, z = dispatch.lora_matmul(product)
     return (product.x.new_empty(0) if y is None else y), z
 
@@ -53,7 +53,7 @@ def _lora_matmul_fake(*operands: Any) -> tuple[Tensor, Tensor]:
 
 def _rank_grad(p: Tensor, q: Tensor, dtype: torch.dtype, dropout_p: float, seed: Tensor | None) -> Tensor:
     dropout = None if seed is None else Dropout(dropout_p, seed)
-    return dispatch.rank_grad(_without_zero_strides(p), q, dtype, dropout)
+    return dispatch.rank_grad(without_zero_strides(p), q, dtype, dropout)
 
 
 def _rank_grad_fake(p: Tensor, q: Tensor, dtype: torch.dtype, dropout_p: float, seed: Tensor | None) -> Tensor:
@@ -75,7 +75,7 @@ def multiply(p: Product, eager: bool = False) -> Tensor:
         flops.register()
     if not torch.is_grad_enabled():
         rows = _by_rows(p)
-        return _unrows((dispatch.lora_matmul(rows) if eager else lora_matmul_op(*rows))[0], p.x)
+        return unrows((dispatch.lora_matmul(rows) if eager else lora_matmul_op(*rows))[0], p.x)
     y: Tensor
     if eager:
         y = _apply_eagerly(p.x, p.w, p.a, p.b, p.bias, p)
@@ -96,7 +96,7 @@ class _Eager(torch.autograd.Function):
         flat = x.dim() == 2
         y_mn, z_mr = dispatch.lora_matmul(p if flat else _by_rows(p))
         _save(ctx, p, z_mr)
-        return y_mn if flat else _unrows(y_mn, x)  # type: ignore[return-value]
+        return y_mn if flat else unrows(y_mn, x)  # type: ignore[return-value]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Gradients:
@@ -117,7 +117,7 @@ class _Traced(torch.autograd.Function):
         p = Product(x, w, a, b, scale, bias, dropout_p, seed)
         y_mn, z_mr = lora_matmul_op(*_by_rows(p))
         _save(ctx, p, z_mr)
-        return _unrows(y_mn, x)
+        return unrows(y_mn, x)
 
     @staticmethod
     @once_differentiable
@@ -156,7 +156,7 @@ def _gradients(ctx: Any, dy: Tensor) -> Gradients:
     dy_mn = rows_of(dy)
     eager = is_eager()
     if eager:
-        dy_mn = _without_zero_strides(dy_mn)
+        dy_mn = without_zero_strides(dy_mn)
     needs = ctx.needs_input_grad[:5]
     saved = ctx.saved_tensors
     if eager and needs in _USUAL:
@@ -177,9 +177,25 @@ def _gradients(ctx: Any, dy: Tensor) -> Gradients:
 
 
 def _gradients_by_the_verbs(ctx: Any, saved: tuple[Any, ...], dy_mn: Tensor, eager: bool) -> Gradients:
+    dx, dw, da, db, dbias = by_the_verbs(saved, ctx.constants, ctx.needs_input_grad[:5], dy_mn, eager)
+    return dx, dw, da, db, dbias, None
+
+
+def by_the_verbs(
+    saved: Sequence[Any], constants: Sequence[Any], needs: Sequence[bool], dy_mn: Tensor, eager: bool
+) -> tuple[Tensor | None, ...]:
+    """dx, dw, da, db and dbias, those that are needed, by the two verbs.
+
+    Args:
+        saved: x [..., K], w, a, b, z [M, R] and the seed, as far as they are needed.
+        constants: scale, dropout_p, dtype of the adapters, shape of x.
+        needs: which of x, w, a, b and bias ask for a gradient.
+        dy_mn: gradient of the output.
+        eager: whether the kernels are called without their operators.
+    """
     x, w, a, b, z_mr, seed = saved
-    scale, dropout_p, adapter_dtype, x_shape = ctx.constants
-    need_x, need_w, need_a, need_b, need_bias = ctx.needs_input_grad[:5]
+    scale, dropout_p, adapter_dtype, x_shape = constants
+    need_x, need_w, need_a, need_b, need_bias = needs
     rank_grad = _rank_grad if eager else rank_grad_op
     dx = dw = da = db = None
     if need_x or need_a:
@@ -193,7 +209,7 @@ def _gradients_by_the_verbs(ctx: Any, saved: tuple[Any, ...], dy_mn: Tensor, eag
         db = rank_grad(dy_mn, z_mr, adapter_dtype, 0.0, None)
     if need_w:
         dw = torch.mm(dy_mn.T, rows_of(x))
-    return dx, dw, da, db, dy_mn.sum(0) if need_bias else None, None
+    return dx, dw, da, db, dy_mn.sum(0) if need_bias else None
 
 
 _gradients_once = once_differentiable(_gradients)
@@ -211,7 +227,7 @@ def rows_of(x: Tensor) -> Tensor:
     return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
 
 
-def _unrows(y_mn: Any, x: Tensor) -> Tensor:
+def unrows(y_mn: Any, x: Tensor) -> Tensor:
     """[M, N] with the leading dimensions of x."""
     if x.dim() == 2:
         rows: Tensor = y_mn

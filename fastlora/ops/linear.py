@@ -114,6 +114,19 @@ _MOST_PASSED = 4096
 _PLAIN = frozenset({Tensor, nn.Parameter})
 
 
+def is_plain(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> bool:
+    """Whether these are torch's own tensors, no subclass that would see what is done with them."""
+    return all(type(t) in _PLAIN for t in (x, weight, lora_a, lora_b)) and (bias is None or type(bias) in _PLAIN)
+
+
+def product_of(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, bias: Tensor | None, dropout_p: float
+) -> Product:
+    """The call of plain tensors as a value, checked and cast as autocast asks; dropout is still without a seed."""
+    operands = (x, weight, lora_a, lora_b, scale, bias, dropout_p)
+    return _known(*operands) or _checked(*operands)
+
+
 def _known(
     x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, bias: Tensor | None, dropout_p: float
 ) -> Product | None:
