@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,7 +16,7 @@ from fastlora import lora_linear
 from fastlora.accuracy import Step, assert_close_to_oracle, oracle_step, reference_step
 from fastlora.backends import dispatch
 from fastlora.backends.dropout import Dropout, draw_seed
-from fastlora.backends.request import Kernel, Product
+from fastlora.backends.request import Kernel, Product, Together
 
 SCALE = 1.7
 
@@ -119,8 +119,26 @@ def count_runs(monkeypatch: pytest.MonkeyPatch, name: str) -> list[torch.Size]:
         shapes.append(dy.shape)
         return kernel.gradients(product, dy, z)
 
-    replace_kernel(monkeypatch, name, run=noted, gradients=kernel.gradients and noted_gradients)
+    replace_kernel(
+        monkeypatch,
+        name,
+        run=noted,
+        gradients=kernel.gradients and noted_gradients,
+        together=kernel.together and _noting(kernel.together, shapes),
+    )
     return shapes
+
+
+def _noting(way: Together, shapes: list[torch.Size]) -> Together:
+    def run(products: Sequence[Product]) -> Any:
+        shapes.extend(p.x.shape for p in products)
+        return way.run(products)
+
+    def gradients(products: Sequence[Product], dys: Sequence[Tensor], zs: Sequence[Tensor]) -> Any:
+        shapes.extend(dy.shape for dy in dys)
+        return way.gradients(products, dys, zs)
+
+    return Together(run, gradients)
 
 
 def gradient_of(y: Tensor, seed: int = 2) -> Tensor:

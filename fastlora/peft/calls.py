@@ -14,6 +14,9 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from .. import siblings
+from ..siblings import Counts
+
 logger = logging.getLogger("fastlora")
 
 
@@ -23,10 +26,12 @@ class Calls:
 
     ``fast`` counts by layer the calls that ran on fastlora, ``fallback`` by layer and reason those that ran PEFT's own
     forward. A layer that activation checkpointing recomputes is counted again; a compiled forward is not counted.
+    ``groups`` counts the calls that computed siblings too, and the outputs that these took and left.
     """
 
     fast: Counter[str] = field(default_factory=Counter)
     fallback: Counter[tuple[str, str]] = field(default_factory=Counter)
+    groups: Counts = field(default_factory=lambda: Counts(0, 0, 0))
 
     @property
     def reasons(self) -> Counter[str]:
@@ -38,6 +43,9 @@ class Calls:
 
     def __str__(self) -> str:
         lines = [f"{self.fast.total()} calls ran on fastlora, {self.fallback.total()} on PEFT's own forward"]
+        if self.groups.grouped:
+            grouped, taken, wasted = self.groups
+            lines.append(f"  {grouped} of them computed their siblings: {taken} outputs were taken, {wasted} were not")
         lines += [f"  {count} × {reason}" for reason, count in self.reasons.most_common()]
         return "\n".join(lines)
 
@@ -57,10 +65,14 @@ def count_calls() -> Iterator[Calls]:
     Outside of it nothing is counted, because counting costs about a microsecond per call.
     """
     calls = Calls()
+    siblings.close()
+    before = siblings.counts()
     counters.append(calls)
     try:
         yield calls
     finally:
+        siblings.close()
+        calls.groups = Counts(*(now - then for now, then in zip(siblings.counts(), before, strict=True)))
         # By identity: two counters that saw the same are equal.
         counters[:] = [other for other in counters if other is not calls]
 

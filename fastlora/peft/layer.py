@@ -18,8 +18,10 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D as Conv1D
 
+from .. import siblings
 from ..eager import is_eager
 from ..ops.linear import lora_linear
+from ..siblings import Operands
 from ..text import dtype_name
 from . import calls
 
@@ -87,8 +89,25 @@ class FusedLoraLinear(lora.Linear):
             return y
         if calls.counters and not torch.compiler.is_compiling():
             calls.count_fast(self)
-        weight, bias, (a, b, scale, p) = proof
+        operands = _operands(proof)
+        if type(operands.lora_a) is nn.Parameter:
+            return siblings.multiply(self, x, operands, _prove_sibling)
+        # Several adapters were joined for this call alone: no later one can prove that they are the same.
+        weight, a, b, scale, bias, p = operands
         return lora_linear(x, weight, a, b, scale=scale, bias=bias, dropout_p=p)
+
+
+def _operands(proof: Proven) -> Operands:
+    weight, bias, (a, b, scale, p) = proof
+    return Operands(weight, a, b, scale, bias, p)
+
+
+def _prove_sibling(layer: nn.Module, x: Tensor) -> Operands | None:
+    """What a layer would pass to ``lora_linear`` if it were called with x; None where PEFT's forward would run."""
+    if not isinstance(layer, FusedLoraLinear):
+        return None
+    proof = _usual(layer, x) or prove(layer, x)
+    return None if isinstance(proof, str) or type(proof.adapter.a) is not nn.Parameter else _operands(proof)
 
 
 class StrictLoraLinear(FusedLoraLinear):

@@ -11,16 +11,17 @@ import importlib.util
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from .. import siblings
 from ..backends import dispatch
 from ..backends.request import Request
-from ..text import listed
+from ..text import listed, shown_names
 from . import calls
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ class PatchReport:
         already_patched: names of those that did before.
         skipped: name of each other adapter layer → the reason why it keeps PEFT's forward.
         trainable_base: names of the patched layers whose base weight asks for a gradient.
+        groups: names of the layers that compute together where they are called with one input.
+        ungrouped: name of each layer that could have been in a group → the reason why it is in none.
         requests: what the layers that run on fastlora ask of a kernel, at TOKENS tokens and without dropout; how many
             layers ask it.
     """
@@ -64,6 +67,8 @@ class PatchReport:
     already_patched: tuple[str, ...]
     skipped: dict[str, str]
     trainable_base: tuple[str, ...]
+    groups: tuple[tuple[str, ...], ...] = ()
+    ungrouped: dict[str, str] = field(default_factory=dict)
     requests: Counter[Request] = field(default_factory=Counter, repr=False)
 
     @property
@@ -80,6 +85,12 @@ class PatchReport:
             lines.append(f"  {count} skipped: {reason} ({listed(n for n, r in self.skipped.items() if r == reason)})")
         if self.trainable_base:
             lines.append(f"  {len(self.trainable_base)} with a trainable base weight ({listed(self.trainable_base)})")
+        if self.groups:
+            lines.append(f"  {len(self.groups)} groups: {shown_names(' + '.join(names) for names in self.groups)}")
+        for reason, count in Counter(self.ungrouped.values()).most_common():
+            lines.append(
+                f"  {count} in no group: {reason} ({listed(n for n, r in self.ungrouped.items() if r == reason)})"
+            )
         for (kernel, why), count in self._kernels().most_common():
             lines.append(f"  {count} run {kernel} at {TOKENS} tokens, {why}")
         return "\n".join(lines)
@@ -93,7 +104,10 @@ class PatchReport:
         return kernels
 
 
-def patch_peft(model: nn.Module, *, strict_dtype: bool = False) -> PatchReport:
+Groups = Literal["auto"] | None | Sequence[Sequence[str]]
+
+
+def patch_peft(model: nn.Module, *, strict_dtype: bool = False, groups: Groups = "auto") -> PatchReport:
     """Runs the LoRA layers of a PEFT model on :func:`fastlora.lora_linear` wherever a call proves that it may.
 
     ``y = x Wᵀ + scale · D(x) Aᵀ Bᵀ + bias``, for every layer whose class is ``peft.tuners.lora.Linear`` itself. Each
@@ -106,18 +120,23 @@ def patch_peft(model: nn.Module, *, strict_dtype: bool = False) -> PatchReport:
         model: what ``get_peft_model`` returned, or any module that holds PEFT's layers.
         strict_dtype: leave float32 adapters on a half-precision base (outside of autocast) to PEFT, which casts x up
             and computes the adapter in float32. By default fastlora rounds the adapters to the dtype of x instead.
+        groups: layers that compute together, as :func:`fastlora.lora_linear_group`, in calls with one input: the first
+            of them that is called computes all, and the others take their part where they prove that it is theirs.
+            ``"auto"`` for children of one parent named q_proj, k_proj, v_proj; query, key, value; gate_proj, up_proj;
+            or w1, w3; but not of cross attention. Tuples of other names, such as ``[("wq", "wk", "wv")]``; or None.
 
     Returns:
         A :class:`PatchReport`.
 
     Raises:
-        TypeError: ``model`` is no ``nn.Module``.
+        TypeError: ``model`` is no ``nn.Module``, or ``groups`` is something else.
+        ValueError: names in ``groups`` are of different parents, or match nothing.
         ImportError: peft is not installed.
 
     Warns:
         UserWarning: no layer was patched, with the reasons counted; or a patched layer's base weight is trainable.
     """
-    return _patch(model, strict_dtype)[0]
+    return _patch(model, strict_dtype, groups)[0]
 
 
 def unpatch_peft(model: nn.Module) -> int:
@@ -140,6 +159,7 @@ def unpatch_peft(model: nn.Module) -> int:
     if ours is not None:
         for name, layer in model.named_modules():
             if type(layer) in (ours.FusedLoraLinear, ours.StrictLoraLinear):
+                siblings.dissolve(layer)
                 layer.__class__ = ours.lora.Linear
                 count += 1
             elif isinstance(layer, ours.FusedLoraLinear):
@@ -158,12 +178,13 @@ def unpatch_peft(model: nn.Module) -> int:
 
 
 @contextmanager
-def patched_peft(model: nn.Module, *, strict_dtype: bool = False) -> Iterator[PatchReport]:
+def patched_peft(model: nn.Module, *, strict_dtype: bool = False, groups: Groups = "auto") -> Iterator[PatchReport]:
     """:func:`patch_peft` for the length of a block: ``with fastlora.patched_peft(model) as report: ...``.
 
     Every layer leaves the block with the class it had before; what was patched before stays patched.
     """
-    report, before = _patch(model, strict_dtype)
+    grouped = {layer: group for layer in model.modules() if (group := siblings.group_of(layer))}
+    report, before = _patch(model, strict_dtype, groups)
     after = {layer: type(layer) for layer in before}
     try:
         yield report
@@ -172,9 +193,10 @@ def patched_peft(model: nn.Module, *, strict_dtype: bool = False) -> Iterator[Pa
             # A layer that somebody gave another class meanwhile keeps it.
             if type(layer) is after[layer]:
                 layer.__class__ = kind
+        siblings.restore(model, grouped)
 
 
-def _patch(model: nn.Module, strict_dtype: bool) -> tuple[PatchReport, dict[nn.Module, type]]:
+def _patch(model: nn.Module, strict_dtype: bool, groups: Groups) -> tuple[PatchReport, dict[nn.Module, type]]:
     """Patches, and returns the report and the old class of each layer whose class was changed."""
     _check_module(model)
     if importlib.util.find_spec("peft") is None:
@@ -206,16 +228,28 @@ def _patch(model: nn.Module, strict_dtype: bool) -> tuple[PatchReport, dict[nn.M
                 layer.__class__ = kind
                 calls.name_layer(layer, name)
         calls.forget_warnings()
+        chosen = siblings.choose(model, groups, _unfit)
         trainable = tuple(name for name, layer in patched.items() if _base_weight(layer).requires_grad)
         requests = Counter(request for layer in (patched | already).values() if (request := _request(layer)))
-        report = PatchReport(tuple(patched), tuple(already), skipped, trainable, requests)
+        report = PatchReport(tuple(patched), tuple(already), skipped, trainable, chosen.names, chosen.refused, requests)
         # Inside of the try, because a user may have made warnings errors.
         _warn_of(report)
     except BaseException:
         for layer, was in before.items():
             layer.__class__ = was
         raise
+    for layer in (patched | already).values():
+        siblings.dissolve(layer)
+    for _, parent, names in chosen.formed:
+        siblings.form(parent, names)
     return report, before
+
+
+def _unfit(layer: nn.Module) -> str | None:
+    """Why a layer can be in no group, or None."""
+    from .layer import FusedLoraLinear
+
+    return None if isinstance(layer, FusedLoraLinear) else "it does not run on fastlora"
 
 
 def refusal(layer: Any) -> str | None:

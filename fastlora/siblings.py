@@ -1,0 +1,324 @@
+"""Sibling layers of one input, such as q, k and v: the first that is called computes all, the others take their part.
+
+Which layers are siblings is settled before a model runs (:func:`form`). A sibling takes its part inside its own
+forward, so that its hooks fire, and only on proof that it would compute the same: the same x, unchanged; the same grad
+mode, autocast and hooks on saved tensors; the same operands, unchanged. Otherwise it computes alone. One group at most
+is open at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+
+from .eager import is_eager
+from .ops.group import lora_linear_group
+from .ops.linear import lora_linear
+
+_log = logging.getLogger("fastlora")
+
+# The names of projections that read one input in known models.
+KNOWN = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+)
+
+# Parents with such a word in their name take keys and values from elsewhere.
+_CROSS = ("cross", "encoder_attn", "encdec")
+
+
+class Operands(NamedTuple):
+    """What a layer passes to ``lora_linear`` beside x, dropout as it is in force."""
+
+    weight: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+    scale: float
+    bias: Tensor | None
+    dropout_p: float
+
+
+# The operands of a sibling in a call with this x, or None where it does not run lora_linear.
+Prove = Callable[[nn.Module, Tensor], "Operands | None"]
+
+
+class Group(NamedTuple):
+    """Siblings: their names in their parent, which is not kept alive."""
+
+    parent: ref[nn.Module]
+    names: tuple[str, ...]
+
+    def members(self) -> dict[str, nn.Module]:
+        """The siblings by name, as the parent has them now."""
+        parent = self.parent()
+        found = {} if parent is None else parent._modules
+        return {name: layer for name in self.names if (layer := found.get(name)) is not None}
+
+
+class Counts(NamedTuple):
+    """How often a group was computed at once, and how many outputs its siblings took, and left."""
+
+    grouped: int
+    taken: int
+    wasted: int
+
+
+_groups: WeakKeyDictionary[nn.Module, Group] = WeakKeyDictionary()
+_counted: Counter[str] = Counter()
+_warned: set[tuple[str, ...]] = set()
+
+
+class _Waiting(NamedTuple):
+    """An output that a sibling may take: the operands that made it, and what was the same then."""
+
+    operands: Operands
+    key: tuple[Any, ...]
+    y: Tensor
+
+
+class _Open(NamedTuple):
+    """A group that was computed: for which x and in which state, by which siblings, and what was not taken yet."""
+
+    group: Group
+    x: Tensor
+    version: int
+    state: tuple[Any, ...]
+    computed: frozenset[str]
+    waiting: dict[str, _Waiting]
+
+
+_open: _Open | None = None
+
+
+def form(parent: nn.Module, names: Sequence[str]) -> None:
+    """Makes children of one parent siblings."""
+    group = Group(ref(parent), tuple(names))
+    for layer in group.members().values():
+        _groups[layer] = group
+
+
+def dissolve(layer: nn.Module) -> None:
+    """Lets a layer compute alone from now on, and its siblings without it."""
+    _groups.pop(layer, None)
+
+
+def restore(model: nn.Module, groups: Mapping[nn.Module, Group]) -> None:
+    """Gives each layer of a model the group that it has in ``groups``, and no other."""
+    for layer in model.modules():
+        if layer in groups:
+            _groups[layer] = groups[layer]
+        else:
+            dissolve(layer)
+
+
+def group_of(layer: nn.Module) -> Group | None:
+    """The group of a layer, or None."""
+    return _groups.get(layer)
+
+
+def counts() -> Counts:
+    """The counts since the process began."""
+    return Counts(*(_counted[name] for name in Counts._fields))
+
+
+def close() -> None:
+    """Drops the outputs of an open group that nobody has taken yet."""
+    if _open is not None:
+        _close(_open)
+
+
+def multiply(layer: nn.Module, x: Tensor, operands: Operands, prove: Prove) -> Tensor:
+    """``lora_linear`` of a layer: its part of what a sibling has computed, or together with its siblings, or alone.
+
+    Args:
+        layer: the layer that is called.
+        x: its input.
+        operands: what it would pass to ``lora_linear``.
+        prove: tells the same of its siblings.
+    """
+    if layer in _groups:
+        y = _together(layer, x, operands, prove)
+        if y is not None:
+            return y
+    weight, a, b, scale, bias, p = operands
+    return lora_linear(x, weight, a, b, scale=scale, bias=bias, dropout_p=p)
+
+
+def _together(layer: nn.Module, x: Tensor, operands: Operands, prove: Prove) -> Tensor | None:
+    global _open
+    if not is_eager():
+        return None
+    group = _groups.get(layer)
+    if group is None:
+        return None
+    members = group.members()
+    called = next((name for name, member in members.items() if member is layer), None)
+    if called is None:
+        return None  # moved elsewhere
+    if _open is not None:
+        if group is _open.group and called not in _open.computed:
+            return None
+        if group is _open.group and (y := _taken(_open, called, x, operands)) is not None:
+            return y
+        _close(_open)
+    # Nobody counts the changes of a tensor of inference mode.
+    if x.is_inference() or not _is_free(layer):
+        return None
+    parts = {}
+    for name, member in members.items():
+        if name == called:
+            parts[name] = operands
+        elif _groups.get(member) is group and _is_free(member) and (part := prove(member, x)) is not None:
+            parts[name] = part
+    if len(parts) < 2:
+        return None
+    weights, a_s, bs, scales, biases, ps = zip(*parts.values(), strict=True)
+    ys = lora_linear_group(x, weights, a_s, bs, scales=scales, biases=biases, dropout_ps=ps)
+    made = dict(zip(parts, ys, strict=True))
+    y = made.pop(called)
+    waiting = {name: _Waiting(parts[name], _key(parts[name]), part) for name, part in made.items()}
+    _open = _Open(group, x, x._version, _state(x), frozenset(parts), waiting)
+    _counted["grouped"] += 1
+    return y
+
+
+def _taken(opened: _Open, name: str, x: Tensor, operands: Operands) -> Tensor | None:
+    """A sibling's output out of an open group, where it would compute the same now."""
+    global _open
+    if x is not opened.x or x._version != opened.version or _state(x) != opened.state:
+        return None
+    waiting = opened.waiting.get(name)
+    if waiting is None or waiting.key != _key(operands):
+        return None
+    del opened.waiting[name]
+    _counted["taken"] += 1
+    if not opened.waiting:
+        _open = None
+    return waiting.y
+
+
+def _close(opened: _Open) -> None:
+    """Drops what nobody took, and warns of it once for each kind of group."""
+    global _open
+    _open = None
+    _counted["wasted"] += len(opened.waiting)
+    kind = opened.group.names
+    if kind not in _warned:
+        _warned.add(kind)
+        parent = opened.group.parent()
+        _log.warning(
+            "%s of a %s were computed with their siblings and not taken: they do not share an input there, and each "
+            "such call costs time. Leave them out of groups=... (warned once)",
+            " and ".join(opened.waiting),
+            type(parent).__name__,
+        )
+
+
+def _is_free(layer: Any) -> bool:
+    """Whether nothing changes x on its way into a layer's forward: hooks before it, or a forward of its own."""
+    return not (
+        layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks or "forward" in layer.__dict__
+    )
+
+
+def _key(operands: Operands) -> tuple[Any, ...]:
+    """What is the same while operands are: an open group holds them, so that no other tensor gets their memory."""
+    *tensors, scale, bias, p = operands
+    tensors = tensors if bias is None else [*tensors, bias]
+    return (scale, p, *((t.data_ptr(), t._version, t.shape, t.stride(), t.requires_grad) for t in tensors))
+
+
+def _state(x: Tensor) -> tuple[Any, ...]:
+    """All around a call that its result and its graph depend on."""
+    device_type = x.device.type
+    autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return torch.is_grad_enabled(), x.requires_grad, autocast, hooks
+
+
+class Chosen(NamedTuple):
+    """Groups that were asked for: parent's name, parent and names of those formed; of the others the reason."""
+
+    formed: list[tuple[str, nn.Module, tuple[str, ...]]]
+    refused: dict[str, str]
+
+    @property
+    def names(self) -> tuple[tuple[str, ...], ...]:
+        """The full names of the siblings of each group."""
+        return tuple(tuple(f"{parent}.{name}".lstrip(".") for name in names) for parent, _, names in self.formed)
+
+
+def choose(
+    model: nn.Module,
+    groups: str | Sequence[Sequence[str]] | None,
+    fit: Callable[[nn.Module], str | None],
+) -> Chosen:
+    """Finds the siblings in a model.
+
+    Args:
+        model: whose layers run on fastlora already.
+        groups: ``"auto"`` for children of KNOWN names, but those of cross attention; None for no groups; or tuples of
+            names that children of one parent have.
+        fit: gives the reason why a child can be in no group, or None.
+
+    Raises:
+        TypeError: ``groups`` is something else.
+        ValueError: the names of a tuple are of different parents, fewer than two, or no layers' of the model.
+    """
+    if groups is None:
+        return Chosen([], {})
+    if groups == "auto":
+        wanted: Sequence[Sequence[str]] = KNOWN
+    elif isinstance(groups, str) or not all(isinstance(names, (tuple, list)) for names in groups):
+        raise TypeError(f'groups must be "auto", None, or tuples of names, got {groups!r}')
+    else:
+        wanted = [_under_one_parent(names) for names in groups]
+    formed: list[tuple[str, nn.Module, tuple[str, ...]]] = []
+    refused: dict[str, str] = {}
+    matched: set[tuple[str, ...]] = set()
+    for parent_name, parent in model.named_modules():
+        for names in wanted:
+            prefix, children = _split(names)
+            present = [name for name in children if parent._modules.get(name) is not None]
+            if len(present) < 2 or (prefix and not f".{parent_name}".endswith(f".{prefix}")):
+                continue
+            matched.add(tuple(names))
+            reasons = {name: fit(parent._modules[name]) for name in present}
+            fitting = tuple(name for name in present if reasons[name] is None)
+            if groups == "auto" and _is_cross(parent_name, parent):
+                reasons = dict.fromkeys(
+                    present, "the parent is cross attention by its name: pass groups=[...] to insist"
+                )
+                fitting = ()
+            if len(fitting) > 1:
+                formed.append((parent_name, parent, fitting))
+            refused |= {
+                f"{parent_name}.{name}".lstrip("."): reason for name, reason in reasons.items() if reason is not None
+            }
+    if groups != "auto" and (missing := [names for names in wanted if tuple(names) not in matched]):
+        raise ValueError(f"groups has names that no two layers of one parent in model have: {missing}")
+    return Chosen(formed, refused)
+
+
+def _split(names: Sequence[str]) -> tuple[str, list[str]]:
+    """The common beginning of dotted names, and their ends."""
+    return names[0].rpartition(".")[0], [name.rpartition(".")[2] for name in names]
+
+
+def _under_one_parent(names: Sequence[str]) -> Sequence[str]:
+    if len(names) < 2 or len({name.rpartition(".")[0] for name in names}) > 1:
+        raise ValueError(f"groups has {tuple(names)}: expected two or more names of layers under one parent")
+    return names
+
+
+def _is_cross(name: str, parent: nn.Module) -> bool:
+    words = f"{name.rpartition('.')[2]} {type(parent).__name__}".lower()
+    return any(word in words for word in _CROSS)
