@@ -29,7 +29,7 @@ collect_ignore = []
 try:
     from hypothesis import settings
 except ImportError:
-    collect_ignore += ["ops/test_eager.py", "ops/test_properties.py"]
+    collect_ignore += ["ops/test_eager.py", "ops/test_group_properties.py", "ops/test_properties.py"]
 else:
     settings.register_profile("fixed", derandomize=True, deadline=None, database=None, max_examples=60)
     settings.load_profile("fixed")
