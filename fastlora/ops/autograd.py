@@ -66,6 +66,13 @@ torch.library.register_fake("fastlora::lora_matmul", _lora_matmul_fake, lib=_ops
 torch.library.register_fake("fastlora::rank_grad", _rank_grad_fake, lib=_ops)
 lora_matmul_op = torch.ops.fastlora.lora_matmul.default
 rank_grad_op = torch.ops.fastlora.rank_grad.default
+
+
+def verbs(eager: bool) -> tuple[Callable[[Product], tuple[Tensor, Tensor]], Callable[..., Tensor]]:
+    """The two verbs: for eager code the kernels themselves, else the operators, which others see."""
+    return (dispatch.lora_matmul, _rank_grad) if eager else (lambda p: lora_matmul_op(*p), rank_grad_op)  # type: ignore[return-value]
+
+
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
 
@@ -196,13 +203,13 @@ def by_the_verbs(
     x, w, a, b, z_mr, seed = saved
     scale, dropout_p, adapter_dtype, x_shape = constants
     need_x, need_w, need_a, need_b, need_bias = needs
-    rank_grad = _rank_grad if eager else rank_grad_op
+    lora_matmul, rank_grad = verbs(eager)
     dx = dw = da = db = None
     if need_x or need_a:
         # The forward's verb with the operands turned; without need_x only its rank-R middle is made.
         turned = Product(dy_mn, w.T if need_x else None, b.T, a.T, scale, None, dropout_p, seed, True)
-        dx_mk, t_mr = dispatch.lora_matmul(turned) if eager else lora_matmul_op(*turned)
-        dx = dx_mk.view(x_shape) if need_x and dx_mk is not None else None
+        dx_mk, t_mr = lora_matmul(turned)
+        dx = dx_mk.view(x_shape) if need_x else None
     if need_a:
         da = rank_grad(t_mr, rows_of(x), adapter_dtype, dropout_p, seed)
     if need_b:

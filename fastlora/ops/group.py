@@ -85,7 +85,7 @@ def lora_linear_group(
     products: list[Product] = []
     for i, branch in enumerate(branches):
         # What autocast made of x for the first branch is the x of all.
-        product = _of_branch(i, linear.product_of, products[0].x if products else x, *branch)
+        product = of_branch(f"branch {i}", linear.product_of, products[0].x if products else x, *branch)
         products.append(product)
     if training:
         products = [p._replace(seed=draw_seed(p.x.device)) if p.dropout_p > 0 else p for p in products]
@@ -98,28 +98,29 @@ Branch = tuple[Tensor, Tensor, Tensor, float, "Tensor | None", float]
 def _alone(i: int, x: Tensor, branch: Branch, training: bool) -> Tensor:
     """One branch by itself."""
     w, a, b, scale, bias, p = branch
-    y: Tensor = _of_branch(i, linear.lora_linear, x, w, a, b, scale=scale, bias=bias, dropout_p=p, training=training)
+    options = dict(scale=scale, bias=bias, dropout_p=p, training=training)
+    y: Tensor = of_branch(f"branch {i}", linear.lora_linear, x, w, a, b, **options)
     return y
 
 
-def _of_branch(i: int, call: Any, *arguments: Any, **options: Any) -> Any:
+def of_branch(branch: str, call: Any, *arguments: Any, **options: Any) -> Any:
     """What a call for a branch returns; what it raises says which branch it is."""
     try:
         return call(*arguments, **options)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise type(error)(f"branch {i}: {error}") from error
+        raise type(error)(f"{branch}: {error}") from error
 
 
 def _multiply(products: list[Product]) -> tuple[Tensor, ...]:
     x = products[0].x
     if not torch.is_grad_enabled():
-        return tuple(unrows(y, x) for y in dispatch.lora_matmul_group(_by_rows(products))[0])
+        return tuple(unrows(y, x) for y in dispatch.lora_matmul_group(by_rows(products))[0])
     operands = [t for p in products for t in (p.w, p.a, p.b, p.bias)]
     ys: tuple[Tensor, ...] = _Group.apply(products, x, *operands)  # type: ignore[no-untyped-call]
     return ys
 
 
-def _by_rows(products: list[Product]) -> list[Product]:
+def by_rows(products: Sequence[Product]) -> list[Product]:
     """The products with their one x as [M, K]."""
     x = rows_of(products[0].x)
     return [p._replace(x=x) for p in products]
@@ -137,20 +138,12 @@ class _Group(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, products: list[Product], x: Tensor, *operands: Tensor | None) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ys, zs = dispatch.lora_matmul_group(_by_rows(products))
-        need_x = ctx.needs_input_grad[1]
-        saved: list[Tensor | None] = []
-        for p, z, (_, need_a, need_b, _) in zip(products, zs, _needs(ctx), strict=True):
-            saved += [
-                p.w if need_x else None,
-                p.a if need_x or need_a else None,
-                p.b if need_x or need_a else None,
-                z if need_b else None,
-                p.seed,
-            ]
-        any_x = any(need_w or need_a for need_w, need_a, *_ in _needs(ctx))
+        ys, zs = dispatch.lora_matmul_group(by_rows(products))
+        need_x, needs = ctx.needs_input_grad[1], needs_of(ctx.needs_input_grad[2:])
+        saved = [t for p, z, asked in zip(products, zs, needs, strict=True) for t in kept(p, z, need_x, asked)]
+        any_x = any(need_w or need_a for need_w, need_a, *_ in needs)
         ctx.save_for_backward(x if any_x else None, *saved)
-        ctx.constants = [(p.scale, p.dropout_p, p.a.dtype, x.shape) for p in products]
+        ctx.constants = constants_of(products)
         return tuple(unrows(y, x) for y in ys)
 
     @staticmethod
@@ -158,19 +151,49 @@ class _Group(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         device_type = next((dy.device.type for dy in dys if dy is not None), "cpu")
         with torch.autocast(device_type, enabled=False):
-            return None, *_gradients(ctx, dys)
+            need_x, needs = ctx.needs_input_grad[1], needs_of(ctx.needs_input_grad[2:])
+            return None, *gradients(ctx.saved_tensors, ctx.constants, need_x, needs, dys)
 
 
-def _needs(ctx: Any) -> list[tuple[bool, ...]]:
+def needs_of(flat: Sequence[bool]) -> list[tuple[bool, ...]]:
     """Which of w, a, b and bias ask for a gradient, of each branch."""
-    flat = ctx.needs_input_grad[2:]
     return [tuple(flat[i : i + _OPERANDS]) for i in range(0, len(flat), _OPERANDS)]
 
 
-def _gradients(ctx: Any, dys: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """dx, and dw, da, db and dbias of each branch; nothing of a branch whose output nobody used."""
-    x, *saved = ctx.saved_tensors
-    need_x, needs = ctx.needs_input_grad[1], _needs(ctx)
+def kept(p: Product, z: Tensor, need_x: bool, needs: Sequence[bool]) -> list[Tensor | None]:
+    """w, a, b, z and seed of one branch, as far as its backward needs them."""
+    _, need_a, need_b, _ = needs
+    return [
+        p.w if need_x else None,
+        p.a if need_x or need_a else None,
+        p.b if need_x or need_a else None,
+        z if need_b else None,
+        p.seed,
+    ]
+
+
+def constants_of(products: Sequence[Product]) -> list[tuple[Any, ...]]:
+    """Scale, dropout_p, dtype of the adapters and shape of x, of each branch."""
+    return [(p.scale, p.dropout_p, p.a.dtype, p.x.shape) for p in products]
+
+
+def gradients(
+    kept: Sequence[Any],
+    constants: Sequence[tuple[Any, ...]],
+    need_x: bool,
+    needs: Sequence[tuple[bool, ...]],
+    dys: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """dx, and dw, da, db and dbias of each branch; nothing of a branch whose output nobody used.
+
+    Args:
+        kept: x [..., K], then what :func:`kept` keeps of each branch.
+        constants: as :func:`constants_of` has them.
+        need_x: whether x asks for a gradient.
+        needs: which of w, a, b and bias ask for one, of each branch.
+        dys: gradient of each output, or None.
+    """
+    x, *saved = kept
     eager = is_eager()
     live = [i for i, dy in enumerate(dys) if dy is not None]
     dy_s = {i: without_zero_strides(rows_of(dys[i])) for i in live}  # type: ignore[arg-type]
@@ -181,13 +204,13 @@ def _gradients(ctx: Any, dys: Sequence[Tensor | None]) -> list[Tensor | None]:
         products, zs = [], []
         for i in live:
             w, a, b, z, seed = parts[i]
-            scale, dropout_p, _, _ = ctx.constants[i]
+            scale, dropout_p, _, _ = constants[i]
             products.append(Product(rows_of(x), w, a, b, scale, None, dropout_p, seed))
             zs.append(z)
-        gradients = dispatch.group_gradients_of(products, list(dy_s.values()))
-        if gradients is not None:
-            dx, das, dbs = gradients(products, list(dy_s.values()), zs)
-            found[0] = dx.view(ctx.constants[0][3])
+        together = dispatch.group_gradients_of(products, list(dy_s.values()))
+        if together is not None:
+            dx, das, dbs = together(products, list(dy_s.values()), zs)
+            found[0] = dx.view(constants[0][3])
             for i, da, db in zip(live, das, dbs, strict=True):
                 at = 1 + _OPERANDS * i
                 found[at + 1], found[at + 2] = da, db
@@ -195,7 +218,7 @@ def _gradients(ctx: Any, dys: Sequence[Tensor | None]) -> list[Tensor | None]:
             return found
     for i in live:
         w, a, b, z, seed = parts[i]
-        dx_i, *others = by_the_verbs((x, w, a, b, z, seed), ctx.constants[i], (need_x, *needs[i]), dy_s[i], eager)
+        dx_i, *others = by_the_verbs((x, w, a, b, z, seed), constants[i], (need_x, *needs[i]), dy_s[i], eager)
         at = 1 + _OPERANDS * i
         found[at : at + _OPERANDS] = others
         if dx_i is not None:
