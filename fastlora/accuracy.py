@@ -14,10 +14,13 @@ __all__ = [
     "MAX_FACTOR",
     "RMS_FACTOR",
     "Errors",
+    "MlpStep",
     "Step",
     "assert_close_to_oracle",
     "compare",
+    "oracle_mlp_step",
     "oracle_step",
+    "reference_mlp_step",
     "reference_step",
 ]
 
@@ -53,3 +56,37 @@ def reference_step(product: Product, dy: Tensor) -> Step:
 def oracle_step(product: Product, dy: Tensor) -> Step:
     """:func:`reference_step` in float64 on the same rounded inputs: the oracle."""
     return reference_step(product.map(Tensor.double), dy.double())
+
+
+class MlpStep(NamedTuple):
+    """What one training step of a gated MLP of LoRA layers computes: y and dx, and da and db of gate, up and down."""
+
+    y: Tensor
+    dx: Tensor
+    das: tuple[Tensor, Tensor, Tensor]
+    dbs: tuple[Tensor, Tensor, Tensor]
+
+
+def reference_mlp_step(gate: Product, up: Product, down: Product, dy: Tensor, activation: str) -> MlpStep:
+    """Forward and backward of y = down(act(gate(x)) up(x)), layer by layer, in the dtype of x: the baseline.
+
+    Args:
+        gate: the forward, with x [M, K] and dropout, if any, on the input.
+        up: the same, of the same x.
+        down: the same; its x is not looked at.
+        dy: gradient of the output.
+        activation: a name in ``reference.ACTIVATIONS``.
+    """
+    g, u = (reference.lora_matmul(p)[0] for p in (gate, up))
+    assert g is not None
+    assert u is not None
+    last = reference_step(down._replace(x=reference.swiglu(g, u, activation)), dy)
+    dg, du = reference.swiglu_gradients(g, u, last.dx, activation)
+    first, second = reference_step(gate, dg), reference_step(up, du)
+    return MlpStep(last.y, first.dx + second.dx, (first.da, second.da, last.da), (first.db, second.db, last.db))
+
+
+def oracle_mlp_step(gate: Product, up: Product, down: Product, dy: Tensor, activation: str) -> MlpStep:
+    """:func:`reference_mlp_step` in float64 on the same rounded inputs: the oracle."""
+    gate, up, down = (p.map(Tensor.double) for p in (gate, up, down))
+    return reference_mlp_step(gate, up, down, dy.double(), activation)

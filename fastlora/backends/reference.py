@@ -10,11 +10,17 @@ Backward:  (dx, t) = lora_matmul(dy, wᵀ, bᵀ, aᵀ)           mask on the pro
            db = rank_grad(dy, z)                           no mask
 
 Run in float64 on the same rounded inputs it is the oracle; run in the tested dtype, the baseline.
+
+Between the products of an MLP stands the gated activation h = act(g) u, with dg = dh u act'(g) and du = dh act(g).
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .dropout import Dropout
@@ -42,6 +48,28 @@ def dropped(x: Tensor, dropout: Dropout | None) -> Tensor:
     if dropout is None:
         return x
     return torch.where(dropout.keep(*x.shape), x * dropout.rescale, 0)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+}
+_DERIVATIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "silu": torch.ops.aten.silu_backward,
+    "gelu": torch.ops.aten.gelu_backward,
+    "gelu_tanh": functools.partial(torch.ops.aten.gelu_backward, approximate="tanh"),
+}
+
+
+def swiglu(g: Tensor, u: Tensor, activation: str) -> Tensor:
+    """h = act(g) u."""
+    return ACTIVATIONS[activation](g) * u
+
+
+def swiglu_gradients(g: Tensor, u: Tensor, dh: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """dg = dh u act'(g) and du = dh act(g)."""
+    return _DERIVATIVES[activation](dh * u, g), dh * ACTIVATIONS[activation](g)
 
 
 LORA_MATMUL = (Kernel("reference", runs_anything, lora_matmul),)
