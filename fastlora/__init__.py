@@ -7,12 +7,14 @@ from .adapters.saving import load_adapter, save_adapter
 from .module import LoRALinear
 from .ops.group import lora_linear_group
 from .ops.linear import explain, lora_linear
+from .ops.mlp import Branch, lora_swiglu_mlp
 from .peft import PatchReport, patch_peft, patched_peft, unpatch_peft
 from .tune import tune_model
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Branch",
     "LoRALinear",
     "PatchReport",
     "__version__",
@@ -24,6 +26,7 @@ __all__ = [
     "load_adapter",
     "lora_linear",
     "lora_linear_group",
+    "lora_swiglu_mlp",
     "merge_adapter",
     "merge_and_unload",
     "patch_peft",

@@ -118,6 +118,7 @@ def test_public_names() -> None:
     import fastlora
 
     assert fastlora.__all__ == [
+        "Branch",
         "LoRALinear",
         "PatchReport",
         "__version__",
@@ -129,6 +130,7 @@ def test_public_names() -> None:
         "load_adapter",
         "lora_linear",
         "lora_linear_group",
+        "lora_swiglu_mlp",
         "merge_adapter",
         "merge_and_unload",
         "patch_peft",
