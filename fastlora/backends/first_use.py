@@ -65,8 +65,19 @@ class Variant(NamedTuple):
         return f"{dtypes}, rank {self.r}, {dropout}"
 
 
-passed: set[Variant | torch.device] = set()
-failed: dict[torch.device, str] = {}
+class Gated(NamedTuple):
+    """A gated activation's kernels, which pass and fail by themselves."""
+
+    device: torch.device
+    dtype: torch.dtype
+    activation: str
+
+    def __str__(self) -> str:
+        return f"{self.activation} in {dtype_name(self.dtype)}"
+
+
+passed: set[Variant | Gated | torch.device] = set()
+failed: dict[Gated | torch.device, str] = {}
 _lock = threading.RLock()
 
 
@@ -88,6 +99,14 @@ def objection_to_masks(device: torch.device) -> str | None:
     return refusal or _objection(device, device, lambda: mask_faults(device), "torch operators make them")
 
 
+def objection_to_swiglu(gated: Gated) -> str | None:
+    """The same for the kernels of a gated activation."""
+    if gated.dtype is torch.float64:
+        return "float64: the kernels compute in float32"
+    refusal = triton.refuses_masks(gated.device)
+    return refusal or _objection(gated.device, gated, lambda: swiglu_faults(gated), "torch operators make it")
+
+
 def state(request: Request) -> str:
     """How the check stands, in words; runs nothing."""
     if _is_off():
@@ -98,18 +117,19 @@ def state(request: Request) -> str:
 
 
 def _objection(
-    device: torch.device, key: Variant | torch.device, check: Callable[[], Iterator[str]], instead: str
+    device: torch.device, key: Variant | Gated | torch.device, check: Callable[[], Iterator[str]], instead: str
 ) -> str | None:
     if _is_off():
         return None
-    if device in failed:
-        return failed[device]
+    family: Gated | torch.device = key if isinstance(key, Gated) else device
+    if family in failed:
+        return failed[family]
     if key in passed:
         return None
     if _nobody_may_compute():
         return LATER
     with _lock:
-        if key not in passed and device not in failed:
+        if key not in passed and family not in failed:
             try:
                 fault = _first_fault(check)
             except torch.OutOfMemoryError:
@@ -118,9 +138,10 @@ def _objection(
                 passed.add(key)
             else:
                 what = "dropout masks" if key == device else str(key)
-                failed[device] = f"failed its check at first use on {device} ({what}): {fault}"
-                _log.warning("Triton's skinny kernels: %s; %s", failed[device], instead)
-    return failed.get(device)
+                failed[family] = f"failed its check at first use on {device} ({what}): {fault}"
+                kernels = "gated activation" if isinstance(key, Gated) else "skinny kernels"
+                _log.warning("Triton's %s: %s; %s", kernels, failed[family], instead)
+    return failed.get(family)
 
 
 def _is_off() -> bool:
@@ -213,6 +234,32 @@ def mask_faults(device: torch.device) -> Iterator[str]:
     expected = -dropout.keep(rows, columns, first_row).to(torch.int16)
     if wrong := int(bits.cpu().ne(expected).sum()):
         yield f"keep_mask: {wrong} of {rows * columns} bits are wrong"
+
+
+def swiglu_faults(gated: Gated) -> Iterator[str]:
+    """Runs a gated activation forward and backward and says of each result that breaks the error rule by how much."""
+    from ..kernels import swiglu
+
+    device, dtype, activation = gated
+    # In vectors, the last block not whole.
+    rows, columns = 65, 1040
+    normal = _normal(rows, columns, dtype) * columns**0.5
+    g, u, dh = 3 * normal, normal.flip(0), normal.flip(1)
+    there, other, dg = (t.to(device, copy=True) for t in (g, u, dh))
+    h, again, du = (torch.empty_like(there) for _ in range(3))
+    with triton.device_of(there):
+        _run([swiglu.forward_launch(there, other, h, activation)], h)
+        _run([swiglu.backward_launch(there, other, dg, du, again, activation)], du, again)
+    exact = g.double(), u.double()
+    forward = (reference.swiglu(*exact, activation), reference.swiglu(g, u, activation))
+    oracles = reference.swiglu_gradients(*exact, dh.double(), activation)
+    gradients = zip(oracles, reference.swiglu_gradients(g, u, dh, activation), strict=True)
+    for name, made, (oracle, baseline) in zip(
+        ("h", "h of the backward", "dg", "du"), (h, again, dg, du), (forward, forward, *gradients), strict=True
+    ):
+        errors = compare(made.cpu(), oracle=oracle, baseline=baseline)
+        if not errors.ok:
+            yield f"{activation}, {name}: {errors}"
 
 
 def _normal(rows: int, columns: int, dtype: torch.dtype) -> Tensor:

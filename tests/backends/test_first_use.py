@@ -12,11 +12,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from fastlora.backends import dispatch, first_use, masks, triton
+from fastlora.backends import dispatch, first_use, masks, swiglu, triton
 from fastlora.backends.dropout import Dropout
-from fastlora.backends.first_use import Variant
+from fastlora.backends.first_use import Gated, Variant
 from fastlora.backends.request import Request
 from fastlora.kernels import middle, middle_and_grad, philox, rank_grad, rank_update, tiles
+from fastlora.kernels import swiglu as swiglu_kernel
 from fastlora.kernels.launch import Launch
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -245,3 +246,65 @@ def test_masks_come_from_the_kernel_once_it_passed(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Dropout, "bits", lambda *_: torch.empty(4, 8, dtype=torch.int16, device="meta"))
     masks.kept(dropout, torch.empty(4, 8, device="meta"))
     assert len(made) == 2
+
+
+SILU = Gated(GPU, FP16, "silu")
+
+
+@ON_CPU
+@pytest.mark.parametrize(
+    ("of", "changes", "named"),
+    [
+        ("forward_launch", {"SIZE": 65 * 1040 - 1}, "silu, h: is nan"),
+        ("forward_launch", {"ACTIVATION": "gelu"}, "silu, h: rms error"),
+        ("backward_launch", {"ACTIVATION": "gelu"}, "silu, h of the backward: rms error"),
+        ("backward_launch", {"SIZE": 65 * 1040 - 1}, "silu, h of the backward: is nan"),
+    ],
+)
+def test_a_wrong_activation_is_named_with_its_figures(
+    of: str, changes: dict[str, Any], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken(swiglu_kernel, of, monkeypatch, **changes)
+    assert str(next(first_use.swiglu_faults(SILU._replace(device=CPU)), None)).startswith(named)
+
+
+@pytest.mark.usefixtures("checks")
+def test_an_activation_fails_alone(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def wrong(gated: Gated) -> Iterator[str]:
+        if gated.activation == "silu":
+            yield "silu, dg: rms error 0.3 (bound 0.001)"
+
+    monkeypatch.setattr(first_use, "swiglu_faults", wrong)
+    with caplog.at_level(logging.WARNING, "fastlora"):
+        why = [first_use.objection_to_swiglu(SILU) for _ in range(2)]
+    assert (
+        why == ["failed its check at first use on cuda:0 (silu in float16): silu, dg: rms error 0.3 (bound 0.001)"] * 2
+    )
+    (record,) = caplog.records
+    assert record.getMessage() == f"Triton's gated activation: {why[0]}; torch operators make it"
+    assert first_use.objection_to_swiglu(SILU._replace(activation="gelu")) is None
+    assert chosen() == "triton-skinny"
+    assert "float64" in str(first_use.objection_to_swiglu(SILU._replace(dtype=torch.float64)))
+
+
+@pytest.mark.usefixtures("checks")
+@pytest.mark.parametrize(
+    ("backend", "by_kernel"),
+    [("auto", True), ("triton-skinny", True), ("library", False), ("reference", False), ("-triton", False)],
+)
+def test_when_the_activation_is_the_kernels(backend: str, by_kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device, as a stand-in for a GPU's tensors: what is launched is nothing."""
+    made: list[str] = []
+    monkeypatch.setattr(first_use, "swiglu_faults", lambda gated: iter(()))
+    monkeypatch.setattr(swiglu, "launch_forward", lambda g, u, activation, overwrite: made.append("forward"))
+    monkeypatch.setattr(swiglu, "launch_backward", lambda g, u, dh, activation, with_h: made.append("backward"))
+    monkeypatch.setenv("FASTLORA_BACKEND", backend)
+    g, u, dh = torch.empty(3, 5, 8, device="meta", dtype=FP16)
+    swiglu.forward(g, u, "silu")
+    swiglu.backward(g, u, dh, "silu", with_h=True)
+    assert made == (["forward", "backward"] if by_kernel else [])
+    with torch._subclasses.FakeTensorMode():
+        swiglu.forward(*torch.empty(2, 5, 8, device="meta"), "silu")
+    swiglu.forward(g[:0], u[:0], "silu")
+    swiglu.forward(torch.ones(1, 8), torch.ones(1, 8), "silu")
+    assert len(made) == 2 * by_kernel

@@ -39,11 +39,11 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 
+from fastlora.backends import reference, triton_skinny
 from fastlora.backends import triton as backend
-from fastlora.backends import triton_skinny
 from fastlora.backends.dropout import Dropout
 from fastlora.backends.request import Product, new_middle
-from fastlora.kernels import philox, rank_grad, tiles
+from fastlora.kernels import philox, rank_grad, swiglu, tiles
 from fastlora.kernels.launch import Launch
 
 ARCHITECTURES = (80, 90, 100, 120, 0x942, 0x950, 0x1100)
@@ -65,6 +65,7 @@ class Case(NamedTuple):
     backward: bool
     precision: str = "ieee"
     bias: bool = False
+    activation: str = ""
 
     def launches(self) -> list[Launch]:
         """The launches this call would run."""
@@ -78,6 +79,8 @@ class Case(NamedTuple):
             return rank_grad.launches(p, q, dtype=self.adapter_dtype, **options)[1]
         if self.kernel == "triton-skinny":
             return self._skinny(dropout)
+        if self.kernel == "swiglu":
+            return self._swiglu()
         product = Product(
             x=torch.empty(self.m, self.k, dtype=self.dtype),
             w=_matrix(self.n, self.k, self.dtype, self.backward),
@@ -104,6 +107,13 @@ class Case(NamedTuple):
             return triton_skinny.gradient_launches(product, dy, z, self.capability, self.precision)[3]
         bits = [] if dropout is None else [philox.launch(dropout, torch.empty(64, self.k, dtype=torch.int16), 0)]
         return [*triton_skinny.launches(product, self.capability, self.precision)[2], *bits]
+
+    def _swiglu(self) -> list[Launch]:
+        """The activation's forward, or its backward, with h where there is a bias."""
+        g, u, dh, du, h = (torch.empty(self.m, self.n, dtype=self.dtype) for _ in range(5))
+        if not self.backward:
+            return [swiglu.forward_launch(g, u, h, self.activation)]
+        return [swiglu.backward_launch(g, u, dh, du, h if self.bias else None, self.activation)]
 
 
 class Finding(NamedTuple):
@@ -217,6 +227,16 @@ def cases(architectures: tuple[int, ...]) -> Iterator[Case]:
             if precision in ("ieee", *tf32) and (mask == "none" or r in (8, 64, 128)):
                 shape = (2048, 2048, 1024)
                 yield Case("triton-skinny", capability, *shape, r, dtype, adapter_dtype, mask, backward, precision)
+        # Elements no multiple of a vector, too.
+        for activation, dtype, (backward, with_h), (m, n) in itertools.product(
+            reference.ACTIVATIONS,
+            (half, other, full),
+            ((False, False), (True, True), (True, False)),
+            ((64, 64), (63, 63)),
+        ):
+            if dtype is not other or n == 64:
+                shape = (m, 0, n)
+                yield Case("swiglu", capability, *shape, 0, dtype, dtype, "none", backward, "ieee", with_h, activation)
         if capability not in tiles.TMA_CAPABILITIES:
             continue
         # The mask on the input is the middle kernel's alone. A bias does not meet w K-by-N in a backward, but in the
@@ -280,7 +300,7 @@ def _examine(case: Case, launch: Launch) -> Finding:
         name,
         "x".join(blocks),
         case.capability,
-        "any" if "BLOCK" in arguments else _features(case),
+        "any" if "sum_splits" in name else _features(case),
         code.registers,
         code.spills,
         shared,
@@ -341,14 +361,14 @@ def _matrix_instructions(assembly: str, **patterns: str) -> tuple[str, ...]:
 
 def _features(case: Case) -> str:
     """What this case asks for beyond the tile."""
-    features = [f"R={case.r}", str(case.dtype).removeprefix("torch.")]
+    features = [case.activation or f"R={case.r}", str(case.dtype).removeprefix("torch.")]
     if case.adapter_dtype != case.dtype:
         features.append("fp32 adapters")
-    if case.dtype is torch.float32:
+    if case.dtype is torch.float32 and not case.activation:
         features.append(case.precision)
     features += [f"mask on {case.mask}"] if case.mask != "none" else []
     features += ["backward"] if case.backward else []
-    features += ["bias"] if case.bias else []
+    features += ["with h" if case.activation else "bias"] if case.bias else []
     features += ["ragged"] if case.k % 2 or case.n % 2 else []
     return ", ".join(features)
 
@@ -356,7 +376,8 @@ def _features(case: Case) -> str:
 def _expected_instructions(case: Case, launch: Launch) -> set[str]:
     """The matrix instructions of which a product of this kernel must have become one; none for plain arithmetic."""
     name = launch.kernel.fn.__name__
-    if "sum_splits" in name or "keep_bits" in name or (case.dtype is torch.float32 and case.precision == "ieee"):
+    plain = ("sum_splits", "keep_bits", "swiglu")
+    if any(word in name for word in plain) or (case.dtype is torch.float32 and case.precision == "ieee"):
         return set()
     if tiles.is_amd(case.capability):
         return {"mfma" if tiles.warp_size(case.capability) == 64 else "wmma"}
