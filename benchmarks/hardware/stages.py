@@ -18,7 +18,8 @@ _ARMS = ("plain", "addmm", "peft-same", "peft-fp32", "full", "fastlora", "fastlo
 _TRITON_TESTS = ("tests/kernels/test_skinny.py", "tests/kernels/test_kernels.py")
 _CUDA = tuple(name for name in KERNELS if name.startswith("cuda"))
 _CUDA_TESTS = "tests/csrc/test_cuda_kernels.py"
-_PORTABLE = "portable or rank_grad or mask_bits"
+_SWIGLU_TESTS = "tests/kernels/test_swiglu.py"
+_PORTABLE = "portable or rank_grad or mask_bits or swiglu"
 
 
 class Sizes(NamedTuple):
@@ -164,10 +165,10 @@ STAGES = (
     ),
     Stage(
         "portable",
-        "triton-portable, rank_grad, masks",
+        "triton-portable, rank_grad, masks, the gated activation",
         25,
         90,
-        _tests(*_TRITON_TESTS, "-k", _PORTABLE),
+        _tests(*_TRITON_TESTS, _SWIGLU_TESTS, "-k", _PORTABLE),
         "tests",
         of=("triton-portable", "triton-skinny", "triton-serial"),
     ),

@@ -131,6 +131,19 @@ def test_with_a_kernel_forced(backend: str, monkeypatch: pytest.MonkeyPatch) -> 
     check_against_the_oracle(mlp(dropout=True))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off where there is a GPU")
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtypes", ["fp32", "fp16_fp32_adapters"])
+def test_with_the_activations_own_kernel(dtypes: str, activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(swiglu, "_by_kernel", lambda g, activation: True)
+    check_against_the_oracle(mlp(*DTYPES[dtypes], dropout=True), activation)
+    m = mlp()
+    with torch.no_grad():
+        y = m()
+    same([y], [m.alone()])
+
+
 @pytest.mark.parametrize("lead", [(), (1,), (0,), (2, 3), (2, 1, 5)], ids=str)
 def test_leading_dimensions(lead: tuple[int, ...]) -> None:
     m = mlp(lead=lead)
