@@ -62,6 +62,15 @@ class Step(NamedTuple):
     dropout_p: float = 0.0
 
 
+class Activation(NamedTuple):
+    """A gated activation, forward in a place of its own and in that of g, and backward with and without h."""
+
+    m: int = 65
+    n: int = 1040
+    dtype: str = BF16
+    activation: str = "silu"
+
+
 class Outcome(NamedTuple):
     """What became of one call: refused, or so many launches, or an exception."""
 
@@ -131,6 +140,17 @@ def steps(everything: bool) -> Iterator[Step]:
             yield Step(BF16, adapter_dtype, dropout_p)
 
 
+def activations(everything: bool) -> Iterator[Activation]:
+    """What is asked of the gated activation, which belongs to no kernel of a verb."""
+    for dtype in (BF16, FP16, FP32):
+        yield Activation(dtype=dtype)
+    if everything:
+        yield Activation(activation="gelu")
+        yield Activation(activation="gelu_tanh")
+        yield Activation(m=1, n=1)
+        yield Activation(m=7, n=33)
+
+
 def outcomes(family: str, everything: bool) -> Iterator[Outcome]:
     """Every call of every kernel of a family, in this process, whose driver or runtime is a stub."""
     stand_in.enter()
@@ -140,7 +160,7 @@ def outcomes(family: str, everything: bool) -> Iterator[Outcome]:
     else:
         library = ctypes.CDLL("libcuda.so.1")
 
-    from fastlora.backends import dispatch
+    from fastlora.backends import dispatch, request
 
     for kernel in dispatch.KERNELS["lora_matmul"]:
         if kernel.name.partition("-")[0] == family:
@@ -152,6 +172,12 @@ def outcomes(family: str, everything: bool) -> Iterator[Outcome]:
         if kernel.name == family:
             for gradient in gradients(everything):
                 yield outcome_of(library, kernel, "rank_grad", gradient, *_gradient(gradient))
+    if family == "triton":
+        kernel = request.Kernel("swiglu", request.runs_anything, _activate)
+        for activation in activations(everything):
+            yield outcome_of(
+                library, kernel, "swiglu", activation, lambda: None, lambda kernel, call=activation: kernel.run(call)
+            )
 
 
 def outcome_of(
@@ -253,6 +279,17 @@ def _gradient(g: Gradient) -> tuple[Callable[[], Any], Callable[[Any], object]]:
         lambda: Request.of_rank_grad(p, q, grad_dtype, g.masked),
         lambda kernel: kernel.run(p, q, dtype=grad_dtype, dropout=dropout),
     )
+
+
+def _activate(c: Activation) -> None:
+    from fastlora.backends import swiglu
+
+    dtype, _ = _dtypes(c.dtype, None)
+    g, u, dh = (_tensor(c.m, c.n, dtype) for _ in range(3))
+    for overwrite in (False, True):
+        swiglu.launch_forward(g, u, c.activation, overwrite)
+    for with_h in (False, True):
+        swiglu.launch_backward(g, u, dh, c.activation, with_h)
 
 
 def _stepped(kernel: str, step: Step) -> Callable[[Any], object]:

@@ -64,6 +64,14 @@ def test_a_rank_and_a_tile_of_every_kind_go_through_triton(found: list[Outcome])
     assert any(outcome.verb == "rank_grad" for outcome in summed)
 
 
+@needs_driver
+def test_the_gated_activation_is_launched_each_way(found: list[Outcome]) -> None:
+    ours = [outcome for outcome in found if outcome.verb == "swiglu"]
+    assert {outcome.capability for outcome in ours} == set(launch.ARCHITECTURES)
+    assert [(outcome.call, outcome.error) for outcome in ours if outcome.error is not None] == []
+    assert {outcome.launches for outcome in ours} == {("_swiglu_kernel",) * 2 + ("_swiglu_backward_kernel",) * 2}
+
+
 @needs_runtime
 def test_clusters_and_dependent_launches_go_through_csrc(found: list[Outcome]) -> None:
     for design in cuda.DESIGNS:
