@@ -26,7 +26,7 @@ LEDGER = ROOT / "benchmarks" / "HARDWARE.md"
 FLOORS: tuple[set[str], ...] = (
     {"info", "merge", "parallel", "tune"},
     {"module", "adapters", "peft", "loralib"},
-    {"mergeable", "accuracy", "siblings"},
+    {"mergeable", "accuracy", "siblings", "gated"},
     {"ops"},
     {"backends"},
     {"error_rule"},

@@ -77,6 +77,12 @@ class FusedLoraLinear(lora.Linear):
 
     strict_dtype = False
 
+    def lora_operands(self, x: Tensor) -> Operands | None:
+        """What the layer would pass to ``lora_linear`` in a call with x; None where PEFT's forward would run."""
+        proof = _usual(self, x) or prove(self, x)
+        # Several adapters are joined for one call alone: no later one can prove that they are the same.
+        return None if isinstance(proof, str) or type(proof.adapter.a) is not nn.Parameter else _operands(proof)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., K] → y [..., N], as ``peft.tuners.lora.Linear.forward``."""
         proof = ARGUMENTS if args or kwargs else _usual(self, x) or prove(self, x)
@@ -92,7 +98,6 @@ class FusedLoraLinear(lora.Linear):
         operands = _operands(proof)
         if type(operands.lora_a) is nn.Parameter:
             return siblings.multiply(self, x, operands, _prove_sibling)
-        # Several adapters were joined for this call alone: no later one can prove that they are the same.
         weight, a, b, scale, bias, p = operands
         return lora_linear(x, weight, a, b, scale=scale, bias=bias, dropout_p=p)
 
@@ -103,11 +108,7 @@ def _operands(proof: Proven) -> Operands:
 
 
 def _prove_sibling(layer: nn.Module, x: Tensor) -> Operands | None:
-    """What a layer would pass to ``lora_linear`` if it were called with x; None where PEFT's forward would run."""
-    if not isinstance(layer, FusedLoraLinear):
-        return None
-    proof = _usual(layer, x) or prove(layer, x)
-    return None if isinstance(proof, str) or type(proof.adapter.a) is not nn.Parameter else _operands(proof)
+    return layer.lora_operands(x) if isinstance(layer, FusedLoraLinear) else None
 
 
 class StrictLoraLinear(FusedLoraLinear):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from .. import siblings
+from .. import gated, siblings
 from ..backends import dispatch
 from ..backends.request import Request
 from ..text import listed, shown_names
@@ -59,6 +59,7 @@ class PatchReport:
         trainable_base: names of the patched layers whose base weight asks for a gradient.
         groups: names of the layers that compute together where they are called with one input.
         ungrouped: name of each layer that could have been in a group → the reason why it is in none.
+        mlps: names of the gated MLPs that run as one product.
         requests: what the layers that run on fastlora ask of a kernel, at TOKENS tokens and without dropout; how many
             layers ask it.
     """
@@ -69,6 +70,7 @@ class PatchReport:
     trainable_base: tuple[str, ...]
     groups: tuple[tuple[str, ...], ...] = ()
     ungrouped: dict[str, str] = field(default_factory=dict)
+    mlps: tuple[str, ...] = ()
     requests: Counter[Request] = field(default_factory=Counter, repr=False)
 
     @property
@@ -87,6 +89,8 @@ class PatchReport:
             lines.append(f"  {len(self.trainable_base)} with a trainable base weight ({listed(self.trainable_base)})")
         if self.groups:
             lines.append(f"  {len(self.groups)} groups: {shown_names(' + '.join(names) for names in self.groups)}")
+        if self.mlps:
+            lines.append(f"  {len(self.mlps)} gated MLPs: {shown_names(self.mlps)}")
         for reason, count in Counter(self.ungrouped.values()).most_common():
             lines.append(
                 f"  {count} in no group: {reason} ({listed(n for n, r in self.ungrouped.items() if r == reason)})"
@@ -107,7 +111,9 @@ class PatchReport:
 Groups = Literal["auto"] | None | Sequence[Sequence[str]]
 
 
-def patch_peft(model: nn.Module, *, strict_dtype: bool = False, groups: Groups = "auto") -> PatchReport:
+def patch_peft(
+    model: nn.Module, *, strict_dtype: bool = False, groups: Groups = "auto", mlp: bool = False
+) -> PatchReport:
     """Runs the LoRA layers of a PEFT model on :func:`fastlora.lora_linear` wherever a call proves that it may.
 
     ``y = x Wᵀ + scale · D(x) Aᵀ Bᵀ + bias``, for every layer whose class is ``peft.tuners.lora.Linear`` itself. Each
@@ -124,6 +130,9 @@ def patch_peft(model: nn.Module, *, strict_dtype: bool = False, groups: Groups =
             of them that is called computes all, and the others take their part where they prove that it is theirs.
             ``"auto"`` for children of one parent named q_proj, k_proj, v_proj; query, key, value; gate_proj, up_proj;
             or w1, w3; but not of cross attention. Tuples of other names, such as ``[("wq", "wk", "wv")]``; or None.
+        mlp: run modules whose forward is, by its source, ``down(act(gate(x)) * up(x))`` with silu or gelu as
+            :func:`fastlora.lora_swiglu_mlp`, which keeps half as much for the backward; their three layers are not
+            called then. Calls in which one of these has hooks, or would run PEFT's forward, run the module's own.
 
     Returns:
         A :class:`PatchReport`.
@@ -136,7 +145,7 @@ def patch_peft(model: nn.Module, *, strict_dtype: bool = False, groups: Groups =
     Warns:
         UserWarning: no layer was patched, with the reasons counted; or a patched layer's base weight is trainable.
     """
-    return _patch(model, strict_dtype, groups)[0]
+    return _patch(model, strict_dtype, groups, mlp)[0]
 
 
 def unpatch_peft(model: nn.Module) -> int:
@@ -158,6 +167,7 @@ def unpatch_peft(model: nn.Module) -> int:
     ours = sys.modules.get(f"{__package__}.layer")
     if ours is not None:
         for name, layer in model.named_modules():
+            gated.restore(layer)
             if type(layer) in (ours.FusedLoraLinear, ours.StrictLoraLinear):
                 siblings.dissolve(layer)
                 layer.__class__ = ours.lora.Linear
@@ -178,13 +188,15 @@ def unpatch_peft(model: nn.Module) -> int:
 
 
 @contextmanager
-def patched_peft(model: nn.Module, *, strict_dtype: bool = False, groups: Groups = "auto") -> Iterator[PatchReport]:
+def patched_peft(
+    model: nn.Module, *, strict_dtype: bool = False, groups: Groups = "auto", mlp: bool = False
+) -> Iterator[PatchReport]:
     """:func:`patch_peft` for the length of a block: ``with fastlora.patched_peft(model) as report: ...``.
 
     Every layer leaves the block with the class it had before; what was patched before stays patched.
     """
     grouped = {layer: group for layer in model.modules() if (group := siblings.group_of(layer))}
-    report, before = _patch(model, strict_dtype, groups)
+    report, before = _patch(model, strict_dtype, groups, mlp)
     after = {layer: type(layer) for layer in before}
     try:
         yield report
@@ -196,7 +208,9 @@ def patched_peft(model: nn.Module, *, strict_dtype: bool = False, groups: Groups
         siblings.restore(model, grouped)
 
 
-def _patch(model: nn.Module, strict_dtype: bool, groups: Groups) -> tuple[PatchReport, dict[nn.Module, type]]:
+def _patch(
+    model: nn.Module, strict_dtype: bool, groups: Groups, mlp: bool
+) -> tuple[PatchReport, dict[nn.Module, type]]:
     """Patches, and returns the report and the old class of each layer whose class was changed."""
     _check_module(model)
     if importlib.util.find_spec("peft") is None:
@@ -231,7 +245,10 @@ def _patch(model: nn.Module, strict_dtype: bool, groups: Groups) -> tuple[PatchR
         chosen = siblings.choose(model, groups, _unfit)
         trainable = tuple(name for name, layer in patched.items() if _base_weight(layer).requires_grad)
         requests = Counter(request for layer in (patched | already).values() if (request := _request(layer)))
-        report = PatchReport(tuple(patched), tuple(already), skipped, trainable, chosen.names, chosen.refused, requests)
+        mlps = gated.find(model, _unfit) if mlp else {}
+        report = PatchReport(
+            tuple(patched), tuple(already), skipped, trainable, chosen.names, chosen.refused, tuple(mlps), requests
+        )
         # Inside of the try, because a user may have made warnings errors.
         _warn_of(report)
     except BaseException:
@@ -242,6 +259,13 @@ def _patch(model: nn.Module, strict_dtype: bool, groups: Groups) -> tuple[PatchR
         siblings.dissolve(layer)
     for _, parent, names in chosen.formed:
         siblings.form(parent, names)
+    for module in model.modules():
+        if isinstance(module, gated.GatedMLP):
+            before[module] = type(module)
+            gated.restore(module)
+    for module in mlps.values():
+        before.setdefault(module, type(module))
+        gated.swap(module)
     return report, before
 
 
