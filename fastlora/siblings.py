@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .eager import is_eager
 from .ops.group import lora_linear_group
-from .ops.linear import lora_linear
+from .ops.linear import is_plain, lora_linear
 
 _log = logging.getLogger("fastlora")
 
@@ -169,15 +169,16 @@ def _together(layer: nn.Module, x: Tensor, operands: Operands, prove: Prove) -> 
         if group is _open.group and (y := _taken(_open, called, x, operands)) is not None:
             return y
         _close(_open)
-    # Nobody counts the changes of a tensor of inference mode.
-    if x.is_inference() or not _is_free(layer):
+    if not _is_free(layer) or not _fits(x, operands):
         return None
     parts = {}
     for name, member in members.items():
         if name == called:
             parts[name] = operands
-        elif _groups.get(member) is group and _is_free(member) and (part := prove(member, x)) is not None:
-            parts[name] = part
+        elif _groups.get(member) is group and _is_free(member):
+            part = prove(member, x)
+            if part is not None and _fits(x, part):
+                parts[name] = part
     if len(parts) < 2:
         return None
     weights, a_s, bs, scales, biases, ps = zip(*parts.values(), strict=True)
@@ -227,6 +228,20 @@ def _is_free(layer: Any) -> bool:
     return not (
         layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks or "forward" in layer.__dict__
     )
+
+
+def _fits(x: Tensor, operands: Operands) -> bool:
+    """Whether lora_linear takes x with these operands, so that no sibling's error is another's, and all count changes.
+
+    Tensors of inference mode do not.
+    """
+    weight, a, b, _, bias, _ = operands
+    if not is_plain(x, weight, a, b, bias) or x.shape[-1:] != weight.shape[1:] or a.dtype is not b.dtype:
+        return False
+    if weight.dtype is not x.dtype and not torch.is_autocast_enabled(x.device.type):
+        return False
+    tensors = (x, weight, a, b) if bias is None else (x, weight, a, b, bias)
+    return all(t.device == x.device and not t.is_inference() for t in tensors)
 
 
 def _key(operands: Operands) -> tuple[Any, ...]:

@@ -395,6 +395,49 @@ def test_grad_mode_and_autocast_between_siblings() -> None:
         torch.testing.assert_close(one, other, rtol=0.02, atol=0.02 if one.dtype is torch.bfloat16 else 1e-9)
 
 
+def test_a_sibling_of_another_width_computes_alone() -> None:
+    class Asymmetric(nn.Module):
+        """Keys and values of a narrower input, in a parent whose name does not say so."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj, self.k_proj, self.v_proj = nn.Linear(K, NKV), nn.Linear(K - 4, NKV), nn.Linear(K - 4, NKV)
+
+        def forward(self, x: Tensor) -> Tensor:
+            narrow = x[..., 4:]
+            return self.q_proj(x) + torch.tanh(self.k_proj(narrow)) * self.v_proj(narrow)
+
+    check(adapted(Asymmetric(), target_modules=TARGETS[:3]), Counts(1, 1, 0))
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, "meta"])
+def test_a_sibling_of_another_dtype_or_device_computes_alone(kind: Any) -> None:
+    model = adapted(nn.Sequential(Attention()), target_modules=TARGETS[:3])
+    fastlora.patch_peft(model)
+    block(model).k_proj.to(kind)
+    with torch.no_grad(), count_calls() as calls:
+        block(model).q_proj(inputs())
+        block(model).v_proj(inputs())
+    assert calls.groups == Counts(2, 0, 2)
+
+
+@pytest.mark.parametrize("name", TARGETS[:3])
+def test_errors_are_those_of_the_layer_that_is_called(name: str) -> None:
+    model = adapted(nn.Sequential(Attention()), target_modules=TARGETS[:3])
+    fastlora.patch_peft(model)
+    with pytest.raises(RuntimeError, match=rf"^x has shape \[5, {K - 1}\]: expected "):
+        getattr(block(model), name)(inputs()[0, :5, 1:])
+
+
+def test_weights_of_inference_mode_are_in_no_group() -> None:
+    with torch.inference_mode():
+        model = adapted(nn.Sequential(Attention()), target_modules=TARGETS[:3])
+    fastlora.patch_peft(model)
+    with torch.no_grad(), count_calls() as calls:
+        model(inputs())
+    assert calls.groups == ALONE
+
+
 @pytest.mark.parametrize("early_stop", [False, True])
 def test_a_leader_outside_of_a_checkpoint_and_siblings_inside(early_stop: bool) -> None:
     class Mixed(nn.Module):
