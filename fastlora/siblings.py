@@ -256,7 +256,7 @@ def _state(x: Tensor) -> tuple[Any, ...]:
     device_type = x.device.type
     autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return torch.is_grad_enabled(), x.requires_grad, autocast, hooks
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), x.requires_grad, autocast, hooks
 
 
 class Chosen(NamedTuple):

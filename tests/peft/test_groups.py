@@ -438,6 +438,16 @@ def test_weights_of_inference_mode_are_in_no_group() -> None:
     assert calls.groups == ALONE
 
 
+def test_an_output_of_inference_mode_is_not_taken_outside_of_it() -> None:
+    model = adapted(nn.Sequential(Attention()), target_modules=TARGETS[:3])
+    fastlora.patch_peft(model)
+    x = inputs()
+    with torch.inference_mode():
+        assert block(model).q_proj(x).is_inference()
+    with torch.no_grad():
+        assert not block(model).k_proj(x).is_inference()
+
+
 @pytest.mark.parametrize("early_stop", [False, True])
 def test_a_leader_outside_of_a_checkpoint_and_siblings_inside(early_stop: bool) -> None:
     class Mixed(nn.Module):
