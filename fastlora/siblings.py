@@ -3,12 +3,13 @@
 Which layers are siblings is settled before a model runs (:func:`form`). A sibling takes its part inside its own
 forward, so that its hooks fire, and only on proof that it would compute the same: the same x, unchanged; the same grad
 mode, autocast and hooks on saved tensors; the same operands, unchanged. Otherwise it computes alone. One group at most
-is open at a time.
+is open at a time in each thread.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -95,7 +96,13 @@ class _Open(NamedTuple):
     waiting: dict[str, _Waiting]
 
 
-_open: _Open | None = None
+class _Here(threading.local):
+    """What a thread has open: several may run one model."""
+
+    opened: _Open | None = None
+
+
+_here = _Here()
 
 
 def form(parent: nn.Module, names: Sequence[str]) -> None:
@@ -130,9 +137,9 @@ def counts() -> Counts:
 
 
 def close() -> None:
-    """Drops the outputs of an open group that nobody has taken yet."""
-    if _open is not None:
-        _close(_open)
+    """Drops the outputs of this thread's open group that nobody has taken yet."""
+    if _here.opened is not None:
+        _close(_here.opened)
 
 
 def multiply(layer: nn.Module, x: Tensor, operands: Operands, prove: Prove) -> Tensor:
@@ -153,7 +160,6 @@ def multiply(layer: nn.Module, x: Tensor, operands: Operands, prove: Prove) -> T
 
 
 def _together(layer: nn.Module, x: Tensor, operands: Operands, prove: Prove) -> Tensor | None:
-    global _open
     if not is_eager():
         return None
     group = _groups.get(layer)
@@ -163,12 +169,13 @@ def _together(layer: nn.Module, x: Tensor, operands: Operands, prove: Prove) -> 
     called = next((name for name, member in members.items() if member is layer), None)
     if called is None:
         return None  # moved elsewhere
-    if _open is not None:
-        if group is _open.group and called not in _open.computed:
+    opened = _here.opened
+    if opened is not None:
+        if group is opened.group and called not in opened.computed:
             return None
-        if group is _open.group and (y := _taken(_open, called, x, operands)) is not None:
+        if group is opened.group and (y := _taken(opened, called, x, operands)) is not None:
             return y
-        _close(_open)
+        _close(opened)
     if not _is_free(layer) or not _fits(x, operands):
         return None
     parts = {}
@@ -186,14 +193,13 @@ def _together(layer: nn.Module, x: Tensor, operands: Operands, prove: Prove) -> 
     made = dict(zip(parts, ys, strict=True))
     y = made.pop(called)
     waiting = {name: _Waiting(parts[name], _key(parts[name]), part) for name, part in made.items()}
-    _open = _Open(group, x, x._version, _state(x), frozenset(parts), waiting)
+    _here.opened = _Open(group, x, x._version, _state(x), frozenset(parts), waiting)
     _counted["grouped"] += 1
     return y
 
 
 def _taken(opened: _Open, name: str, x: Tensor, operands: Operands) -> Tensor | None:
     """A sibling's output out of an open group, where it would compute the same now."""
-    global _open
     if x is not opened.x or x._version != opened.version or _state(x) != opened.state:
         return None
     waiting = opened.waiting.get(name)
@@ -202,14 +208,13 @@ def _taken(opened: _Open, name: str, x: Tensor, operands: Operands) -> Tensor | 
     del opened.waiting[name]
     _counted["taken"] += 1
     if not opened.waiting:
-        _open = None
+        _here.opened = None
     return waiting.y
 
 
 def _close(opened: _Open) -> None:
     """Drops what nobody took, and warns of it once for each kind of group."""
-    global _open
-    _open = None
+    _here.opened = None
     _counted["wasted"] += len(opened.waiting)
     kind = opened.group.names
     if kind not in _warned:

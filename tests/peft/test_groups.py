@@ -6,6 +6,7 @@ import copy
 import gc
 import logging
 import pickle
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import ref
@@ -448,6 +449,31 @@ def test_an_output_of_inference_mode_is_not_taken_outside_of_it() -> None:
         assert not block(model).k_proj(x).is_inference()
 
 
+def test_threads_take_their_own_outputs() -> None:
+    model = adapted(nn.Sequential(Attention()), target_modules=TARGETS[:3])
+    plain = copy.deepcopy(model)
+    fastlora.patch_peft(model)
+    barriers = [threading.Barrier(2) for _ in range(3)]
+    found: dict[int, list[Tensor]] = {1: [], 2: []}
+
+    def work(seed: int) -> None:
+        x = tokens(dtype=torch.float64, seed=seed)
+        for name, barrier in zip(TARGETS, barriers, strict=False):
+            barrier.wait(10)
+            found[seed].append(getattr(block(model), name)(x))
+
+    before = siblings.counts()
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in found]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert Counts(*(now - then for now, then in zip(siblings.counts(), before, strict=True))) == Counts(2, 4, 0)
+    for seed, ys in found.items():
+        for name, y in zip(TARGETS, ys, strict=False):
+            torch.testing.assert_close(y, getattr(block(plain), name)(tokens(dtype=torch.float64, seed=seed)))
+
+
 @pytest.mark.parametrize("early_stop", [False, True])
 def test_a_leader_outside_of_a_checkpoint_and_siblings_inside(early_stop: bool) -> None:
     class Mixed(nn.Module):
@@ -557,7 +583,7 @@ def test_nothing_is_kept_alive_by_a_group() -> None:
     fastlora.patch_peft(model)
     x = inputs().requires_grad_()
     model(x).sum().backward()
-    assert siblings._open is None
+    assert siblings._here.opened is None
     gone, moved = ref(block(model).self_attn), ref(x)
     del model, x
     gc.collect()
