@@ -216,10 +216,9 @@ def _close(opened: _Open) -> None:
     """Drops what nobody took, and warns of it once for each kind of group."""
     _here.opened = None
     _counted["wasted"] += len(opened.waiting)
-    kind = opened.group.names
-    if kind not in _warned:
+    kind, parent = opened.group.names, opened.group.parent()
+    if kind not in _warned and parent is not None:
         _warned.add(kind)
-        parent = opened.group.parent()
         _log.warning(
             "%s of a %s were computed with their siblings and not taken: they do not share an input there, and each "
             "such call costs time. Leave them out of groups=... (warned once)",

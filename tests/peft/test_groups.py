@@ -517,6 +517,17 @@ def test_work_that_nobody_takes_is_warned_of_once(caplog: pytest.LogCaptureFixtu
     assert_same(result, step(plain, inputs()))
 
 
+def test_what_a_model_that_is_gone_left_is_not_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    model = adapted()
+    fastlora.patch_peft(model)
+    block(model).self_attn.q_proj(inputs())
+    del model
+    gc.collect()
+    with caplog.at_level(logging.WARNING, logger="fastlora"):
+        siblings.close()
+    assert caplog.text == ""
+
+
 def test_cross_attention_is_in_no_group_unless_it_is_named() -> None:
     class Decoder(nn.Module):
         def __init__(self) -> None:
