@@ -284,8 +284,8 @@ def choose(
 
     Args:
         model: whose layers run on fastlora already.
-        groups: ``"auto"`` for children of KNOWN names, but those of cross attention; None for no groups; or tuples of
-            names that children of one parent have.
+        groups: ``"auto"`` for children of KNOWN names of which one fits, but those of cross attention; None for no
+            groups; or tuples of names that children of one parent have.
         fit: gives the reason why a child can be in no group, or None.
 
     Raises:
@@ -311,6 +311,8 @@ def choose(
                 continue
             matched.add(tuple(names))
             reasons = {name: fit(parent._modules[name]) for name in present}
+            if groups == "auto" and None not in reasons.values():
+                continue
             fitting = tuple(name for name in present if reasons[name] is None)
             if groups == "auto" and _is_cross(parent_name, parent):
                 reasons = dict.fromkeys(

@@ -558,6 +558,14 @@ def test_a_sibling_without_an_adapter_is_reported() -> None:
     assert_same(result, step(plain, inputs()))
 
 
+def test_siblings_without_any_adapter_are_not_reported_unless_they_are_named() -> None:
+    model = adapted(target_modules=TARGETS[:3])
+    assert fastlora.patch_peft(model).ungrouped == {}
+    report = fastlora.patch_peft(model, groups=[("gate_proj", "up_proj")])
+    assert report.groups == ()
+    assert {name.rpartition(".")[2] for name in report.ungrouped} == {"gate_proj", "up_proj"}
+
+
 def test_compiled_code_sees_the_layers_one_by_one() -> None:
     model = adapted()
     plain = copy.deepcopy(model)
