@@ -151,7 +151,8 @@ def multiply(layer: nn.Module, x: Tensor, operands: Operands, prove: Prove) -> T
         operands: what it would pass to ``lora_linear``.
         prove: tells the same of its siblings.
     """
-    if layer in _groups:
+    # In this order: a compiler that looked into _groups would guard all that is in it.
+    if is_eager() and layer in _groups:
         y = _together(layer, x, operands, prove)
         if y is not None:
             return y
@@ -160,8 +161,6 @@ def multiply(layer: nn.Module, x: Tensor, operands: Operands, prove: Prove) -> T
 
 
 def _together(layer: nn.Module, x: Tensor, operands: Operands, prove: Prove) -> Tensor | None:
-    if not is_eager():
-        return None
     group = _groups.get(layer)
     if group is None:
         return None

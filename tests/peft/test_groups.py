@@ -576,6 +576,26 @@ def test_compiled_code_sees_the_layers_one_by_one() -> None:
     torch.testing.assert_close(y, plain(inputs()))
 
 
+def test_compiled_code_does_not_depend_on_the_groups_of_other_models() -> None:
+    model, graphs = adapted(), []
+    fastlora.patch_peft(model)
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        y = compiled(inputs())
+        fastlora.patch_peft(adapted())
+        gc.collect()
+        other = adapted()
+        fastlora.patch_peft(other)
+        assert torch.equal(compiled(inputs()), y)
+    assert len(graphs) == 1
+
+
 def test_copies_and_pickles_compute_alone() -> None:
     model = adapted()
     fastlora.patch_peft(model)
