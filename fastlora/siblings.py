@@ -52,10 +52,11 @@ Prove = Callable[[nn.Module, Tensor], "Operands | None"]
 
 
 class Group(NamedTuple):
-    """Siblings: their names in their parent, which is not kept alive."""
+    """Siblings: their names in their parent, which is not kept alive, and whether somebody asked for these names."""
 
     parent: ref[nn.Module]
     names: tuple[str, ...]
+    asked: bool
 
     def members(self) -> dict[str, nn.Module]:
         """The siblings by name, as the parent has them now."""
@@ -105,9 +106,9 @@ class _Here(threading.local):
 _here = _Here()
 
 
-def form(parent: nn.Module, names: Sequence[str]) -> None:
+def form(parent: nn.Module, names: Sequence[str], *, asked: bool = False) -> None:
     """Makes children of one parent siblings."""
-    group = Group(ref(parent), tuple(names))
+    group = Group(ref(parent), tuple(names), asked)
     for layer in group.members().values():
         _groups[layer] = group
 

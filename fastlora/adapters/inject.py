@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..mergeable import start_adapter
-from ..text import starred
+from ..text import listed, shown_names, starred
+from . import groups as grouping
 from .config import AdapterConfig
+from .groups import Grouping, Groups
 from .layer import add_adapter, features
 from .matching import first_match
 from .model import adapted_layers, check_merged, set_adapter, share_states, state_of
@@ -34,13 +37,19 @@ class LayerReport(NamedTuple):
 
 @dataclass(frozen=True)
 class InjectionReport:
-    """The layers that got an adapter, the layers refused with the reasons, and parameter counts; ``print`` it."""
+    """The layers that got an adapter, the layers refused with the reasons, and parameter counts; ``print`` it.
+
+    ``groups`` has the names of the layers that compute together where they are called with one input, of all adapters,
+    and ``ungrouped`` the name of each layer that could have been in a group → the reason why it is in none.
+    """
 
     adapter_name: str
     layers: tuple[LayerReport, ...]
     refused: dict[str, str]
     trainable: int
     total: int
+    groups: tuple[tuple[str, ...], ...] = ()
+    ungrouped: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [
@@ -53,6 +62,11 @@ class InjectionReport:
             kinds[kind] = kinds.get(kind, 0) + 1
         for (name, k, n, r, scale), count in kinds.items():
             lines.append(f"  {count} x {name}: {k} -> {n}, r={r}, scale={scale:g}")
+        if self.groups:
+            lines.append(f"  {len(self.groups)} groups: {shown_names(' + '.join(names) for names in self.groups)}")
+        for reason, count in Counter(self.ungrouped.values()).most_common():
+            names = listed(n for n, r in self.ungrouped.items() if r == reason)
+            lines.append(f"  {count} in no group: {reason} ({names})")
         lines += [f"  left alone: {name}: {reason}" for name, reason in self.refused.items()]
         return "\n".join(lines)
 
@@ -74,6 +88,7 @@ def inject(
     task_type: str | None = None,
     adapter_name: str = "default",
     adapter_dtype: torch.dtype | None = None,
+    groups: Groups = "auto",
 ) -> InjectionReport:
     """Puts an adapter beside every matching linear layer of a model, in place; from then on the adapter alone trains.
 
@@ -102,13 +117,20 @@ def inject(
         adapter_name: name of the adapter.
         adapter_dtype: dtype of A and B. By default that of the base, and float32 on a half-precision base, where small
             steps would otherwise be lost in rounding.
+        groups: layers that compute together, as :func:`fastlora.lora_linear_group`, in calls with one input: the first
+            of them that is called computes all, and the others take their part where they prove that it is theirs.
+            ``"auto"`` for children of one parent named q_proj, k_proj, v_proj; query, key, value; gate_proj, up_proj;
+            or w1, w3; but not of cross attention. Tuples of other names, such as ``[("wq", "wk", "wv")]``, which stay
+            when a later call says ``"auto"``; or None. Said of the whole model, whichever adapter is active.
 
     Returns:
-        A report: the layers, those refused with the reasons (they are logged as warnings too), parameter counts.
+        A report: the layers, those refused with the reasons (they are logged as warnings too), parameter counts, and
+        the groups.
 
     Raises:
         TypeError, ValueError: an option is of the wrong kind or out of range; the name is taken; nothing matches; or
-            everything that matches was refused. The model is then as it was.
+            everything that matches was refused; names in ``groups`` are of different parents, or match nothing. The
+            model is then as it was.
 
     Source: Hu et al., 2021, https://arxiv.org/abs/2106.09685; matching as in PEFT 0.21.2.
     """
@@ -126,7 +148,7 @@ def inject(
         init_lora_weights=init_lora_weights,
         notes={} if task_type is None else {"task_type": task_type},
     )
-    return attach(plan(model, config, adapter_name, adapter_dtype))
+    return attach(plan(model, config, adapter_name, adapter_dtype), groups)
 
 
 def _listed(value: Any) -> Any:
@@ -136,9 +158,10 @@ def _listed(value: Any) -> Any:
     return list(value) if isinstance(value, (tuple, range)) or hasattr(value, "keys") else value
 
 
-def attach(plan: Plan, tensors: dict[str, dict[str, Tensor]] | None = None) -> InjectionReport:
+def attach(plan: Plan, groups: Groups, tensors: dict[str, dict[str, Tensor]] | None = None) -> InjectionReport:
     """Carries a plan out, with initial values or with the given A and B by layer and ``"lora_A"``, ``"lora_B"``."""
     # Everything that can fail, memory above all, comes before the first change of the model.
+    found = grouping.find(plan.model, groups, [layer.module for layer in plan.layers])
     adapters = []
     for layer in plan.layers:
         device = layer.module.weight.device
@@ -168,17 +191,20 @@ def attach(plan: Plan, tensors: dict[str, dict[str, Tensor]] | None = None) -> I
     state.configs[name] = plan.config
     if first:
         set_adapter(model, name)
+    grouping.form(model, found)
     for option, patterns in (("rank_pattern", plan.config.rank_pattern), ("alpha_pattern", plan.config.alpha_pattern)):
         idle = [key for key in patterns if not any(first_match({key: True}, each.name, False) for each in plan.layers)]
         if idle:
             _log.warning("adapter %r: %s has keys that match none of its layers: %s", name, option, idle)
     for refused, reason in plan.refused.items():
         _log.warning("adapter %r: %s gets none: %s", name, refused, reason)
-    return report(model, name, plan.refused)
+    return report(model, name, plan.refused, found)
 
 
-def report(model: nn.Module, adapter_name: str, refused: dict[str, str]) -> InjectionReport:
-    """Makes the report on an adapter that the model has."""
+def report(model: nn.Module, adapter_name: str, refused: dict[str, str], found: Grouping) -> InjectionReport:
+    """Makes the report on an adapter and groups that the model has."""
+    groups = grouping.formed(model)
+    grouped = {name for names in groups for name in names}
     layers = adapted_layers(model, adapter_name)
     return InjectionReport(
         adapter_name=adapter_name,
@@ -189,4 +215,6 @@ def report(model: nn.Module, adapter_name: str, refused: dict[str, str]) -> Inje
         refused=refused,
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total=sum(p.numel() for p in model.parameters()),
+        groups=groups,
+        ungrouped={name: reason for name, reason in found.chosen.refused.items() if name not in grouped},
     )

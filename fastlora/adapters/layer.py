@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import siblings
 from ..mergeable import Mergeable, Update, parameter_of
 from ..ops.linear import lora_linear
+from ..siblings import Operands
 from ..text import dtype_name
 from .matching import is_conv1d
 from .state import State
@@ -54,16 +56,22 @@ class AdaptedLinear(Mergeable, nn.Linear):
             return self._base(x, base)
         if self.merged:
             return self._base(x, self.weight)
+        operands = self._operands(name)
+        if type(self) in _KINDS:
+            return siblings.multiply(self, x, operands, _prove)
+        weight, a, b, scale, bias, p = operands
+        return lora_linear(x, weight, a, b, scale=scale, bias=bias, dropout_p=p)
+
+    def _operands(self, name: Any) -> Operands:
+        """What the layer passes to ``lora_linear`` with the adapter of this name."""
         weight = parameter_of(self, "weight")
-        return lora_linear(
-            x,
+        return Operands(
             weight.T if self.fan_in_fan_out else weight,
             parameter_of(self._modules["lora_A"], name),  # type: ignore[arg-type]
             parameter_of(self._modules["lora_B"], name),  # type: ignore[arg-type]
-            scale=self.scale[name],
-            bias=parameter_of(self, "bias"),
-            dropout_p=self.lora_dropout[name],
-            training=self.training,
+            self.scale[name],
+            parameter_of(self, "bias"),
+            self.lora_dropout[name] if self.training else 0.0,
         )
 
     def _base(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -96,6 +104,21 @@ class AdaptedConv1D(AdaptedLinear):
     def _base_repr(self) -> str:
         k, n = self.weight.shape
         return f"in_features={k}, out_features={n}, bias={self.bias is not None}"
+
+
+# Of a subclass nobody knows what it does around the product, or how it keeps its weight.
+_KINDS = (AdaptedLinear, AdaptedConv1D)
+
+
+def _prove(layer: nn.Module, x: Tensor) -> Operands | None:
+    """What a layer would pass to ``lora_linear`` now; None where it does something else, or may."""
+    if type(layer) not in _KINDS:
+        return None
+    assert isinstance(layer, AdaptedLinear)
+    state = layer._state
+    if state.disabled or layer.merged or state.active not in layer.scale:
+        return None
+    return layer._operands(state.active)
 
 
 def features(layer: Any) -> tuple[int, int]:
@@ -169,6 +192,7 @@ def remove_adapter(layer: AdaptedLinear, name: str) -> None:
 
 def restore(layer: Any) -> None:
     """Removes all adapters: the layer gets its old class and attributes back and keeps its weight as it is now."""
+    siblings.dissolve(layer)
     layer._become_plain()
     for name in ("lora_A", "lora_B", "scale", "lora_dropout", "_state"):
         delattr(layer, name)

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from ..atomic import new_file, new_folder
 from ..text import shown_names
+from . import groups as grouping
 from .config import AdapterConfig
 from .folder import CONFIG, WEIGHTS, Adapters, key_of, read_adapter, safetensors
+from .groups import Groups
 from .inject import InjectionReport, attach, report
 from .layer import features
 from .model import adapted_layers, adapted_model, checked_name, state_of
@@ -108,6 +110,8 @@ def load_adapter(
     folder: str | os.PathLike[str],
     adapter_name: str = "default",
     adapter_dtype: torch.dtype | None = None,
+    *,
+    groups: Groups = "auto",
 ) -> InjectionReport:
     """Puts an adapter that PEFT or :func:`save_adapter` wrote into a model, as :func:`fastlora.inject` would.
 
@@ -121,6 +125,7 @@ def load_adapter(
         adapter_name: name that the adapter gets.
         adapter_dtype: dtype of A and B; by default that of the file where it goes with the base, otherwise float32 (or
             that of the base, if wider).
+        groups: layers that compute together, as in :func:`fastlora.inject`.
 
     Returns:
         The report of :func:`fastlora.inject`.
@@ -129,14 +134,17 @@ def load_adapter(
         ImportError: safetensors is not installed.
         FileNotFoundError: the folder or one of its two files is missing.
         ValueError: a file is damaged or no adapter's; an option is not supported; the adapter belongs to another model;
-            or it is not finite.
+            it is not finite; or ``groups`` is refused.
+        TypeError: ``groups`` is neither "auto", None, nor tuples of names.
     """
     config, adapters = read_adapter(folder)
     source = str(Path(folder) / WEIGHTS)
     state = state_of(model) if isinstance(model, nn.Module) else None
     if state is not None and adapter_name in state.configs:
+        found = grouping.find(model, groups)
         _replace_values(model, adapter_name, config, adapters, adapter_dtype, source)
-        return report(model, adapter_name, {})
+        grouping.form(model, found)
+        return report(model, adapter_name, {}, found)
     try:
         planned = plan(model, config, adapter_name, adapter_dtype)
     except ValueError as error:
@@ -147,7 +155,7 @@ def load_adapter(
             raise ValueError(f"{layer.name} is on the meta device, which holds no data: load the base model first")
     if adapter_dtype is None:
         planned = _in_dtype_of_file(planned, adapters)
-    return attach(planned, adapters)
+    return attach(planned, groups, adapters)
 
 
 def _in_dtype_of_file(planned: Plan, adapters: Adapters) -> Plan:
