@@ -4,7 +4,7 @@ from .adapters.inject import inject
 from .adapters.merging import merge_adapter, merge_and_unload, unmerge_adapter
 from .adapters.model import delete_adapter, disable, enable, set_adapter, unload
 from .adapters.saving import load_adapter, save_adapter
-from .module import LoRALinear
+from .module import LoRALinear, LoRALinearGroup
 from .ops.group import lora_linear_group
 from .ops.linear import explain, lora_linear
 from .ops.mlp import Branch, lora_swiglu_mlp
@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Branch",
     "LoRALinear",
+    "LoRALinearGroup",
     "PatchReport",
     "__version__",
     "delete_adapter",

@@ -1,4 +1,4 @@
-"""LoRALinear: parameters, start, wrapping, merging, and everything an nn.Linear lets its owner do."""
+"""LoRALinear and LoRALinearGroup: parameters, start, wrapping, merging, and all that nn.Linear lets its owner do."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import math
 import pickle
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlora import LoRALinear, lora_linear
+from fastlora import LoRALinear, LoRALinearGroup, lora_linear, lora_linear_group
 from fastlora.accuracy import assert_close_to_oracle
 from tests.cases import OpLog
 
@@ -434,3 +435,189 @@ def test_wrong_input_raises_as_linear_does(merged: bool) -> None:
         layer(torch.randn(5, 47))
     with pytest.raises(RuntimeError):
         layer(torch.randn(5, 48, dtype=torch.float64))
+
+
+# Groups.
+
+
+def linears(**options: Any) -> list[nn.Linear]:
+    """Queries, keys and values of grouped-query attention."""
+    torch.manual_seed(2)
+    settings = {"dtype": torch.float64} | options
+    return [nn.Linear(48, 29, **settings), nn.Linear(48, 20, bias=False, **settings), nn.Linear(48, 20, **settings)]
+
+
+def group(**options: Any) -> LoRALinearGroup:
+    """Awake, and in float64, where whatever is not the same shows."""
+    made = LoRALinearGroup.from_linears(linears(), **({"r": [6, 4, 3], "lora_alpha": [10, 8, 5]} | options))
+    for layer in made.layers:
+        nn.init.normal_(layer.lora_B, std=0.3)
+    return made
+
+
+def step_of(made: LoRALinearGroup, call: Callable[[Tensor], tuple[Tensor, ...]]) -> dict[str, Tensor]:
+    """Outputs and gradients of a call of a group, or of its layers."""
+    made.zero_grad()
+    torch.manual_seed(5)
+    x = inputs(torch.float64).requires_grad_()
+    ys = call(x)
+    sum((i + 1) * y.square().sum() for i, y in enumerate(ys)).backward()
+    gradients = {name: p.grad for name, p in made.named_parameters() if p.grad is not None}
+    return {f"y{i}": y.detach() for i, y in enumerate(ys)} | {"x": x.grad} | gradients
+
+
+def assert_as_one_by_one(made: LoRALinearGroup, call: Callable[[Tensor], tuple[Tensor, ...]] | None = None) -> None:
+    result = step_of(made, made if call is None else call)
+    expected = step_of(made, lambda x: tuple(layer(x) for layer in made.layers))
+    assert result.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(result[name], tensor, rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.fixture
+def widths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many layers each call of lora_linear_group computed."""
+    seen: list[int] = []
+
+    def watched(x: Tensor, weights: Any, *arguments: Any, **options: Any) -> tuple[Tensor, ...]:
+        seen.append(len(weights))
+        return lora_linear_group(x, weights, *arguments, **options)
+
+    monkeypatch.setattr("fastlora.module.lora_linear_group", watched)
+    return seen
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3, [0.3, 0.0, 0.1]], ids=str)
+def test_a_group_is_its_layers_one_by_one(dropout: Any, widths: list[int]) -> None:
+    made = group(lora_dropout=dropout)
+    assert_as_one_by_one(made)
+    assert_as_one_by_one(made.eval())
+    assert widths == [3, 3]
+
+
+def test_a_branch_has_options_of_its_own_or_those_of_all() -> None:
+    made = group(lora_dropout=[0.1, 0.2, 0.0], use_rslora=True)
+    assert [(layer.r, layer.lora_alpha, layer.lora_dropout) for layer in made.layers] == [
+        (6, 10, 0.1),
+        (4, 8, 0.2),
+        (3, 5, 0.0),
+    ]
+    assert made.layers[1].scale == 4.0
+    made = LoRALinearGroup.from_linears(linears(dtype=torch.bfloat16), r=5, adapter_dtype=torch.float32)
+    assert [(layer.r, layer.lora_alpha, layer.lora_dropout) for layer in made.layers] == [(5, 8, 0.0)] * 3
+    assert {layer.lora_A.dtype for layer in made.layers} == {torch.float32}
+    assert [y.dtype for y in made(inputs(torch.bfloat16))] == [torch.bfloat16] * 3
+
+
+def test_a_group_shares_the_storage_and_starts_with_the_result_of_its_linears() -> None:
+    bases = linears()
+    made = LoRALinearGroup.from_linears(bases)
+    for linear, layer, y in zip(bases, made.layers, made(inputs(torch.float64)), strict=True):
+        assert layer.weight.data_ptr() == linear.weight.data_ptr()
+        torch.testing.assert_close(y, linear(inputs(torch.float64)))
+
+
+def test_state_dict_of_a_group_is_that_of_its_layers() -> None:
+    made, other = group(), LoRALinearGroup.from_linears(linears(), r=[6, 4, 3], lora_alpha=[10, 8, 5])
+    names = [f"layers.{i}.{name}" for i in range(3) for name in ("weight", "bias", "lora_A", "lora_B")]
+    names.remove("layers.1.bias")
+    assert list(made.state_dict()) == names
+    assert [name for name, p in made.named_parameters() if p.requires_grad] == [n for n in names if "lora_" in n]
+    made.layers[2].merge()
+    other.load_state_dict(made.state_dict())
+    made.layers[2].unmerge()
+    for copied in (other, copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        for one, expected in zip(copied(inputs(torch.float64)), made(inputs(torch.float64)), strict=True):
+            assert torch.equal(one, expected)
+
+
+@pytest.mark.parametrize("merged", [(0,), (1, 2), (0, 1, 2)])
+def test_a_merged_branch_is_one_gemm_and_the_others_stay_a_group(merged: tuple[int, ...], widths: list[int]) -> None:
+    made = group(lora_dropout=0.3)
+    before = made.eval()(inputs(torch.float64))
+    for i in merged:
+        made.layers[i].merge()
+    for one, other in zip(made(inputs(torch.float64)), before, strict=True):
+        torch.testing.assert_close(one, other)
+    assert widths == [3] + [2] * (len(merged) == 1)
+    assert_as_one_by_one(made.train())
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "global"])
+def test_hooks_of_a_branch_fire(kind: str, widths: list[int]) -> None:
+    made, fired = group(), []
+    hooks: dict[str, Callable[..., Any]] = {
+        "forward": lambda module, args, y: (fired.append(module), 2 * y)[1],
+        "forward_pre": lambda module, args: (fired.append(module), (2 * args[0],))[1],
+        "full_backward": lambda module, grad_input, grad_output: fired.append(module),
+        "global": lambda module, args, y: fired.append(module),
+    }
+    if kind == "global":
+        handle = torch.nn.modules.module.register_module_forward_hook(hooks[kind])
+    else:
+        handle = getattr(made.layers[1], f"register_{kind}_hook")(hooks[kind])
+    try:
+        step_of(made, made)
+        assert [module for module in fired if module is not made] == (
+            list(made.layers) if kind == "global" else [made.layers[1]]
+        )
+        assert_as_one_by_one(made)
+    finally:
+        handle.remove()
+    assert widths == ([] if kind == "global" else [2, 2])
+
+
+def test_a_branch_of_another_class_is_called() -> None:
+    class Doubled(LoRALinear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    made = LoRALinearGroup([group().layers[0], Doubled(48, 29, dtype=torch.float64)])
+    assert_as_one_by_one(made)
+    made = group()
+    torch.nn.utils.parametrizations.weight_norm(made.layers[0], "weight")
+    assert_as_one_by_one(made)
+
+
+def test_one_branch_and_checkpoints_and_compiled_code() -> None:
+    assert_as_one_by_one(LoRALinearGroup(group().layers[:1]))
+    made = group(lora_dropout=0.3)
+    assert_as_one_by_one(made, lambda x: torch.utils.checkpoint.checkpoint(made, x, use_reentrant=False))
+    torch._dynamo.reset()
+    assert_as_one_by_one(made.eval(), torch.compile(made, fullgraph=True, backend="aot_eager"))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: LoRALinearGroup([]), ValueError, "at least one branch, got none"),
+        (lambda: LoRALinearGroup.from_linears([]), ValueError, "at least one branch, got none"),
+        (lambda: LoRALinearGroup([LoRALinear(48, 29), nn.Linear(48, 29)]), TypeError, "branch 1 must be a LoRALinear"),
+        (
+            lambda: LoRALinearGroup([LoRALinear(48, 29), LoRALinear(47, 29)]),
+            ValueError,
+            "branch 1 has in_features 47 and branch 0 48",
+        ),
+        (
+            lambda: LoRALinearGroup.from_linears([nn.Linear(48, 29), nn.Linear(48, 29), nn.Linear(47, 29)]),
+            ValueError,
+            "branch 2 has in_features 47 and branch 0 48",
+        ),
+        (lambda: group(r=[4, 4]), ValueError, "r has 2 values for 3 branches"),
+        (lambda: group(r=[4, 0, 4]), ValueError, "^branch 1: r must be at least 1, got 0"),
+        (lambda: group(lora_dropout=[0.0, 0.0, 1.0]), ValueError, "^branch 2: lora_dropout must be .* got 1.0"),
+        (
+            lambda: LoRALinearGroup.from_linears([nn.Linear(48, 29), LoRALinear(48, 29)]),
+            TypeError,
+            "^branch 1: linear must be an nn.Linear itself, got LoRALinear",
+        ),
+        (
+            lambda: group()(torch.randn(3, 47, dtype=torch.float64)),
+            RuntimeError,
+            r"^branch 0: x has shape \[3, 47\]",
+        ),
+    ],
+)
+def test_errors_of_a_group_name_the_branch(make: Callable[[], object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()

@@ -120,6 +120,7 @@ def test_public_names() -> None:
     assert fastlora.__all__ == [
         "Branch",
         "LoRALinear",
+        "LoRALinearGroup",
         "PatchReport",
         "__version__",
         "delete_adapter",
