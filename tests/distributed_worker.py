@@ -48,6 +48,7 @@ from tests.cases import OpLog, gradient_of  # noqa: E402
 SHAPE = Shape(width=48, layers=2, heads=4, kv_heads=2, hidden=80)
 RANKS, BATCH, LENGTH, STEPS = 2, 8, 11, 4
 FUSED = ["fastlora::lora_matmul", "fastlora::rank_grad"]
+GROUPS = [("q", "k", "v"), ("gate", "up")]
 
 Check = Callable[[DeviceMesh], None]
 CHECKS: dict[str, Check] = {}
@@ -81,7 +82,8 @@ def with_layers(model: Decoder) -> None:
 
 
 def injected(model: Decoder) -> None:
-    fastlora.inject(model, "all-linear", r=6, lora_alpha=10, exclude_modules=["head"])
+    report = fastlora.inject(model, "all-linear", r=6, lora_alpha=10, exclude_modules=["head"], groups=GROUPS)
+    assert len(report.groups) == 2 * SHAPE.layers
 
 
 def with_loralib(model: Decoder) -> None:
@@ -96,7 +98,9 @@ def with_patched_peft(model: Decoder) -> None:
     peft = importlib.import_module("peft")
     names = ["q", "k", "v", "o", "gate", "up", "down"]
     peft.inject_adapter_in_model(peft.LoraConfig(r=6, lora_alpha=10, target_modules=names), model)
-    assert len(fastlora.patch_peft(model).patched) == 7 * SHAPE.layers
+    report = fastlora.patch_peft(model, groups=GROUPS)
+    assert len(report.patched) == 7 * SHAPE.layers
+    assert len(report.groups) == 2 * SHAPE.layers
 
 
 KINDS: dict[str, Callable[[Decoder], None]] = {"layers": with_layers, "injected": injected, "loralib": with_loralib}
