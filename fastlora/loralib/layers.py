@@ -111,7 +111,8 @@ class MergedLinear(_LinearLayer):
 
     The output is ``len(enable_lora)`` equal blocks. With k blocks enabled, ``lora_A`` is [k r, K] and ``lora_B``
     [N / len(enable_lora) · k, r]: group g is rows g r to (g + 1) r of A and the g-th of k equal parts of B, in the
-    order of the enabled blocks. Enabling none makes a plain ``nn.Linear``.
+    order of the enabled blocks. Enabling none makes a plain ``nn.Linear``. All blocks are one product of
+    ``fastlora.lora_linear``, so x is read once for all of them, and there is nothing left to group.
 
     Args:
         in_features: width of the input, K.
