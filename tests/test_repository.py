@@ -26,7 +26,8 @@ LEDGER = ROOT / "benchmarks" / "HARDWARE.md"
 FLOORS: tuple[set[str], ...] = (
     {"info", "merge", "parallel", "tune"},
     {"module", "adapters", "peft", "loralib"},
-    {"mergeable", "accuracy", "siblings", "gated"},
+    {"gated"},
+    {"mergeable", "accuracy", "siblings"},
     {"ops"},
     {"backends"},
     {"error_rule"},

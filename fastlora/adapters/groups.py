@@ -1,4 +1,4 @@
-"""Groups of adapted layers, which compute together: found before the model changes, formed once it has the adapter."""
+"""Adapted layers that compute together, groups and gated MLPs: found before the model changes, formed afterwards."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from torch import nn
 
-from .. import siblings
+from .. import gated, siblings
 from .layer import AdaptedLinear
 from .model import adapted_layers
 
@@ -16,26 +16,29 @@ Groups = Literal["auto"] | None | Sequence[Sequence[str]]
 
 
 class Grouping(NamedTuple):
-    """The groups that a model is to have: those found now, and whether they were asked for by names."""
+    """What a model is to compute together: groups found now, whether they were asked for by names, and gated MLPs."""
 
     chosen: siblings.Chosen
     asked: bool
+    mlps: dict[str, nn.Module]
 
 
-def find(model: nn.Module, groups: Groups, planned: Collection[nn.Module] = ()) -> Grouping:
-    """Finds siblings among the layers that have adapters and those ``planned`` to get one; changes nothing.
+def find(model: nn.Module, groups: Groups, mlp: bool, planned: Collection[nn.Module] = ()) -> Grouping:
+    """Finds siblings and, for ``mlp``, gated MLPs of layers that have adapters or are ``planned`` to; changes nothing.
 
     Raises:
         TypeError, ValueError: ``groups`` is something else, or has names that match nothing.
     """
     new = set(planned)
 
-    def unfit(layer: nn.Module) -> str | None:
-        if layer not in new and not isinstance(layer, AdaptedLinear):
-            return "it has no adapter"
-        return "it is in a group that was asked for by names" if groups == "auto" and _is_asked_for(layer) else None
+    def bare(layer: nn.Module) -> str | None:
+        return None if layer in new or isinstance(layer, AdaptedLinear) else "it has no adapter"
 
-    return Grouping(siblings.choose(model, groups, unfit), groups != "auto")
+    def unfit(layer: nn.Module) -> str | None:
+        kept = groups == "auto" and _is_asked_for(layer)
+        return bare(layer) or ("it is in a group that was asked for by names" if kept else None)
+
+    return Grouping(siblings.choose(model, groups, unfit), groups != "auto", gated.find(model, bare) if mlp else {})
 
 
 def form(model: nn.Module, grouping: Grouping) -> None:
@@ -45,6 +48,8 @@ def form(model: nn.Module, grouping: Grouping) -> None:
             siblings.dissolve(layer)
     for _, parent, names in grouping.chosen.formed:
         siblings.form(parent, names, asked=grouping.asked)
+    for module in grouping.mlps.values():
+        gated.swap(module)
 
 
 def formed(model: nn.Module) -> tuple[tuple[str, ...], ...]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..gated import GatedMLP
 from ..mergeable import start_adapter
 from ..text import listed, shown_names, starred
 from . import groups as grouping
@@ -40,7 +41,8 @@ class InjectionReport:
     """The layers that got an adapter, the layers refused with the reasons, and parameter counts; ``print`` it.
 
     ``groups`` has the names of the layers that compute together where they are called with one input, of all adapters,
-    and ``ungrouped`` the name of each layer that could have been in a group → the reason why it is in none.
+    ``ungrouped`` the name of each layer that could have been in a group → the reason why it is in none, and ``mlps``
+    the names of the gated MLPs that run as one product.
     """
 
     adapter_name: str
@@ -50,6 +52,7 @@ class InjectionReport:
     total: int
     groups: tuple[tuple[str, ...], ...] = ()
     ungrouped: dict[str, str] = field(default_factory=dict)
+    mlps: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [
@@ -64,6 +67,8 @@ class InjectionReport:
             lines.append(f"  {count} x {name}: {k} -> {n}, r={r}, scale={scale:g}")
         if self.groups:
             lines.append(f"  {len(self.groups)} groups: {shown_names(' + '.join(names) for names in self.groups)}")
+        if self.mlps:
+            lines.append(f"  {len(self.mlps)} gated MLPs: {shown_names(self.mlps)}")
         for reason, count in Counter(self.ungrouped.values()).most_common():
             names = listed(n for n, r in self.ungrouped.items() if r == reason)
             lines.append(f"  {count} in no group: {reason} ({names})")
@@ -89,6 +94,7 @@ def inject(
     adapter_name: str = "default",
     adapter_dtype: torch.dtype | None = None,
     groups: Groups = "auto",
+    mlp: bool = False,
 ) -> InjectionReport:
     """Puts an adapter beside every matching linear layer of a model, in place; from then on the adapter alone trains.
 
@@ -122,6 +128,10 @@ def inject(
             ``"auto"`` for children of one parent named q_proj, k_proj, v_proj; query, key, value; gate_proj, up_proj;
             or w1, w3; but not of cross attention. Tuples of other names, such as ``[("wq", "wk", "wv")]``, which stay
             when a later call says ``"auto"``; or None. Said of the whole model, whichever adapter is active.
+        mlp: run modules whose forward is, by its source, ``down(act(gate(x)) * up(x))`` with silu or gelu as
+            :func:`fastlora.lora_swiglu_mlp`, which keeps half as much for the backward, until the adapters are
+            unloaded; their three layers are not called then. Calls in which one of these has hooks, is merged or has no
+            part in the active adapter run the module's own forward.
 
     Returns:
         A report: the layers, those refused with the reasons (they are logged as warnings too), parameter counts, and
@@ -148,7 +158,7 @@ def inject(
         init_lora_weights=init_lora_weights,
         notes={} if task_type is None else {"task_type": task_type},
     )
-    return attach(plan(model, config, adapter_name, adapter_dtype), groups)
+    return attach(plan(model, config, adapter_name, adapter_dtype), groups, mlp)
 
 
 def _listed(value: Any) -> Any:
@@ -158,10 +168,12 @@ def _listed(value: Any) -> Any:
     return list(value) if isinstance(value, (tuple, range)) or hasattr(value, "keys") else value
 
 
-def attach(plan: Plan, groups: Groups, tensors: dict[str, dict[str, Tensor]] | None = None) -> InjectionReport:
+def attach(
+    plan: Plan, groups: Groups, mlp: bool, tensors: dict[str, dict[str, Tensor]] | None = None
+) -> InjectionReport:
     """Carries a plan out, with initial values or with the given A and B by layer and ``"lora_A"``, ``"lora_B"``."""
     # Everything that can fail, memory above all, comes before the first change of the model.
-    found = grouping.find(plan.model, groups, [layer.module for layer in plan.layers])
+    found = grouping.find(plan.model, groups, mlp, [layer.module for layer in plan.layers])
     adapters = []
     for layer in plan.layers:
         device = layer.module.weight.device
@@ -217,4 +229,5 @@ def report(model: nn.Module, adapter_name: str, refused: dict[str, str], found: 
         total=sum(p.numel() for p in model.parameters()),
         groups=groups,
         ungrouped={name: reason for name, reason in found.chosen.refused.items() if name not in grouped},
+        mlps=tuple(name for name, module in model.named_modules() if isinstance(module, GatedMLP)),
     )

@@ -62,6 +62,13 @@ class AdaptedLinear(Mergeable, nn.Linear):
         weight, a, b, scale, bias, p = operands
         return lora_linear(x, weight, a, b, scale=scale, bias=bias, dropout_p=p)
 
+    def lora_operands(self, x: Tensor) -> Operands | None:
+        """What the layer would pass to ``lora_linear`` in a call with x; None where it does something else, or may."""
+        state = self._state
+        if type(self) not in _KINDS or state.disabled or self.merged or state.active not in self.scale:
+            return None
+        return self._operands(state.active)
+
     def _operands(self, name: Any) -> Operands:
         """What the layer passes to ``lora_linear`` with the adapter of this name."""
         weight = parameter_of(self, "weight")
@@ -111,14 +118,7 @@ _KINDS = (AdaptedLinear, AdaptedConv1D)
 
 
 def _prove(layer: nn.Module, x: Tensor) -> Operands | None:
-    """What a layer would pass to ``lora_linear`` now; None where it does something else, or may."""
-    if type(layer) not in _KINDS:
-        return None
-    assert isinstance(layer, AdaptedLinear)
-    state = layer._state
-    if state.disabled or layer.merged or state.active not in layer.scale:
-        return None
-    return layer._operands(state.active)
+    return layer.lora_operands(x) if isinstance(layer, AdaptedLinear) else None
 
 
 def features(layer: Any) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, ExitStack
 
 from torch import nn
 
+from .. import gated
 from ..text import shown_names
 from .config import AdapterConfig
 from .layer import AdaptedLinear, remove_adapter, restore
@@ -172,6 +173,8 @@ def unload(model: nn.Module) -> nn.Module:
     for _, layer in list(adapted_layers(model)):
         layer.unmerge()
         restore(layer)
+    for module in model.modules():
+        gated.restore(module)
     for part, state in injected_models(model):
         parameters = dict(part.named_parameters())
         for name in state.was_trainable:

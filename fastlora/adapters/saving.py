@@ -112,6 +112,7 @@ def load_adapter(
     adapter_dtype: torch.dtype | None = None,
     *,
     groups: Groups = "auto",
+    mlp: bool = False,
 ) -> InjectionReport:
     """Puts an adapter that PEFT or :func:`save_adapter` wrote into a model, as :func:`fastlora.inject` would.
 
@@ -126,6 +127,7 @@ def load_adapter(
         adapter_dtype: dtype of A and B; by default that of the file where it goes with the base, otherwise float32 (or
             that of the base, if wider).
         groups: layers that compute together, as in :func:`fastlora.inject`.
+        mlp: run gated MLPs as one product, as there.
 
     Returns:
         The report of :func:`fastlora.inject`.
@@ -141,7 +143,7 @@ def load_adapter(
     source = str(Path(folder) / WEIGHTS)
     state = state_of(model) if isinstance(model, nn.Module) else None
     if state is not None and adapter_name in state.configs:
-        found = grouping.find(model, groups)
+        found = grouping.find(model, groups, mlp)
         _replace_values(model, adapter_name, config, adapters, adapter_dtype, source)
         grouping.form(model, found)
         return report(model, adapter_name, {}, found)
@@ -155,7 +157,7 @@ def load_adapter(
             raise ValueError(f"{layer.name} is on the meta device, which holds no data: load the base model first")
     if adapter_dtype is None:
         planned = _in_dtype_of_file(planned, adapters)
-    return attach(planned, groups, adapters)
+    return attach(planned, groups, mlp, adapters)
 
 
 def _in_dtype_of_file(planned: Plan, adapters: Adapters) -> Plan:
