@@ -5,9 +5,9 @@ from .adapters.merging import merge_adapter, merge_and_unload, unmerge_adapter
 from .adapters.model import delete_adapter, disable, enable, set_adapter, unload
 from .adapters.saving import load_adapter, save_adapter
 from .module import LoRALinear, LoRALinearGroup
-from .ops.group import lora_linear_group
+from .ops.group import Branch, lora_linear_group
 from .ops.linear import explain, lora_linear
-from .ops.mlp import Branch, lora_swiglu_mlp
+from .ops.mlp import lora_swiglu_mlp
 from .peft import PatchReport, patch_peft, patched_peft, unpatch_peft
 from .tune import tune_model
 

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .eager import is_eager
-from .ops.mlp import Branch, lora_swiglu_mlp
-from .siblings import Operands
+from .ops.group import Branch
+from .ops.mlp import lora_swiglu_mlp
+from .siblings import branch_of
 
 _ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "silu": F.silu,
@@ -210,13 +211,8 @@ def _prove(module: GatedMLP, x: Tensor) -> _Proven | None:
 
 
 def _branch(module: nn.Module, name: str, x: Tensor) -> Branch | None:
-    layer: Any = module._modules.get(name)
-    tell = getattr(layer, "lora_operands", None)
-    operands: Operands | None = None if tell is None or _is_watched(layer) else tell(x)
-    if operands is None:
-        return None
-    weight, a, b, scale, bias, p = operands
-    return Branch(weight, a, b, scale, bias, p)
+    layer = module._modules.get(name)
+    return None if layer is None or _is_watched(layer) else branch_of(layer, x)
 
 
 def _activation(act: nn.Module | None) -> str | None:

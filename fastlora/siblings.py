@@ -2,7 +2,7 @@
 
 Which layers are siblings is settled before a model runs (:func:`form`). A sibling takes its part inside its own
 forward, so that its hooks fire, and only on proof that it would compute the same: the same x, unchanged; the same grad
-mode, autocast and hooks on saved tensors; the same operands, unchanged. Otherwise it computes alone. One group at most
+mode, autocast and hooks on saved tensors; the same branch, unchanged. Otherwise it computes alone. One group at most
 is open at a time in each thread.
 """
 
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from .eager import is_eager
-from .ops.group import lora_linear_group
+from .ops import group as group_op
+from .ops.group import Branch
 from .ops.linear import is_plain, lora_linear
 
 _log = logging.getLogger("fastlora")
@@ -34,21 +35,6 @@ KNOWN = (
 
 # Parents with such a word in their name take keys and values from elsewhere.
 _CROSS = ("cross", "encoder_attn", "encdec")
-
-
-class Operands(NamedTuple):
-    """What a layer passes to ``lora_linear`` beside x, dropout as it is in force."""
-
-    weight: Tensor
-    lora_a: Tensor
-    lora_b: Tensor
-    scale: float
-    bias: Tensor | None
-    dropout_p: float
-
-
-# The operands of a sibling in a call with this x, or None where it does not run lora_linear.
-Prove = Callable[[nn.Module, Tensor], "Operands | None"]
 
 
 class Group(NamedTuple):
@@ -79,9 +65,9 @@ _warned: set[tuple[str, ...]] = set()
 
 
 class _Waiting(NamedTuple):
-    """An output that a sibling may take: the operands that made it, and what was the same then."""
+    """An output that a sibling may take: the branch that made it, and what was the same then."""
 
-    operands: Operands
+    branch: Branch
     key: tuple[Any, ...]
     y: Tensor
 
@@ -143,25 +129,27 @@ def close() -> None:
         _close(_here.opened)
 
 
-def multiply(layer: nn.Module, x: Tensor, operands: Operands, prove: Prove) -> Tensor:
+def multiply(layer: nn.Module, x: Tensor, branch: Branch) -> Tensor:
     """``lora_linear`` of a layer: its part of what a sibling has computed, or together with its siblings, or alone.
+
+    Siblings tell by a method ``lora_branch(x)`` what they would compute of x, or None where they would not run
+    ``lora_linear``.
 
     Args:
         layer: the layer that is called.
         x: its input.
-        operands: what it would pass to ``lora_linear``.
-        prove: tells the same of its siblings.
+        branch: what it passes to ``lora_linear``.
     """
     # In this order: a compiler that looked into _groups would guard all that is in it.
     if is_eager() and layer in _groups:
-        y = _together(layer, x, operands, prove)
+        y = _together(layer, x, branch)
         if y is not None:
             return y
-    weight, a, b, scale, bias, p = operands
+    weight, a, b, scale, bias, p = branch
     return lora_linear(x, weight, a, b, scale=scale, bias=bias, dropout_p=p)
 
 
-def _together(layer: nn.Module, x: Tensor, operands: Operands, prove: Prove) -> Tensor | None:
+def _together(layer: nn.Module, x: Tensor, branch: Branch) -> Tensor | None:
     group = _groups.get(layer)
     if group is None:
         return None
@@ -173,23 +161,22 @@ def _together(layer: nn.Module, x: Tensor, operands: Operands, prove: Prove) -> 
     if opened is not None:
         if group is opened.group and called not in opened.computed:
             return None
-        if group is opened.group and (y := _taken(opened, called, x, operands)) is not None:
+        if group is opened.group and (y := _taken(opened, called, x, branch)) is not None:
             return y
         _close(opened)
-    if not _is_free(layer) or not _fits(x, operands):
+    if not _is_free(layer) or not _fits(x, branch):
         return None
     parts = {}
     for name, member in members.items():
         if name == called:
-            parts[name] = operands
+            parts[name] = branch
         elif _groups.get(member) is group and _is_free(member):
-            part = prove(member, x)
+            part = branch_of(member, x)
             if part is not None and _fits(x, part):
                 parts[name] = part
     if len(parts) < 2:
         return None
-    weights, a_s, bs, scales, biases, ps = zip(*parts.values(), strict=True)
-    ys = lora_linear_group(x, weights, a_s, bs, scales=scales, biases=biases, dropout_ps=ps)
+    ys = group_op.multiply(x, list(parts.values()))
     made = dict(zip(parts, ys, strict=True))
     y = made.pop(called)
     waiting = {name: _Waiting(parts[name], _key(parts[name]), part) for name, part in made.items()}
@@ -198,12 +185,12 @@ def _together(layer: nn.Module, x: Tensor, operands: Operands, prove: Prove) -> 
     return y
 
 
-def _taken(opened: _Open, name: str, x: Tensor, operands: Operands) -> Tensor | None:
+def _taken(opened: _Open, name: str, x: Tensor, branch: Branch) -> Tensor | None:
     """A sibling's output out of an open group, where it would compute the same now."""
     if x is not opened.x or x._version != opened.version or _state(x) != opened.state:
         return None
     waiting = opened.waiting.get(name)
-    if waiting is None or waiting.key != _key(operands):
+    if waiting is None or waiting.key != _key(branch):
         return None
     del opened.waiting[name]
     _counted["taken"] += 1
@@ -227,6 +214,13 @@ def _close(opened: _Open) -> None:
         )
 
 
+def branch_of(layer: Any, x: Tensor) -> Branch | None:
+    """What a layer would pass to ``lora_linear`` in a call with x; None where it would do something else."""
+    tell = getattr(layer, "lora_branch", None)
+    branch: Branch | None = None if tell is None else tell(x)
+    return branch
+
+
 def _is_free(layer: Any) -> bool:
     """Whether nothing changes x on its way into a layer's forward: hooks before it, or a forward of its own."""
     return not (
@@ -234,12 +228,12 @@ def _is_free(layer: Any) -> bool:
     )
 
 
-def _fits(x: Tensor, operands: Operands) -> bool:
-    """Whether lora_linear takes x with these operands, so that no sibling's error is another's, and all count changes.
+def _fits(x: Tensor, branch: Branch) -> bool:
+    """Whether lora_linear takes x with these branch, so that no sibling's error is another's, and all count changes.
 
     Tensors of inference mode do not.
     """
-    weight, a, b, _, bias, _ = operands
+    weight, a, b, _, bias, _ = branch
     if not is_plain(x, weight, a, b, bias) or x.shape[-1:] != weight.shape[1:] or a.dtype is not b.dtype:
         return False
     if weight.dtype is not x.dtype and not torch.is_autocast_enabled(x.device.type):
@@ -248,9 +242,9 @@ def _fits(x: Tensor, operands: Operands) -> bool:
     return all(t.device == x.device and not t.is_inference() for t in tensors)
 
 
-def _key(operands: Operands) -> tuple[Any, ...]:
-    """What is the same while operands are: an open group holds them, so that no other tensor gets their memory."""
-    *tensors, scale, bias, p = operands
+def _key(branch: Branch) -> tuple[Any, ...]:
+    """What is the same while branch are: an open group holds them, so that no other tensor gets their memory."""
+    *tensors, scale, bias, p = branch
     tensors = tensors if bias is None else [*tensors, bias]
     return (scale, p, *((t.data_ptr(), t._version, t.shape, t.stride(), t.requires_grad) for t in tensors))
 

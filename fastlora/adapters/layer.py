@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from .. import siblings
 from ..mergeable import Mergeable, Update, parameter_of
+from ..ops.group import Branch
 from ..ops.linear import lora_linear
-from ..siblings import Operands
 from ..text import dtype_name
 from .matching import is_conv1d
 from .state import State
@@ -56,23 +56,23 @@ class AdaptedLinear(Mergeable, nn.Linear):
             return self._base(x, base)
         if self.merged:
             return self._base(x, self.weight)
-        operands = self._operands(name)
+        branch = self._branch(name)
         if type(self) in _KINDS:
-            return siblings.multiply(self, x, operands, _prove)
-        weight, a, b, scale, bias, p = operands
+            return siblings.multiply(self, x, branch)
+        weight, a, b, scale, bias, p = branch
         return lora_linear(x, weight, a, b, scale=scale, bias=bias, dropout_p=p)
 
-    def lora_operands(self, x: Tensor) -> Operands | None:
+    def lora_branch(self, x: Tensor) -> Branch | None:
         """What the layer would pass to ``lora_linear`` in a call with x; None where it does something else, or may."""
         state = self._state
         if type(self) not in _KINDS or state.disabled or self.merged or state.active not in self.scale:
             return None
-        return self._operands(state.active)
+        return self._branch(state.active)
 
-    def _operands(self, name: Any) -> Operands:
+    def _branch(self, name: Any) -> Branch:
         """What the layer passes to ``lora_linear`` with the adapter of this name."""
         weight = parameter_of(self, "weight")
-        return Operands(
+        return Branch(
             weight.T if self.fan_in_fan_out else weight,
             parameter_of(self._modules["lora_A"], name),  # type: ignore[arg-type]
             parameter_of(self._modules["lora_B"], name),  # type: ignore[arg-type]
@@ -115,10 +115,6 @@ class AdaptedConv1D(AdaptedLinear):
 
 # Of a subclass nobody knows what it does around the product, or how it keeps its weight.
 _KINDS = (AdaptedLinear, AdaptedConv1D)
-
-
-def _prove(layer: nn.Module, x: Tensor) -> Operands | None:
-    return layer.lora_operands(x) if isinstance(layer, AdaptedLinear) else None
 
 
 def features(layer: Any) -> tuple[int, int]:

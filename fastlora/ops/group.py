@@ -11,7 +11,7 @@ width, rank, scale and dropout mask.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,26 @@ from ..backends.request import Product
 from ..eager import is_eager
 from . import linear, small
 from .autograd import by_the_verbs, rows_of, unrows, without_zero_strides
+
+
+class Branch(NamedTuple):
+    """One LoRA layer among others: the arguments of :func:`fastlora.lora_linear` but x.
+
+    Attributes:
+        weight: base weight [N, K].
+        lora_a: down projection [R, K].
+        lora_b: up projection [N, R].
+        scale: factor on the update.
+        bias: base bias [N] or None.
+        dropout_p: probability of dropping an element of the input on its way into ``lora_a``.
+    """
+
+    weight: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+    scale: float
+    bias: Tensor | None = None
+    dropout_p: float = 0.0
 
 
 def lora_linear_group(
@@ -75,11 +95,15 @@ def lora_linear_group(
     if count == 0 or len(set(lengths.values())) > 1:
         shown = ", ".join(f"{name} {length}" for name, length in lengths.items())
         raise ValueError(f"expected as many of each as there are branches, at least one, got {shown}")
-    branches = list(zip(weights, lora_as, lora_bs, scales, biases, ps, strict=True))
+    branches = [Branch(*each) for each in zip(weights, lora_as, lora_bs, scales, biases, ps, strict=True)]
+    return multiply(x, branches, training)
+
+
+def multiply(x: Tensor, branches: Sequence[Branch], training: bool = True) -> tuple[Tensor, ...]:
+    """:func:`lora_linear_group` of branches as values."""
     if not is_eager() or not all(linear.is_plain(x, w, a, b, bias) for w, a, b, _, bias, _ in branches):
         return tuple(_alone(i, x, branch, training) for i, branch in enumerate(branches))
-    w, a, b, scale, bias, p = branches[0]
-    first = small.multiply(Product(x, w, a, b, scale, bias, p), training)
+    first = small.multiply(Product(x, *branches[0]), training)
     if first is not None:
         return first, *(_alone(i, x, branch, training) for i, branch in enumerate(branches) if i)
     products: list[Product] = []
@@ -90,9 +114,6 @@ def lora_linear_group(
     if training:
         products = [p._replace(seed=draw_seed(p.x.device)) if p.dropout_p > 0 else p for p in products]
     return _multiply(products)
-
-
-Branch = tuple[Tensor, Tensor, Tensor, float, "Tensor | None", float]
 
 
 def _alone(i: int, x: Tensor, branch: Branch, training: bool) -> Tensor:

@@ -23,31 +23,12 @@ from ..backends.request import Product
 from ..eager import is_eager
 from . import group, linear
 from .autograd import rows_of, unrows, verbs, without_zero_strides
+from .group import Branch
 
 # Elements of h up to which torch's own nodes are faster than a Function, for all that they keep two such tensors more.
 _SMALL = 1 << 18
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
-
-
-class Branch(NamedTuple):
-    """One LoRA layer of :func:`lora_swiglu_mlp`: the arguments of :func:`fastlora.lora_linear` but x.
-
-    Attributes:
-        weight: base weight [N, K].
-        lora_a: down projection [R, K].
-        lora_b: up projection [N, R].
-        scale: factor on the update.
-        bias: base bias [N] or None.
-        dropout_p: probability of dropping an element of the input on its way into ``lora_a``.
-    """
-
-    weight: Tensor
-    lora_a: Tensor
-    lora_b: Tensor
-    scale: float
-    bias: Tensor | None = None
-    dropout_p: float = 0.0
 
 
 def lora_swiglu_mlp(

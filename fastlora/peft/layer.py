@@ -20,8 +20,8 @@ from transformers.pytorch_utils import Conv1D as Conv1D
 
 from .. import siblings
 from ..eager import is_eager
+from ..ops.group import Branch
 from ..ops.linear import lora_linear
-from ..siblings import Operands
 from ..text import dtype_name
 from . import calls
 
@@ -77,11 +77,11 @@ class FusedLoraLinear(lora.Linear):
 
     strict_dtype = False
 
-    def lora_operands(self, x: Tensor) -> Operands | None:
+    def lora_branch(self, x: Tensor) -> Branch | None:
         """What the layer would pass to ``lora_linear`` in a call with x; None where PEFT's forward would run."""
         proof = _usual(self, x) or prove(self, x)
         # Several adapters are joined for one call alone: no later one can prove that they are the same.
-        return None if isinstance(proof, str) or type(proof.adapter.a) is not nn.Parameter else _operands(proof)
+        return None if isinstance(proof, str) or type(proof.adapter.a) is not nn.Parameter else _branch(proof)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., K] → y [..., N], as ``peft.tuners.lora.Linear.forward``."""
@@ -95,20 +95,15 @@ class FusedLoraLinear(lora.Linear):
             return y
         if calls.counters and not torch.compiler.is_compiling():
             calls.count_fast(self)
-        operands = _operands(proof)
-        if type(operands.lora_a) is nn.Parameter:
-            return siblings.multiply(self, x, operands, _prove_sibling)
-        weight, a, b, scale, bias, p = operands
+        weight, bias, (a, b, scale, p) = proof
+        if type(a) is nn.Parameter:
+            return siblings.multiply(self, x, Branch(weight, a, b, scale, bias, p))
         return lora_linear(x, weight, a, b, scale=scale, bias=bias, dropout_p=p)
 
 
-def _operands(proof: Proven) -> Operands:
+def _branch(proof: Proven) -> Branch:
     weight, bias, (a, b, scale, p) = proof
-    return Operands(weight, a, b, scale, bias, p)
-
-
-def _prove_sibling(layer: nn.Module, x: Tensor) -> Operands | None:
-    return layer.lora_operands(x) if isinstance(layer, FusedLoraLinear) else None
+    return Branch(weight, a, b, scale, bias, p)
 
 
 class StrictLoraLinear(FusedLoraLinear):
