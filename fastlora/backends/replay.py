@@ -18,20 +18,30 @@ Launcher = Callable[[], tuple[Tensors, list[Any]]]
 
 
 class _Memory(NamedTuple):
-    """Memory that a launcher makes: for a result, or for sums that another launch adds up."""
+    """Memory that a launcher makes: for a result, or for sums that another launch adds up.
+
+    ``within`` is the number of the tensor that has this one's memory, None where it has its own.
+    """
 
     elements: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+    offset: int
     dtype: torch.dtype
+    within: int | None
 
     @classmethod
-    def of(cls, tensor: Tensor) -> _Memory:
+    def of(cls, tensor: Tensor, within: int | None) -> _Memory:
         elements = tensor.untyped_storage().nbytes() // tensor.element_size()
-        return cls(elements, tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        offset = int(tensor.storage_offset())
+        return cls(elements, tuple(tensor.shape), tensor.stride(), offset, tensor.dtype, within)
 
-    def make(self, device: torch.device) -> Tensor:
-        return torch.empty(self.elements, dtype=self.dtype, device=device).as_strided(self.shape, self.stride)
+    def make(self, tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
+        if self.within is None:
+            whole = torch.empty(self.elements, dtype=self.dtype, device=device)
+        else:
+            whole = tensors[self.within]  # type: ignore[assignment]
+        return whole.as_strided(self.shape, self.stride, self.offset)
 
 
 class _Descriptor(NamedTuple):
@@ -64,7 +74,9 @@ class _Plan(NamedTuple):
     steps: tuple[_Step, ...]
 
     def __call__(self, operands: Tensors, device: torch.device) -> Tensors:
-        tensors = [*operands, *(memory.make(device) for memory in self.memory)]
+        tensors = list(operands)
+        for memory in self.memory:
+            tensors.append(memory.make(tensors, device))
         for step in self.steps:
             arguments = step.arguments.copy()
             for place, number in step.tensors:
@@ -123,12 +135,15 @@ def _plan(operands: Tensors, results: Tensors, launches: Sequence[Any], compiled
         if tensor is not None and numbers.setdefault(tensor.data_ptr(), number) != number:
             return None  # two operands in one place: which of them a launch reads cannot be told
     memory: list[_Memory] = []
+    storages: dict[int, int] = {}
 
     def number_of(tensor: Tensor) -> int:
         address = tensor.data_ptr()
         if address not in numbers:
-            numbers[address] = len(operands) + len(memory)
-            memory.append(_Memory.of(tensor))
+            number = numbers[address] = len(operands) + len(memory)
+            storage = tensor.untyped_storage().data_ptr()
+            memory.append(_Memory.of(tensor, storages.get(storage)))
+            storages.setdefault(storage, number)
         return numbers[address]
 
     result_numbers = tuple(None if tensor is None else number_of(tensor) for tensor in results)

@@ -156,6 +156,34 @@ def test_descriptors_are_made_over_the_new_operand() -> None:
         assert torch.equal(out, x.T)
 
 
+def test_parts_of_one_memory_stay_parts_of_it() -> None:
+    """The first is where the whole begins; the kernel writes the whole, the results are views."""
+
+    def doubled(x: Tensor, whole: Tensor) -> None:
+        torch.mul(x, 2, out=whole.as_strided((5, 8), (8, 1)))
+
+    def negated(part: Tensor, out: Tensor) -> None:
+        torch.neg(part.as_strided((5, 4), (8, 1), part.storage_offset()), out=out)
+
+    kernels = Kernel(doubled, "x", "whole"), Kernel(negated, "part", "out")
+
+    def launcher(x: Tensor) -> tuple[tuple[Tensor, ...], list[Launch]]:
+        whole, out = torch.empty(5, 8), torch.empty(5, 4)
+        first, second = whole[:, :3], whole[:, 4:]
+        arguments = {"x": x, "whole": whole}, {"part": second, "out": out}
+        return (first, second, out), [
+            Launch(kernel, (1,), taken, {}) for kernel, taken in zip(kernels, arguments, strict=True)
+        ]
+
+    for _ in range(3):
+        x = torch.randn(5, 8)
+        first, second, out = run("parts", (x,), (), CPU, lambda x=x: launcher(x))
+        assert torch.equal(first, 2 * x[:, :3])
+        assert torch.equal(second, 2 * x[:, 4:])
+        assert torch.equal(out, -2 * x[:, 4:])
+        assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+
+
 def test_it_keeps_so_many_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replay, "_MOST_PLANS", 3)
     counted = Counted()
