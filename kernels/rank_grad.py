@@ -29,43 +29,21 @@ from .philox import Mask, keep_mask
 from .tiles import FULL_TWICE, rank_grad_tile, split
 
 
-@triton.jit(do_not_specialize=["M", "threshold", "tokens_per_split"])
-def _rank_grad_kernel(
-    wide_ptr,
-    narrow_ptr,
-    grad_ptr,
-    seed_ptr,
-    threshold,
-    rescale,
-    M,
-    C,
-    R,
-    tokens_per_split,
-    stride_wide_m,
-    stride_wide_c,
-    stride_narrow_m,
-    stride_narrow_r,
-    stride_grad_s,
-    stride_grad_r,
-    stride_grad_c,
-    IN_EIGHTS: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    HALF_R: tl.constexpr,
-):
-    if IN_EIGHTS:
-        R, stride_narrow_m = R // 8 * 8, stride_narrow_m // 8 * 8
-    # The blocks of R are neighbours, so that all but the first find the wide side in the L2 cache.
+@triton.jit
+def skinny_reduction(
+    wide_ptr, narrow_ptr, grad_ptr, seed_ptr, threshold, rescale, first_r, M, C, R,
+    tokens_per_split, stride_wide_m, stride_wide_c, stride_narrow_m, stride_narrow_r, stride_grad_s, stride_grad_r,
+    stride_grad_c, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, HALF_R: tl.constexpr,
+):  # fmt: skip
+    """Stores the block of rows from ``first_r`` on; axes 1 and 2 of the grid are blocks of C and splits of M."""
     first_c = tl.program_id(1) * BLOCK_C
     split = tl.program_id(2)
     first_m = split * tokens_per_split
     last_m = min(M, first_m + tokens_per_split)
     m = tl.arange(0, BLOCK_M)
     c = first_c + tl.arange(0, BLOCK_C)
-    r = tl.program_id(0) * BLOCK_R + tl.arange(0, HALF_R)
+    r = first_r + tl.arange(0, HALF_R)
     wide_ptrs = wide_ptr + (first_m + m).to(tl.int64)[:, None] * stride_wide_m + c.to(tl.int64)[None, :] * stride_wide_c
     narrow_ptrs = (
         narrow_ptr + (first_m + m).to(tl.int64)[:, None] * stride_narrow_m + r.to(tl.int64)[None, :] * stride_narrow_r
@@ -100,6 +78,43 @@ def _rank_grad_kernel(
         grad_ptrs += HALF_R * tl.cast(stride_grad_r, tl.int64)
         inside = (HALF_R + r < R)[:, None] & inside_c
         tl.store(grad_ptrs, (upper_rc * rescale).to(grad_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["M", "threshold", "tokens_per_split"])
+def _rank_grad_kernel(
+    wide_ptr,
+    narrow_ptr,
+    grad_ptr,
+    seed_ptr,
+    threshold,
+    rescale,
+    M,
+    C,
+    R,
+    tokens_per_split,
+    stride_wide_m,
+    stride_wide_c,
+    stride_narrow_m,
+    stride_narrow_r,
+    stride_grad_s,
+    stride_grad_r,
+    stride_grad_c,
+    IN_EIGHTS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    HALF_R: tl.constexpr,
+):
+    if IN_EIGHTS:
+        R, stride_narrow_m = R // 8 * 8, stride_narrow_m // 8 * 8
+    # The blocks of R are neighbours, so that all but the first find the wide side in the L2 cache.
+    skinny_reduction(
+        wide_ptr, narrow_ptr, grad_ptr, seed_ptr, threshold, rescale, tl.program_id(0) * BLOCK_R, M, C, R,
+        tokens_per_split, stride_wide_m, stride_wide_c, stride_narrow_m, stride_narrow_r, stride_grad_s, stride_grad_r,
+        stride_grad_c, DROPOUT, PRECISION, BLOCK_M, BLOCK_C, BLOCK_R, HALF_R,
+    )  # fmt: skip
 
 
 def launches(
