@@ -147,8 +147,23 @@ def _together(products: Sequence[Product]) -> Together | None:
     """The way with a group of the kernel that would run each of its products; None where they differ."""
     if products[0].x.is_cpu and _environment.get(_NAME, _AUTO) in _LIBRARY:
         return _library("lora_matmul").together
-    kernels = {_choose(Request.of_lora_matmul(p), _forced()).name: None for p in products}
-    return named("lora_matmul")[next(iter(kernels))].together if len(kernels) == 1 else None
+    requests, forced = tuple(Request.of_lora_matmul(p) for p in products), _forced()
+    if (requests, forced) in _ways:
+        return _ways[requests, forced]
+    kernels = {_choose(request, forced).name: None for request in requests}
+    together = named("lora_matmul")[next(iter(kernels))].together if len(kernels) == 1 else None
+    checked = first_use.KERNELS["lora_matmul"]
+    if together is not None and checked in kernels and (forced == "auto" or forced.startswith("-")):
+        objection = first_use.objection_to_group(requests)
+        if objection is not None:
+            if objection != first_use.LATER:
+                _forget_choices()
+            return None
+    if all((request, forced) in _chosen for request in requests):
+        if len(_ways) >= _MOST_CHOSEN:
+            _ways.clear()
+        _ways[requests, forced] = together
+    return together
 
 
 def small_of(x: Tensor) -> Callable[[Product, bool], Tensor | None] | None:
@@ -183,7 +198,7 @@ def explain_request(request: Request) -> Explanation:
 
 def forget() -> None:
     """Lets every choice be made anew."""
-    _chosen.clear()
+    _forget_choices()
     first_use.forget()
     measured.forget()
     replay.forget()
@@ -203,7 +218,13 @@ def _forced() -> str:
 
 
 _chosen: dict[tuple[Request, str], Kernel] = {}
+_ways: dict[tuple[tuple[Request, ...], str], Together | None] = {}
 _MOST_CHOSEN = 4096
+
+
+def _forget_choices() -> None:
+    _chosen.clear()
+    _ways.clear()
 
 
 def _choose(request: Request, forced: str) -> Kernel:
@@ -218,7 +239,7 @@ def _decide(request: Request, forced: str) -> Kernel:
         raise RuntimeError(f"FASTLORA_BACKEND={forced} cannot run this call\n{explanation}")
     kernel = named(request.verb)[explanation.chosen]
     if len(first_use.failed) > failures or len(_chosen) >= _MOST_CHOSEN:
-        _chosen.clear()
+        _forget_choices()
     if not any(verdict.reason == first_use.LATER for verdict in explanation.verdicts):
         _chosen[request, forced] = kernel
     return kernel

@@ -7,14 +7,18 @@ A wrong result, or an exception when one is compiled or launched (no C compiler 
 that cannot be written), is logged in one line, and ``library`` runs on that device from then on. Nothing is checked
 while a CUDA graph is captured or code is traced: ``library`` runs there until a call outside has passed.
 ``FASTLORA_CHECK=0`` takes the kernels unchecked.
+
+The launches in which the branches of a group go together have a check of their own, for each set of ranks, on top of
+that of each branch; until it has passed the branches go one by one.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -24,7 +28,7 @@ from torch import Tensor
 from ..eager import is_eager
 from ..error_rule import compare
 from ..text import dtype_name
-from . import reference, triton
+from . import reference, triton, triton_skinny
 from .dropout import Dropout
 from .request import Product, Request, new_middle
 
@@ -39,6 +43,8 @@ _MOST_RANKS = 128
 
 # M, K, N of the check: every sum is split, and the first block of each grid is not the last.
 _SIZES = (600, 1184, 320)
+# The same of a group's branches, the next of which is a little wider.
+_GROUP_SIZES = (300, 600, 264)
 _SCALE = 1.7
 
 
@@ -76,7 +82,32 @@ class Gated(NamedTuple):
         return f"{self.activation} in {dtype_name(self.dtype)}"
 
 
-passed: set[Variant | Gated | torch.device] = set()
+class GroupVariant(NamedTuple):
+    """The same for branches in one launch; whether any of them drops is in ``dropout``."""
+
+    device: torch.device
+    dtype: torch.dtype
+    adapter_dtype: torch.dtype
+    ranks: tuple[int, ...]
+    dropout: bool
+    precision: str
+
+    @staticmethod
+    def of(requests: Sequence[Request]) -> GroupVariant:
+        """The variant that the requests of one launch would run."""
+        each = [Variant.of(request) for request in requests]
+        device, dtype, adapter_dtype, _, _, precision = each[0]
+        ranks, dropout = tuple(v.r for v in each), any(v.dropout for v in each)
+        return GroupVariant(device, dtype, adapter_dtype, ranks, dropout, precision)
+
+    def __str__(self) -> str:
+        alone = Variant(self.device, self.dtype, self.adapter_dtype, 0, self.dropout, self.precision)
+        return str(alone).replace("rank 0", f"ranks {', '.join(map(str, self.ranks))} together")
+
+
+Key = Variant | GroupVariant | Gated | torch.device
+
+passed: set[Key] = set()
 failed: dict[Gated | torch.device, str] = {}
 _lock = threading.RLock()
 
@@ -91,6 +122,20 @@ def objection(request: Request) -> str | None:
     """None where the kernels passed their check, which this may run, else the reason why ``auto`` passes them over."""
     variant = Variant.of(request)
     return _objection(request.device, variant, lambda: faults(variant), "library runs in its place")
+
+
+def objection_to_group(requests: Sequence[Request]) -> str | None:
+    """The same for the launches in which the branches of a group go together; that of each branch is None."""
+    from ..kernels import branches
+
+    for part in branches.parts([request.adapter_dtype for request in requests]):
+        if part.stop - part.start == 1:
+            continue
+        variant = GroupVariant.of(requests[part])
+        check = functools.partial(group_faults, variant)
+        if why := _objection(variant.device, variant, check, "library runs in its place"):
+            return why
+    return None
 
 
 def objection_to_masks(device: torch.device) -> str | None:
@@ -116,9 +161,7 @@ def state(request: Request) -> str:
     return "passed its check at first use" if Variant.of(request) in passed else "not yet checked at first use"
 
 
-def _objection(
-    device: torch.device, key: Variant | Gated | torch.device, check: Callable[[], Iterator[str]], instead: str
-) -> str | None:
+def _objection(device: torch.device, key: Key, check: Callable[[], Iterator[str]], instead: str) -> str | None:
     if _is_off():
         return None
     family: Gated | torch.device = key if isinstance(key, Gated) else device
@@ -222,6 +265,57 @@ def faults(variant: Variant) -> Iterator[str]:
         yield from held("rank_grad, da", da, *_grads(t, x, adapter_dtype, dropout))
 
 
+def group_faults(variant: GroupVariant) -> Iterator[str]:
+    """The same for a forward and a backward of branches that go together, but for the vendor's GEMMs.
+
+    Of three branches or more the last drops nothing.
+    """
+    device, dtype, adapter_dtype, ranks, dropped, precision = variant
+    if dropped:
+        yield from mask_faults(device)
+    m, k, n = _GROUP_SIZES
+    x, a_s = _normal(m, k, dtype), _normal(sum(ranks), k, adapter_dtype).split(ranks)
+    group, dys = [], []
+    for i, a in enumerate(a_s):
+        drops = dropped and (i < 2 or i + 1 < len(ranks))
+        seed = torch.tensor((2**62 + 3 * i, -5), device="cpu") if drops else None
+        b, bias = _normal(n + 8 * i, len(a), adapter_dtype), _normal(1, n + 8 * i, dtype)[0]
+        group.append(Product(x, None, a, b, _SCALE + i, bias, 0.3 if drops else 0.0, seed))
+        dys.append(_normal(m, n + 8 * i, dtype))
+    oracles = [_low_rank_step(p.map(Tensor.double), dy.double()) for p, dy in zip(group, dys, strict=True)]
+    baselines = [_low_rank_step(p, dy) for p, dy in zip(group, dys, strict=True)]
+
+    x_there = x.to(device)
+    there = [p._replace(x=x_there, a=p.a.to(device), b=p.b.to(device)) for p in group]
+    there = [p._replace(bias=p.bias.to(device), seed=None if p.seed is None else p.seed.to(device)) for p in there]  # type: ignore[union-attr]
+    capability = triton.capability_of(device)
+    with triton.device_of(x_there):
+        ys, zs, steps = triton_skinny.group_launches(there, capability, precision)
+        _run(steps, *ys, *zs)
+        on_device = [dy.to(device) for dy in dys]
+        dx, da, dbs, steps = triton_skinny.group_gradient_launches(there, on_device, zs, capability, precision)
+        _run(steps, dx, da, *dbs)
+    das = triton_skinny.rows_of_each(da, group)
+    for i, of_branch in enumerate(zip(ys, zs, das, dbs, strict=True)):
+        for name, actual in zip(("y", "z", "da", "db"), of_branch, strict=True):
+            errors = compare(actual.cpu(), oracle=oracles[i][name], baseline=baselines[i][name])
+            if not errors.ok:
+                yield f"group, {name} of branch {i}: {errors}"
+    oracle, baseline = (torch.stack([step["dx"] for step in steps]).sum(0) for steps in (oracles, baselines))
+    errors = compare(dx.cpu(), oracle=oracle, baseline=baseline)
+    if not errors.ok:
+        yield f"group, dx: {errors}"
+
+
+def _low_rank_step(p: Product, dy: Tensor) -> dict[str, Tensor]:
+    """What has the rank in it of a forward and a backward, by the reference."""
+    z, t = _middle(p), _middle(Product(dy, None, p.b.T, p.b, p.scale))
+    da = reference.rank_grad(t, p.x, dtype=p.a.dtype, dropout=p.mask_x)
+    db = reference.rank_grad(dy, z, dtype=p.b.dtype)
+    dx = _update(p._replace(b=p.a.T, bias=None, on_product=True), t)
+    return {"y": _update(p, z), "z": z, "dx": dx, "da": da, "db": db}
+
+
 def mask_faults(device: torch.device) -> Iterator[str]:
     """Makes a mask in the kernel and says how many of its bits are not those of torch's operators."""
     from ..kernels import philox
@@ -272,8 +366,8 @@ def _normal(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
 
 def _run(steps: list[Any], *results: Tensor) -> None:
     """Runs launches into memory that holds NaN."""
-    partials = [step.arguments.get(f"partial{i}_ptr") for step in steps for i in ("", "_2")]
-    for memory in (*results, *partials):
+    between = [step.arguments.get(name) for step in steps for name in ("partial_ptr", "partial_2_ptr", "t_ptr")]
+    for memory in (*results, *between):
         if memory is not None:
             memory.fill_(float("nan"))
     triton.run_all(steps)

@@ -12,11 +12,21 @@ import torch
 
 pytest.importorskip("triton")
 
-from fastlora.backends import dispatch, first_use, masks, swiglu, triton
+from fastlora.backends import dispatch, first_use, library, masks, swiglu, triton, triton_skinny
 from fastlora.backends.dropout import Dropout
-from fastlora.backends.first_use import Gated, Variant
-from fastlora.backends.request import Request
-from fastlora.kernels import middle, middle_and_grad, philox, rank_grad, rank_update, tiles
+from fastlora.backends.first_use import Gated, GroupVariant, Variant
+from fastlora.backends.request import Product, Request
+from fastlora.kernels import (
+    group_grad,
+    group_middle,
+    group_update,
+    middle,
+    middle_and_grad,
+    philox,
+    rank_grad,
+    rank_update,
+    tiles,
+)
 from fastlora.kernels import swiglu as swiglu_kernel
 from fastlora.kernels.launch import Launch
 
@@ -73,6 +83,38 @@ def test_a_wrong_kernel_is_named_with_its_figures(
 ) -> None:
     broken(module, of, monkeypatch, **changes)
     assert (fault := next(first_use.faults(variant()), None)) is not None
+    assert re.match(named, fault), fault
+
+
+def group_variant(*ranks: int, dropout: bool = True, adapter_dtype: torch.dtype = FP16) -> GroupVariant:
+    return GroupVariant(CPU, FP16, adapter_dtype, ranks, dropout, "ieee")
+
+
+@ON_CPU
+@pytest.mark.parametrize("dropout", [True, False], ids=["dropout", "no_dropout"])
+@pytest.mark.parametrize(("ranks", "adapter_dtype"), [((16, 16, 16), FP16), ((8, 12), FP32)], ids=str)
+def test_the_launches_of_a_group_pass(ranks: tuple[int, ...], adapter_dtype: torch.dtype, dropout: bool) -> None:
+    found = first_use.group_faults(group_variant(*ranks, dropout=dropout, adapter_dtype=adapter_dtype))
+    assert list(found) == []
+
+
+@ON_CPU
+@pytest.mark.parametrize(
+    ("module", "of", "changes", "named"),
+    [
+        (group_middle, "launches", {"factor_1": 1.0}, "group, y of branch 1: rms error"),
+        (group_middle, "launches", {"begin_1": 0}, "group, y of branch"),
+        (group_update, "launch", {"count": 1}, "group, dx: rms error"),
+        (group_update, "launch", {"threshold_1": 0}, "group, dx: "),
+        (group_grad, "launches", {"rank_1": 8}, "group, da of branch 1: is nan"),
+        (rank_update, "launch", {"N": 263}, "group, y of branch 0: is"),
+    ],
+)
+def test_a_wrong_launch_of_a_group_is_named(
+    module: Any, of: str, changes: dict[str, Any], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken(module, of, monkeypatch, **changes)
+    assert (fault := next(first_use.group_faults(group_variant(16, 16)), None)) is not None
     assert re.match(named, fault), fault
 
 
@@ -184,6 +226,68 @@ def test_a_forced_kernel_is_not_checked(checks: list[Variant]) -> None:
     assert "can run: not yet checked at first use" in str(dispatch._explain(REQUEST, "triton-skinny"))
     assert checks == []
     assert "can run: passed its check at first use" in str(dispatch._explain(REQUEST, "auto"))
+
+
+def group_of(*ranks: int, adapter_dtypes: tuple[torch.dtype, ...] = (FP32,) * 9) -> list[Product]:
+    """On a stand-in for a GPU's tensors."""
+    x, w = torch.empty(64, 64, dtype=FP16, device="meta"), torch.empty(72, 64, dtype=FP16, device="meta")
+    adapters = [
+        (torch.empty(r, 64, dtype=dtype, device="meta"), torch.empty(72, r, dtype=dtype, device="meta"))
+        for r, dtype in zip(ranks, adapter_dtypes, strict=False)
+    ]
+    return [Product(x, w, a, b, 1.7) for a, b in adapters]
+
+
+@pytest.fixture
+def group_checks(checks: list[Variant], monkeypatch: pytest.MonkeyPatch) -> list[GroupVariant]:
+    """The same for groups, whose requests are taken for those of a GPU."""
+    made: list[GroupVariant] = []
+
+    def passes(variant: GroupVariant) -> Iterator[str]:
+        made.append(variant)
+        return iter(())
+
+    of = Request.of_lora_matmul
+    monkeypatch.setattr(first_use, "group_faults", passes)
+    monkeypatch.setattr(Request, "of_lora_matmul", staticmethod(lambda p: of(p)._replace(device=GPU)))
+    monkeypatch.setattr(triton, "capability_of", lambda device: 90)
+    return made
+
+
+def test_branches_go_together_once_their_launches_passed(
+    checks: list[Variant], group_checks: list[GroupVariant], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skinny = triton_skinny.LORA_MATMUL[0].together
+    with monkeypatch.context() as capturing:
+        assert chosen(Request.of_lora_matmul(group_of(8)[0])) == "triton-skinny"
+        capturing.setattr(torch.cuda, "is_initialized", lambda: True)
+        capturing.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert dispatch._together(group_of(8, 8)) is None
+    assert group_checks == []
+    for _ in range(2):
+        assert dispatch._together(group_of(8, 16)) is skinny
+    assert [v.ranks for v in group_checks] == [(8, 16)]
+    assert dispatch._together(group_of(8)) is skinny
+    assert dispatch._together(group_of(8, 8, 8, 8, 8, 8)) is skinny
+    assert dispatch._together(group_of(8, 8, 4, adapter_dtypes=(FP32, FP16, FP16))) is skinny
+    assert [v.ranks for v in group_checks] == [(8, 16), (8, 8, 8, 8), (8, 8), (8, 4)]
+    assert {v.r for v in checks} == {4, 8, 16}
+
+
+@pytest.mark.usefixtures("group_checks")
+def test_branches_whose_launches_fail_run_on_the_library(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(first_use, "group_faults", fails)
+    with monkeypatch.context() as forced:
+        forced.setenv("FASTLORA_BACKEND", "triton-skinny")
+        assert dispatch._together(group_of(8, 16)) is triton_skinny.LORA_MATMUL[0].together
+    with caplog.at_level(logging.WARNING, "fastlora"):
+        assert dispatch._together(group_of(8, 16)) is None
+    (record,) = caplog.records
+    assert "(float16 with float32 adapters, ranks 8, 16 together, without dropout): middle: rms" in record.getMessage()
+    assert chosen(Request.of_lora_matmul(group_of(8)[0])) == "library"
+    assert dispatch._together(group_of(8, 16)) is library.LORA_MATMUL[0].together
 
 
 @pytest.mark.usefixtures("checks")
