@@ -107,7 +107,7 @@ def launch(products: Sequence[Any], t: Tensor, *, precision: str) -> tuple[Tenso
     m, k = products[0].x.shape
     dx = torch.empty(m, k, dtype=t.dtype, device=t.device)
     ranks = branches.ranks_of(products)
-    tile = group_update_tile(max(ranks), t.element_size())
+    tile = group_update_tile(max(ranks), t.element_size(), products[0].a.element_size())
     return dx, Launch(
         _group_update_kernel,
         (triton.cdiv(m, tile.rows) * triton.cdiv(k, tile.columns),),

@@ -148,10 +148,11 @@ def rank_update_tile(r: int, itemsize: int) -> Tile:
     return Tile(32, 128, min(padded_rank(r), 64), 8 if padded_rank(r) == 16 else 4, 1)
 
 
-def group_update_tile(r: int, itemsize: int) -> Tile:
-    """The row for Σ D'(t a) [M, K]: M, K, R. One more accumulator than rank_update, so shorter trips."""
-    tile = rank_update_tile(r, itemsize)
-    return tile._replace(depth=min(tile.depth, 32))
+def group_update_tile(r: int, itemsize: int, adapter_itemsize: int) -> Tile:
+    """The row for Σ D'(t a) [M, K]: M, K, R. Smaller than rank_update's, since it has one accumulator more."""
+    if itemsize != 2:
+        return Tile(32, 32, 16, 4, 1)
+    return Tile(32, 128, rank_trip(r, adapter_itemsize), 8, 1)
 
 
 def middle_and_grad_tile(r: int, itemsize: int, capability: int) -> Tile:

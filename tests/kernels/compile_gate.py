@@ -43,7 +43,7 @@ from fastlora.backends import reference, triton_skinny
 from fastlora.backends import triton as backend
 from fastlora.backends.dropout import Dropout
 from fastlora.backends.request import Product, new_middle
-from fastlora.kernels import philox, rank_grad, swiglu, tiles
+from fastlora.kernels import branches, philox, rank_grad, swiglu, tiles
 from fastlora.kernels.launch import Launch
 
 ARCHITECTURES = (80, 90, 100, 120, 0x942, 0x950, 0x1100)
@@ -81,6 +81,8 @@ class Case(NamedTuple):
             return self._skinny(dropout)
         if self.kernel == "swiglu":
             return self._swiglu()
+        if self.kernel == "triton-skinny, group":
+            return self._group(dropout)
         product = Product(
             x=torch.empty(self.m, self.k, dtype=self.dtype),
             w=_matrix(self.n, self.k, self.dtype, self.backward),
@@ -114,6 +116,18 @@ class Case(NamedTuple):
         if not self.backward:
             return [swiglu.forward_launch(g, u, h, self.activation)]
         return [swiglu.backward_launch(g, u, dh, du, h if self.bias else None, self.activation)]
+
+    def _group(self, dropout: Dropout | None) -> list[Launch]:
+        """The launches of a forward or a backward of three branches with one input."""
+        x, dy = torch.empty(self.m, self.k, dtype=self.dtype), torch.empty(self.m, self.n, dtype=self.dtype)
+        a = torch.empty(self.r, self.k, dtype=self.adapter_dtype)
+        b = torch.empty(self.n, self.r, dtype=self.adapter_dtype)
+        product = Product(x, None, a, b, 2.0, None, 0.1, None if dropout is None else dropout.seed)
+        products = [product._replace(a=a.clone()) for _ in range(3)]
+        if self.backward:
+            zs = branches.views(torch.empty(self.m, branches.begins([self.r] * 3)[1], dtype=self.dtype), [self.r] * 3)
+            return triton_skinny.group_gradient_launches(products, [dy] * 3, zs, self.capability, self.precision)[3]
+        return triton_skinny.group_launches(products, self.capability, self.precision)[2]
 
 
 class Finding(NamedTuple):
@@ -227,6 +241,13 @@ def cases(architectures: tuple[int, ...]) -> Iterator[Case]:
             if precision in ("ieee", *tf32) and (mask == "none" or r in (8, 64, 128)):
                 shape = (2048, 2048, 1024)
                 yield Case("triton-skinny", capability, *shape, r, dtype, adapter_dtype, mask, backward, precision)
+                group = "triton-skinny, group"
+                yield Case(group, capability, *shape, r, dtype, adapter_dtype, mask, backward, precision)
+        # x in strides that no vector load can follow.
+        for (r, dtype), mask, backward in itertools.product(
+            ((16, half), (64, half), (12, full)), ("none", "input"), (False, True)
+        ):
+            yield Case("triton-skinny, group", capability, 2048, 2047, 1024, r, dtype, full, mask, backward)
         # Elements no multiple of a vector, too.
         for activation, dtype, (backward, with_h), (m, n) in itertools.product(
             reference.ACTIVATIONS,
@@ -381,7 +402,7 @@ def _expected_instructions(case: Case, launch: Launch) -> set[str]:
         return set()
     if tiles.is_amd(case.capability):
         return {"mfma" if tiles.warp_size(case.capability) == 64 else "wmma"}
-    if any(skinny in name for skinny in ("middle", "rank_grad", "rank_update")):
+    if any(skinny in name for skinny in ("middle", "rank_grad", "rank_update", "group")):
         # Fewer than 64 rows or memory-bound: any matrix instruction will do.
         return {"mma"} if case.r < 64 else {"mma", "wgmma", "tcgen05"}
     return {{90: "wgmma", 100: "tcgen05"}.get(case.capability, "mma")}
