@@ -43,6 +43,17 @@ class Call(NamedTuple):
     gap: int = 0
 
 
+class Group(NamedTuple):
+    """Several calls of one x together, forward and backward, by a kernel that has a way to."""
+
+    ranks: tuple[int, ...] = (16, 16, 16)
+    m: int = 150
+    k: int = 96
+    dtype: str = BF16
+    adapter_dtype: str | None = None
+    masked: bool = False
+
+
 class Gradient(NamedTuple):
     """One call of ``rank_grad``: p [m, p_columns], q [m, q_columns]."""
 
@@ -115,6 +126,22 @@ def calls(everything: bool) -> Iterator[Call]:
     yield Call(z_only=True, r=12, mask="input")
 
 
+def groups(everything: bool) -> Iterator[Group]:
+    """What is asked of a kernel for branches that go together."""
+    for dtype in (BF16, FP16, FP32):
+        yield Group(dtype=dtype)
+        yield Group(dtype=dtype, masked=True)
+    if not everything:
+        return
+    for masked in (False, True):
+        yield Group(ranks=(64, 8), adapter_dtype=FP32, masked=masked)
+        yield Group(ranks=(5, 12, 1, 128), m=63, k=31, masked=masked)
+        # More than go into one launch, sums that are split, and one token.
+        yield Group(ranks=(8,) * 6, masked=masked)
+        yield Group(m=1000, k=4096, masked=masked)
+        yield Group(m=1, masked=masked)
+
+
 def gradients(everything: bool) -> Iterator[Gradient]:
     """What is asked of ``rank_grad``."""
     for dtype in (BF16, FP16, FP32):
@@ -166,6 +193,8 @@ def outcomes(family: str, everything: bool) -> Iterator[Outcome]:
         if kernel.name.partition("-")[0] == family:
             for call in calls(everything):
                 yield outcome_of(library, kernel, "lora_matmul", call, *product(call))
+            for group in groups(everything) if kernel.together is not None else ():
+                yield outcome_of(library, kernel, "lora_matmul", group, *_grouped(group))
             for step in steps(everything):
                 yield outcome_of(library, kernel, "lora_matmul", step, lambda: None, _stepped(kernel.name, step))
     for kernel in dispatch.KERNELS["rank_grad"]:
@@ -266,6 +295,28 @@ def product(c: Call) -> tuple[Callable[[], Any], Callable[[Any], object]]:
         return kernel.tile(operands) if kernel.tile and not c.z_only else None
 
     return lambda: Request.of_lora_matmul(operands), run
+
+
+def _grouped(g: Group) -> tuple[Callable[[], Any], Callable[[Any], object]]:
+    from fastlora.backends.request import Product, Request
+
+    dtype, adapter_dtype = _dtypes(g.dtype, g.adapter_dtype)
+    x = _tensor(g.m, g.k, dtype)
+    products, dys = [], []
+    for i, r in enumerate(g.ranks):
+        n = 264 + 8 * i
+        dropout = _dropout() if g.masked and i != 1 else None
+        mask = (0.0, None) if dropout is None else (dropout.p, dropout.seed)
+        a, b = _tensor(r, g.k, adapter_dtype), _tensor(n, r, adapter_dtype)
+        bias = _tensor(1, n, dtype)[0] if i else None
+        products.append(Product(x, _tensor(n, g.k, dtype), a, b, 1.7 + i, bias, *mask))
+        dys.append(_tensor(g.m, n, dtype))
+
+    def run(kernel: Any) -> None:
+        _, zs = kernel.together.run(products)
+        kernel.together.gradients(products, dys, zs)
+
+    return lambda: Request.of_lora_matmul(products[0]), run
 
 
 def _gradient(g: Gradient) -> tuple[Callable[[], Any], Callable[[Any], object]]:

@@ -72,6 +72,19 @@ def test_the_gated_activation_is_launched_each_way(found: list[Outcome]) -> None
     assert {outcome.launches for outcome in ours} == {("_swiglu_kernel",) * 2 + ("_swiglu_backward_kernel",) * 2}
 
 
+@needs_driver
+def test_a_group_goes_together(found: list[Outcome]) -> None:
+    """Its launches of three branches, and no middle or update of a branch alone but t's."""
+    outcomes = [outcome for outcome in found if outcome.call.startswith("Group(") and outcome.launches]
+    assert {outcome.kernel for outcome in outcomes} == {"triton-skinny"}
+    three = next(outcome for outcome in outcomes if outcome.call == "Group(masked=True)" and outcome.capability == 90)
+    middles = [name for name in three.launches if name == "_group_middle_kernel"]
+    assert (
+        len(middles) == three.launches.count("_group_update_kernel") == three.launches.count("_group_grad_kernel") == 1
+    )
+    assert three.launches.count("_rank_update_kernel") == 3
+
+
 @needs_runtime
 def test_clusters_and_dependent_launches_go_through_csrc(found: list[Outcome]) -> None:
     for design in cuda.DESIGNS:
