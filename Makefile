@@ -5,7 +5,7 @@
 PYTHON ?= python3
 VENV := .venv
 NEWEST_TRITON := 3.9.0
-TRITON_TESTS := tests/kernels/test_kernels.py tests/kernels/test_skinny.py tests/kernels/test_swiglu.py
+TRITON_TESTS := $(addprefix tests/kernels/test_,kernels.py skinny.py skinny_group.py swiglu.py)
 # Where what a GPU said goes, and the kernels that are meant, such as KERNELS="triton-skinny cuda-z_jobs".
 OUT ?= build/hardware
 HARDWARE = $(PY) -m benchmarks.hardware --out $(OUT) --seconds 570 $(if $(KERNELS),--kernels $(KERNELS))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fastlora
 from fastlora import lora_linear
 from fastlora.accuracy import Step, assert_close_to_oracle, oracle_step, reference_step
 from fastlora.backends import dispatch, reference, triton
@@ -90,6 +91,76 @@ def test_step_against_the_oracle(kernel: str, shape: tuple[int, int, int, int], 
     layer.check(actual, dropout)
 
 
+# q, k and v with grouped queries, gate and up, and five ragged branches, which is more than one launch takes.
+GROUPS = {
+    "qkv": (8192, 4096, ((4096, 16), (1024, 16), (1024, 16))),
+    "gate_up": (2048, 4096, ((14336, 64), (14336, 64))),
+    "ragged": (1000, 1032, ((520, 12), (264, 5), (1032, 64), (40, 1), (264, 8))),
+}
+
+
+class Branches:
+    """Layers of one input, each with its own width, rank, scale and dropout, and a step of them together."""
+
+    def __init__(
+        self, m: int, k: int, sizes: tuple[tuple[int, int], ...], dtype: torch.dtype, dropout_p: float
+    ) -> None:
+        self.layers = [Layer(m, k, n, r, dtype, dtype) for n, r in sizes]
+        self.x = self.layers[0].x
+        for layer in self.layers:
+            layer.x = self.x
+        self.scales = [SCALE - 0.2 * i for i in range(len(sizes))]
+        self.ps = [dropout_p * (1 - i / 4) for i in range(len(sizes))]
+
+    def step(self) -> list[tuple[Tensor, ...]]:
+        """dx, then y, da and db of each branch."""
+        layers = self.layers
+        ys = fastlora.lora_linear_group(
+            self.x,
+            [layer.w for layer in layers],
+            [layer.a for layer in layers],
+            [layer.b for layer in layers],
+            scales=self.scales,
+            biases=[layer.bias for layer in layers],
+            dropout_ps=self.ps,
+        )
+        trained = [self.x, *(layer.a for layer in layers), *(layer.b for layer in layers)]
+        dx, *grads = torch.autograd.grad(ys, trained, [layer.dy for layer in layers])
+        count = len(layers)
+        return [(dx,), *((y.detach(), grads[i], grads[count + i]) for i, y in enumerate(ys))]
+
+    def check(self, actual: list[tuple[Tensor, ...]], seeds: list[Tensor | None]) -> None:
+        (dx,), *of_branches = actual
+        total: dict[str, Tensor] = {}
+        for i, (layer, seed, found) in enumerate(zip(self.layers, seeds, of_branches, strict=True)):
+            operands = Operands(layer.x, layer.w, layer.a, layer.b, layer.bias).map(Tensor.detach)
+            product = operands.product(None if seed is None else Dropout(self.ps[i], seed), scale=self.scales[i])
+            steps = {"oracle": oracle_step(product, layer.dy), "baseline": reference_step(product, layer.dy)}
+            for name, tensor in zip(("y", "da", "db"), found, strict=True):
+                right = {kind: getattr(step, name) for kind, step in steps.items()}
+                assert_close_to_oracle(tensor, **right, name=f"{name} of branch {i}")
+            total = {kind: step.dx if kind not in total else total[kind] + step.dx for kind, step in steps.items()}
+        assert_close_to_oracle(dx, **total, name="dx")
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids=["no_dropout", "dropout"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("sizes", GROUPS)
+def test_group_step_against_the_oracle(kernel: str, sizes: str, dtype: str, dropout_p: float) -> None:
+    """Twice, the second time what is kept of the first call: the same bits."""
+    if kernel_named(kernel).together is None:
+        pytest.skip(f"{kernel} runs the branches one by one")
+    branches = Branches(*GROUPS[sizes], DTYPES[dtype], dropout_p)
+    state = torch.cuda.get_rng_state()
+    seeds = [draw_seed(torch.device("cuda")) if p else None for p in branches.ps]
+    torch.cuda.set_rng_state(state)
+    actual = branches.step()
+    branches.check(actual, seeds)
+    torch.cuda.set_rng_state(state)
+    for expected, again in zip(actual, branches.step(), strict=True):
+        assert all(torch.equal(want, got) for want, got in zip(expected, again, strict=True))
+
+
 def test_rows_that_end_inside_16_bytes(kernel: str) -> None:
     """K = 100 in rows of 104, NaN beyond: tensor copies must fill with zeros by the element, not by 16 bytes."""
     layer = Layer(300, 100, 1024, 16, torch.bfloat16, torch.bfloat16)
@@ -127,6 +198,22 @@ def test_a_captured_graph_replays_the_step(kernel: str) -> None:
         graph.replay()
         for want, got in zip(expected, captured, strict=True):
             assert torch.equal(want, got)
+
+
+def test_a_captured_graph_replays_a_group(kernel: str) -> None:
+    branches = Branches(1024, 1024, ((1024, 16), (520, 8), (264, 12)), torch.bfloat16, 0.0)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        expected, *_ = (branches.step() for _ in range(3))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = branches.step()
+    for _ in range(3):
+        graph.replay()
+        for want, got in zip(expected, captured, strict=True):
+            assert all(torch.equal(one, other) for one, other in zip(want, got, strict=True))
 
 
 def test_a_captured_graph_draws_a_new_mask_each_time(kernel: str) -> None:

@@ -96,7 +96,7 @@ def _kernels(file: str, function: str, parameters: str) -> list[str]:
     triton = [name for name in names if name.startswith("triton")]
     if "mask_bits" in function or _is_word("triton", parameters):
         return triton
-    if file.endswith("test_skinny.py"):
+    if file.endswith(("test_skinny.py", "test_skinny_group.py")):
         return ["triton-skinny"]
     if file.endswith("test_kernels.py"):
         own = "triton-serial" if function == "test_every_tile_row" else None

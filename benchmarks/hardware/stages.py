@@ -15,7 +15,7 @@ KERNELS = tuple(kernel.name for kernel in dispatch.KERNELS["lora_matmul"] if ker
 EASY = ("library", "triton-skinny")
 
 _ARMS = ("plain", "addmm", "peft-same", "peft-fp32", "full", "fastlora", "fastlora-fp32")
-_TRITON_TESTS = ("tests/kernels/test_skinny.py", "tests/kernels/test_kernels.py")
+_TRITON_TESTS = tuple(f"tests/kernels/test_{name}.py" for name in ("skinny", "skinny_group", "kernels"))
 _CUDA = tuple(name for name in KERNELS if name.startswith("cuda"))
 _CUDA_TESTS = "tests/csrc/test_cuda_kernels.py"
 _SWIGLU_TESTS = "tests/kernels/test_swiglu.py"
@@ -132,7 +132,7 @@ def _model(c: Context) -> list[str]:
     return ["-m", "benchmarks", "model", "--device", "cuda", *axes, *arms, "--json", str(c.work / "model.jsonl")]
 
 
-_STEPS = "test_step_against_the_oracle or fp32_adapters or inside_16_bytes"
+_STEPS = "test_step_against_the_oracle or group_step or fp32_adapters or inside_16_bytes"
 _CHECKED = (
     "off_the_tile or (every_tile_design_and_mask and product and forward and bf16) or every_kernel_with_every_mask"
 )
@@ -159,7 +159,7 @@ STAGES = (
         "triton-skinny and each of its kernels",
         30,
         90,
-        _tests(*_TRITON_TESTS, "-k", f"(test_skinny.py or skinny) and not ({_PORTABLE})"),
+        _tests(*_TRITON_TESTS, "-k", f"skinny and not ({_PORTABLE})"),
         "tests",
         of=("triton-skinny",),
     ),
