@@ -46,6 +46,7 @@ LAYERS = {
     "llama3.2-1b.q": Layer(2048, 2048, False),
     "llama3.2-1b.kv": Layer(2048, 512, False),
     "llama3.2-1b.gate": Layer(2048, 8192, False),
+    "llama3.2-1b.down": Layer(8192, 2048, False),
     "llama3-8b.q": Layer(4096, 4096, False),
     "llama3-8b.kv": Layer(4096, 1024, False),
     "llama3-8b.gate": Layer(4096, 14336, False),
@@ -60,6 +61,14 @@ LAYERS = {
     "qwen2.5-7b.down": Layer(18944, 3584, False),
 }
 
+# Layers of one input, by their names.
+GROUPS = {
+    "llama3.2-1b.qkv": ("llama3.2-1b.q", "llama3.2-1b.kv", "llama3.2-1b.kv"),
+    "llama3.2-1b.gate_up": ("llama3.2-1b.gate", "llama3.2-1b.gate"),
+    "llama3-8b.qkv": ("llama3-8b.q", "llama3-8b.kv", "llama3-8b.kv"),
+    "llama3-8b.gate_up": ("llama3-8b.gate", "llama3-8b.gate"),
+}
+
 
 def layer_named(name: str) -> Layer:
     """A layer of LAYERS, or ``KxN`` such as ``4096x14336``: in_features and out_features, no bias.
@@ -71,11 +80,33 @@ def layer_named(name: str) -> Layer:
         return LAYERS[name]
     if sizes := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", name):
         return Layer(int(sizes[1]), int(sizes[2]), False)
-    raise ValueError(f"unknown layer {name!r}: expected KxN, such as 4096x14336, or one of {', '.join(LAYERS)}")
+    raise ValueError(_unknown(name))
+
+
+def branches_of(name: str) -> tuple[str, ...]:
+    """The names of a case's layers: those of GROUPS, or of ``KxN+N``, such as ``4096x1024+1024``; else the one layer.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+    if name in GROUPS:
+        return GROUPS[name]
+    if name not in LAYERS and re.fullmatch(r"[1-9]\d*x[1-9]\d*(\+[1-9]\d*)+", name):
+        k, _, ns = name.partition("x")
+        return tuple(f"{k}x{n}" for n in ns.split("+"))
+    layer_named(name)
+    return (name,)
+
+
+def _unknown(name: str) -> str:
+    return (
+        f"unknown layer {name!r}: expected KxN, such as 4096x14336, or one of {', '.join(LAYERS)}; of layers of one "
+        f"input KxN+N, or one of {', '.join(GROUPS)}"
+    )
 
 
 class Case(NamedTuple):
-    """One layer at one size: every arm runs this, in every mode."""
+    """One layer, or several of one input, at one size: every arm runs this, in every mode."""
 
     layer: str
     m: int
@@ -84,19 +115,38 @@ class Case(NamedTuple):
     dropout: float
 
     @property
+    def branches(self) -> tuple[Case, ...]:
+        """The case of each of its layers; of one layer itself."""
+        return tuple(self._replace(layer=name) for name in branches_of(self.layer))
+
+    @property
     def k(self) -> int:
         """in_features."""
-        return layer_named(self.layer).k
+        return self._layers[0].k
 
     @property
     def n(self) -> int:
-        """out_features."""
-        return layer_named(self.layer).n
+        """out_features, of all layers together."""
+        return sum(layer.n for layer in self._layers)
+
+    @property
+    def widths(self) -> str:
+        """out_features of each layer, such as ``4096+1024+1024``."""
+        return "+".join(str(layer.n) for layer in self._layers)
 
     @property
     def bias(self) -> bool:
-        """True where the base has a bias."""
-        return layer_named(self.layer).bias
+        """True where a base has a bias."""
+        return any(layer.bias for layer in self._layers)
+
+    @property
+    def weights(self) -> int:
+        """Elements of all base weights."""
+        return sum(layer.k * layer.n for layer in self._layers)
+
+    @property
+    def _layers(self) -> tuple[Layer, ...]:
+        return tuple(layer_named(name) for name in branches_of(self.layer))
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -106,9 +156,11 @@ class Case(NamedTuple):
     def theory(self, mode: str) -> float:
         """The FLOP minimum over the frozen layer's FLOPs, on any device.
 
-        forward 1 + R/N + R/K, backward 1 + 2R/N + 2R/K (t, t a, da and db), step their mean. No dropout, no bias.
+        forward 1 + R/N + R/K, backward 1 + 2R/N + 2R/K (t, t a, da and db), step their mean. No dropout, no bias. Of
+        several layers R (K + N) and K N are sums.
         """
-        return 1 + {"forward": 1.0, "backward": 2.0, "step": 1.5}[mode] * (self.r / self.n + self.r / self.k)
+        low_rank = sum(self.r * (layer.k + layer.n) for layer in self._layers)
+        return 1 + {"forward": 1.0, "backward": 2.0, "step": 1.5}[mode] * (low_rank / self.weights)
 
     @property
     def is_host(self) -> bool:
@@ -117,7 +169,7 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"{self.layer}  M={self.m} K={self.k} N={self.n} R={self.r} {self.dtype}"
+            f"{self.layer}  M={self.m} K={self.k} N={self.widths} R={self.r} {self.dtype}"
             f"{f' dropout {self.dropout}' if self.dropout else ''}"
         )
 

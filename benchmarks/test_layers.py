@@ -30,7 +30,11 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 CASES = (
     [Case("llama3-8b.q", 8192, 16, "bf16", 0.0), Case("llama3-8b.kv", 8192, 16, "bf16", 0.1)]
     if ON_GPU
-    else [Case("64x48", 40, 8, "fp32", 0.0), Case("roberta-base.query", 64, 8, "bf16", 0.1)]
+    else [
+        Case("64x48", 40, 8, "fp32", 0.0),
+        Case("64x48+16", 40, 8, "fp32", 0.0),
+        Case("roberta-base.query", 64, 8, "bf16", 0.1),
+    ]
 )
 ROUNDS = 31 if ON_GPU else 5
 WARM_UP = 3

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from fastlora.backends import dispatch
 from ..cases import Case
 from ..measure.failures import AbsentError
 from ..records.environment import variables_set
-from .operands import Operands
+from .operands import Operands, Together
 
 # The package's kernels: each may be forced.
 KERNELS = tuple(kernel.name for kernel in dispatch.KERNELS["lora_matmul"] if kernel.name != "reference")
@@ -68,29 +69,63 @@ def absent(arms: Iterable[Arm], device: torch.device) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Built:
-    """A layer ready to call.
+    """A layer ready to call, or several, which give a tuple.
 
-    ``trained`` maps the name of each gradient (``da``, ``db``; ``dw``, ``dbias``) to the tensor it belongs to, ``base``
-    is whether the layer has no adapter, and ``kernel`` the one that fastlora runs, with its ``tile``.
+    ``trained`` maps the name of each gradient (``da``, ``db``; ``dw``, ``dbias``; of several layers with the number
+    behind it) to the tensor it belongs to, ``base`` is whether the layer has no adapter, and ``kernel`` the one that
+    fastlora runs, with its ``tile``.
     """
 
-    layer: Callable[[Tensor], Tensor]
+    layer: Callable[[Tensor], Any]
     trained: dict[str, Tensor]
     base: bool = False
     kernel: str | None = None
     tile: str | None = None
 
 
+Build = Callable[[Case, Operands | Together, float], Built]
+
+
+def outputs(y: Tensor | tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """What a layer gave by its name: ``y``; of several ``y0``, ``y1``, ..."""
+    return {"y": y} if isinstance(y, Tensor) else {f"y{i}": part for i, part in enumerate(y)}
+
+
+def each_layer(build: Callable[[Case, Operands, float], Built]) -> Build:
+    """Builds several layers, too: each by itself, called one after the other."""
+
+    @functools.wraps(build)
+    def build_all(case: Case, o: Operands | Together, p: float) -> Built:
+        if isinstance(o, Operands):
+            return build(case, o, p)
+        parts = [build(of, operands, p) for of, operands in zip(case.branches, o.branches, strict=True)]
+        layers = [part.layer for part in parts]
+        return combined(parts, lambda x: tuple(layer(x) for layer in layers))
+
+    return build_all
+
+
+def combined(parts: Sequence[Built], layer: Callable[[Tensor], Any]) -> Built:
+    """Several layers as one, which ``layer`` calls."""
+    trained = {f"{name}{i}": tensor for i, part in enumerate(parts) for name, tensor in part.trained.items()}
+    return Built(layer, trained, parts[0].base, _all_of(part.kernel for part in parts), _all_of(p.tile for p in parts))
+
+
+def _all_of(names: Iterable[str | None]) -> str | None:
+    """The distinct names, or None where there is none."""
+    return "+".join(dict.fromkeys(name for name in names if name)) or None
+
+
 @dataclass(frozen=True)
 class LayerArm(Arm):
-    """An arm that builds a layer over a case's operands, with dropout of this probability.
+    """An arm that builds a case's layers over its operands, with dropout of this probability.
 
     ``build`` raises :class:`AbsentError` where it declines the case. ``own_mask`` says that its dropout mask is
     fastlora's, so that it can be checked with dropout on. ``by_name_only`` keeps it out of runs that do not name it:
     its import changes other libraries in the whole process, and the arms beside it would no longer be themselves.
     """
 
-    build: Callable[[Case, Operands, float], Built]
+    build: Build
     own_mask: bool = False
     by_name_only: bool = False
 

@@ -6,7 +6,6 @@ imported when an arm is built; the arms of other fused kernels are in ``peers``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,15 +18,17 @@ import fastlora
 
 from ..cases import FLOOR, Case
 from ..measure.failures import AbsentError
-from .arm import KERNELS, Built, LayerArm, choice, imported, needs_kernel, needs_module
-from .operands import Operands
+from .arm import KERNELS, Build, Built, LayerArm, choice, each_layer, imported, needs_kernel, needs_module
+from .operands import Operands, Together
 from .peers import PEERS
 
 
+@each_layer
 def _frozen(case: Case, o: Operands, p: float) -> Built:
     return Built(o.linear(), {}, base=True)
 
 
+@each_layer
 def _full(case: Case, o: Operands, p: float) -> Built:
     linear = o.linear(trained=True)
     return Built(
@@ -53,11 +54,12 @@ class _Plain(nn.Module):
         return Built(self, {"da": self.a, "db": self.b})
 
 
+@each_layer
 def _plain(case: Case, o: Operands, p: float) -> Built:
     return _Plain(o, p).built()
 
 
-def _compiled(case: Case, o: Operands, p: float) -> Built:
+def _compiled(case: Case, o: Operands | Together, p: float) -> Built:
     # All builds share one code object: past dynamo's limit on its recompilations the next would fail.
     torch._dynamo.reset()
     plain = _plain(case, o, p)
@@ -105,6 +107,7 @@ class _Addmm(_Plain):
         return y
 
 
+@each_layer
 def _addmm(case: Case, o: Operands, p: float) -> Built:
     if case.dropout:
         raise AbsentError("takes no dropout")
@@ -117,7 +120,8 @@ def _adapter_dtype(case: Case, wide: bool) -> torch.dtype:
     return torch.float32 if wide else case.torch_dtype
 
 
-def _peft(wide: bool) -> Callable[[Case, Operands, float], Built]:
+def _peft(wide: bool) -> Build:
+    @each_layer
     def build(case: Case, o: Operands, p: float) -> Built:
         dtype = _adapter_dtype(case, wide)
         peft = imported("peft")
@@ -131,6 +135,7 @@ def _peft(wide: bool) -> Callable[[Case, Operands, float], Built]:
     return build
 
 
+@each_layer
 def _loralib(case: Case, o: Operands, p: float) -> Built:
     layer = imported("loralib").Linear(
         case.k, case.n, r=case.r, lora_dropout=p, merge_weights=False, bias=case.bias, device="meta"
@@ -142,7 +147,10 @@ def _loralib(case: Case, o: Operands, p: float) -> Built:
     return Built(layer, {"da": layer.lora_A, "db": layer.lora_B})
 
 
-def _fastlora(wide: bool = False) -> Callable[[Case, Operands, float], Built]:
+def _alone(wide: bool = False) -> Build:
+    """One LoRALinear for each layer."""
+
+    @each_layer
     def build(case: Case, o: Operands, p: float) -> Built:
         dtype = _adapter_dtype(case, wide)
         layer = fastlora.LoRALinear.from_linear(
@@ -159,6 +167,31 @@ def _fastlora(wide: bool = False) -> Callable[[Case, Operands, float], Built]:
     return build
 
 
+def _fastlora(wide: bool = False) -> Build:
+    """The layer; several of one input by lora_linear_group."""
+
+    def build(case: Case, o: Operands | Together, p: float) -> Built:
+        alone = _alone(wide)(case, o, p)
+        if isinstance(o, Operands):
+            return alone
+        weights, biases = [each.w for each in o.branches], [each.bias for each in o.branches]
+        a_s, bs = ([alone.trained[f"{name}{i}"] for i in range(len(weights))] for name in ("da", "db"))
+        scales = [each.scale for each in o.branches]
+
+        def layer(x: Tensor) -> tuple[Tensor, ...]:
+            return fastlora.lora_linear_group(x, weights, a_s, bs, scales=scales, biases=biases, dropout_ps=p)
+
+        return replace(alone, layer=layer)
+
+    return build
+
+
+def _one_by_one(case: Case, o: Operands | Together, p: float) -> Built:
+    if isinstance(o, Operands):
+        raise AbsentError("a layer by itself: the same as fastlora's")
+    return _alone()(case, o, p)
+
+
 # Other entries to the same product, timed in the host's cases alone; no picture shows them.
 HOST_ARMS = ("injected", "patched", "drop-in")
 
@@ -168,6 +201,7 @@ def _host_only(case: Case) -> None:
         raise AbsentError("the same product as fastlora's: timed where the host's time alone is looked at")
 
 
+@each_layer
 def _injected(case: Case, o: Operands, p: float) -> Built:
     _host_only(case)
     model = nn.Sequential(o.linear())
@@ -177,6 +211,7 @@ def _injected(case: Case, o: Operands, p: float) -> Built:
     return Built(layer, {"da": a, "db": b})
 
 
+@each_layer
 def _patched(case: Case, o: Operands, p: float) -> Built:
     _host_only(case)
     built = _peft(wide=False)(case, o, p)
@@ -184,6 +219,7 @@ def _patched(case: Case, o: Operands, p: float) -> Built:
     return built
 
 
+@each_layer
 def _drop_in(case: Case, o: Operands, p: float) -> Built:
     from fastlora import loralib
 
@@ -196,7 +232,7 @@ def _drop_in(case: Case, o: Operands, p: float) -> Built:
     return Built(layer, {"da": layer.lora_A, "db": layer.lora_B})
 
 
-def _compiled_fastlora(case: Case, o: Operands, p: float) -> Built:
+def _compiled_fastlora(case: Case, o: Operands | Together, p: float) -> Built:
     torch._dynamo.reset()
     built = _fastlora()(case, o, p)
     return replace(built, layer=torch.compile(built.layer, fullgraph=True, dynamic=False))
@@ -226,7 +262,10 @@ def arms() -> dict[str, LayerArm]:
             _compiled_fastlora,
             require=_needs_inductor,
         ),
-        LayerArm("fastlora", "fastlora, kernel chosen by itself", _fastlora(), own_mask=True),
+        LayerArm(
+            "fastlora", "fastlora, kernel chosen by itself; layers of one input together", _fastlora(), own_mask=True
+        ),
+        LayerArm("fastlora-alone", "layers of one input one after the other", _one_by_one, own_mask=True),
         LayerArm("fastlora-fp32", "the same with float32 adapters", _fastlora(wide=True), own_mask=True),
         *map(_forced, KERNELS),
     ]

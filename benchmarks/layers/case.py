@@ -15,7 +15,7 @@ from ..measure.failures import failures_into
 from ..records.rows import LayerRow
 from .arm import Built, LayerArm
 from .gate import Gate
-from .operands import Operands, make_operands
+from .operands import Operands, Together, make_operands
 from .work import broken, kept_bytes, peak_bytes, prepare
 
 # A host-sized call takes microseconds: more rounds cost nothing and steady its median.
@@ -64,11 +64,11 @@ def run_case(
     return everything
 
 
-def _checked(arm: LayerArm, group: Sequence[LayerRow], gate: Gate, operands: Operands) -> Built | None:
+def _checked(arm: LayerArm, group: Sequence[LayerRow], gate: Gate, operands: Operands | Together) -> Built | None:
     """The arm's layer, held to the oracle; None where its rows say why it may not be timed."""
     built = None
     with arm.turn(), failures_into(group):
-        arm.require(operands.w.device)
+        arm.require(operands.xs[0].device)
         errors = gate.check(arm)
         for row in group:
             row.record_errors(errors)
@@ -90,7 +90,7 @@ def _over_the_floor(rows: Sequence[LayerRow]) -> None:
             row.ratio = row.median / floor.median
 
 
-def _weigh(arm: LayerArm, built: Built, group: Sequence[LayerRow], operands: Operands) -> None:
+def _weigh(arm: LayerArm, built: Built, group: Sequence[LayerRow], operands: Operands | Together) -> None:
     """Memory, once the timing is over: in the first calls of a process Python itself frees a temporary later."""
     measured = [row for row in group if row.status == "ok"]
     with arm.turn(), failures_into(measured):

@@ -10,7 +10,7 @@ import torch
 
 from fastlora.clock import Clock
 
-from ..cases import DTYPES, FLOOR, LAYERS, MODES, PROFILES, Case
+from ..cases import DTYPES, FLOOR, GROUPS, LAYERS, MODES, PROFILES, Case
 from ..measure import runner
 from ..measure.failures import AbsentError
 from ..measure.runner import Doing, layer_name, positive, probability
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The subcommand's options. An axis given on the command line replaces the profile's own."""
     runner.add_arguments(parser, list(dict.fromkeys(name for group in PROFILES.values() for name in group)))
     axes = parser.add_argument_group("axes", "each replaces the profile's own; several values make a product")
-    axes.add_argument("--layer", nargs="+", type=layer_name, metavar="NAME", help="named layers, or KxN: 4096x14336")
+    axes.add_argument("--layer", nargs="+", type=layer_name, metavar="NAME", help="named layers, KxN, or KxN+N")
     axes.add_argument("--tokens", dest="m", nargs="+", type=positive, metavar="M", help="tokens")
     axes.add_argument("--rank", dest="r", nargs="+", type=positive, metavar="R", help="ranks")
     axes.add_argument("--dtype", nargs="+", choices=DTYPES, help="dtypes of the base")
@@ -47,7 +47,11 @@ def run(args: argparse.Namespace) -> int:
     """Runs the subcommand; returns the exit status: 1 where an arm was wrong or failed."""
     if args.list:
         about = {name: arm.about for name, arm in arms().items()}
-        print(runner.listing(PROFILES, {"layers (or KxN)": _layers(), "arms": about}))
+        print(
+            runner.listing(
+                PROFILES, {"layers (or KxN)": _layers(), "of one input (or KxN+N)": _groups(), "arms": about}
+            )
+        )
         return 0
     named = (FLOOR, *args.arm) if args.arm else tuple(arms())
     chosen = [_unless_named(arm, args.arm or ()) for name, arm in arms().items() if name in named]
@@ -63,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
     missing = absent(chosen, job.device)
     print(opening(LEGEND, missing))
-    rows = job.measure(case_rows, render_case, lambda case: case.m * case.k * case.n + _FIXED_WORK)
+    rows = job.measure(case_rows, render_case, lambda case: case.m * case.weights + _FIXED_WORK)
     print(closing(render_summary(rows), rows, missing))
     job.publish([job.path, *plots.save(job.path)])
     return 1 if any(row.status in ("wrong", "error") for row in rows) else 0
@@ -80,3 +84,7 @@ def _unless_named(arm: LayerArm, named: Sequence[str]) -> LayerArm:
 
 def _layers() -> dict[str, str]:
     return {name: f"K={layer.k} N={layer.n}{' with bias' if layer.bias else ''}" for name, layer in LAYERS.items()}
+
+
+def _groups() -> dict[str, str]:
+    return {name: ", ".join(layers) for name, layers in GROUPS.items()}

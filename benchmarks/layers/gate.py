@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
-from fastlora.accuracy import Errors, compare, oracle_step, reference_step
+from fastlora.accuracy import Errors, compare, reference_step
 from fastlora.backends.dropout import draw_seed
 from fastlora.backends.request import Product
 
 from ..cases import Case
-from .arm import Built, LayerArm
-from .operands import Operands, make_operands
+from .arm import Built, LayerArm, outputs
+from .operands import Operands, Together, make_operands
 
 _SEED = 20
 _LEAST_TOKENS = 64
 
 Products = dict[str, Tensor]
+Step = Callable[[Product, Tensor], Products]
 
 
 class Gate:
@@ -26,11 +29,11 @@ class Gate:
     from the generator.
     """
 
-    def __init__(self, case: Case, operands: Operands) -> None:
+    def __init__(self, case: Case, operands: Operands | Together) -> None:
         self.case = case
         # At a few tokens the baseline is no yardstick: it may be exact by chance (fastlora/accuracy.py).
         enough = case.m >= _LEAST_TOKENS
-        self._operands = operands if enough else make_operands(case._replace(m=_LEAST_TOKENS), operands.w.device)
+        self._operands = operands if enough else make_operands(case._replace(m=_LEAST_TOKENS), operands.xs[0].device)
         self._expected: dict[tuple[bool, float], tuple[Products, Products]] = {}
 
     def dropout_of(self, arm: LayerArm) -> float:
@@ -47,7 +50,7 @@ class Gate:
         built = arm.build(self.case, o, p)
         torch.manual_seed(_SEED)
         y = built.layer(o.xs[0])
-        got: dict[str, Tensor | None] = {"y": y}
+        got: dict[str, Tensor | None] = {**outputs(y)}
         names = ("dx", *built.trained)
         gradients = torch.autograd.grad(y, (o.xs[0], *built.trained.values()), o.dys[0], allow_unused=True)
         got |= dict(zip(names, gradients, strict=True))
@@ -58,7 +61,7 @@ class Gate:
                 errors[name] = Errors.mismatched("no gradient arrived")
                 continue
             # Adapters in float32 hold the same rounded values, so their gradients have the same oracle.
-            expected = baseline[name].to(built.trained[name].dtype if name in built.trained else y.dtype)
+            expected = baseline[name].to(built.trained[name].dtype if name in built.trained else o.xs[0].dtype)
             errors[name] = compare(tensor, oracle=oracle[name], baseline=expected)
         return errors
 
@@ -71,23 +74,35 @@ class Gate:
     @torch.no_grad()
     def _make(self, base: bool, p: float) -> tuple[Products, Products]:
         o = self._operands
-        x, dy = o.xs[0], o.dys[0]
-        if base:
-            return _base_products(x.double(), dy.double(), o), _base_products(x, dy, o)
-        seed = None
-        if p > 0:
-            torch.manual_seed(_SEED)
-            seed = draw_seed(x.device)
-        product = Product(x, o.w, o.a, o.b, o.scale, o.bias, p, seed)
-        return oracle_step(product, dy)._asdict(), reference_step(product, dy)._asdict()
+        torch.manual_seed(_SEED)
+        # Each layer draws its own, in order.
+        seeds = [draw_seed(o.xs[0].device) if p > 0 else None for _ in o.branches]
+        products = [
+            Product(o.xs[0], each.w, each.a, each.b, each.scale, each.bias, p, seed)
+            for each, seed in zip(o.branches, seeds, strict=True)
+        ]
+        dys = [each.dys[0] for each in o.branches]
+        step = _base_step if base else _lora_step
+        exact = [product.map(Tensor.double) for product in products]
+        return _together(step, exact, [dy.double() for dy in dys]), _together(step, products, dys)
 
 
-def _base_products(x: Tensor, dy: Tensor, o: Operands) -> Products:
+def _together(step: Step, products: Sequence[Product], dys: Sequence[Tensor]) -> Products:
+    """What every layer gives, with its number behind the name where there are several, and the sum of their dx."""
+    steps = [step(product, dy) for product, dy in zip(products, dys, strict=True)]
+    if len(steps) == 1:
+        return steps[0]
+    found = {f"{name}{i}": tensor for i, made in enumerate(steps) for name, tensor in made.items()}
+    return found | {"dx": torch.stack([made["dx"] for made in steps]).sum(0)}
+
+
+def _lora_step(product: Product, dy: Tensor) -> Products:
+    return reference_step(product, dy)._asdict()
+
+
+def _base_step(product: Product, dy: Tensor) -> Products:
     """y, dx, dw and dbias of the base layer alone, in the dtype of x."""
-    y = x @ o.w.to(x.dtype).T
-    return {
-        "y": y if o.bias is None else y + o.bias.to(x.dtype),
-        "dx": dy @ o.w.to(x.dtype),
-        "dw": dy.T @ x,
-        "dbias": dy.sum(0),
-    }
+    x, w, bias = product.x, product.w, product.bias
+    assert w is not None
+    y = x @ w.T
+    return {"y": y if bias is None else y + bias, "dx": dy @ w, "dw": dy.T @ x, "dbias": dy.sum(0)}

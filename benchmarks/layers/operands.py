@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,11 @@ class Operands:
     b: Tensor
     scale: float = SCALE
 
+    @property
+    def branches(self) -> tuple[Operands, ...]:
+        """Itself: one layer has one branch."""
+        return (self,)
+
     def linear(self, trained: bool = False) -> nn.Linear:
         """``nn.Linear`` over the storage of w and bias."""
         linear = nn.Linear(self.w.shape[1], self.w.shape[0], bias=self.bias is not None, device="meta")
@@ -39,7 +45,29 @@ class Operands:
         return a, b
 
 
-def make_operands(case: Case, device: torch.device) -> Operands:
+@dataclass(frozen=True)
+class Together:
+    """Several layers of one input: the operands of each, their one x, and a tuple of dys of each copy."""
+
+    branches: tuple[Operands, ...]
+
+    @property
+    def xs(self) -> tuple[Tensor, ...]:
+        """COPIES of x [M, K]."""
+        return self.branches[0].xs
+
+    @functools.cached_property
+    def dys(self) -> tuple[tuple[Tensor, ...], ...]:
+        """COPIES of the dy [M, N] of each layer."""
+        return tuple(zip(*(branch.dys for branch in self.branches), strict=True))
+
+
+def frozen_tensors(o: Operands | Together) -> list[Tensor]:
+    """The base weights and biases."""
+    return [t for branch in o.branches for t in (branch.w, branch.bias) if t is not None]
+
+
+def make_operands(case: Case, device: torch.device) -> Operands | Together:
     """The same numbers for the same case on the same device."""
     generator = torch.Generator(device).manual_seed(0)
 
@@ -47,11 +75,16 @@ def make_operands(case: Case, device: torch.device) -> Operands:
         values = torch.randn(*shape, generator=generator, device=device).mul_(variance**0.5)
         return values.to(case.torch_dtype)
 
-    return Operands(
-        xs=tuple(normal(case.m, case.k).requires_grad_() for _ in range(COPIES)),
-        dys=tuple(normal(case.m, case.n) for _ in range(COPIES)),
-        w=normal(case.n, case.k, variance=1 / case.k),
-        bias=normal(case.n) if case.bias else None,
-        a=normal(case.r, case.k, variance=1 / case.k),
-        b=normal(case.n, case.r, variance=1 / case.r),
+    xs = tuple(normal(case.m, case.k).requires_grad_() for _ in range(COPIES))
+    branches = tuple(
+        Operands(
+            xs=xs,
+            dys=tuple(normal(of.m, of.n) for _ in range(COPIES)),
+            w=normal(of.n, of.k, variance=1 / of.k),
+            bias=normal(of.n) if of.bias else None,
+            a=normal(of.r, of.k, variance=1 / of.k),
+            b=normal(of.n, of.r, variance=1 / of.r),
+        )
+        for of in case.branches
     )
+    return branches[0] if len(branches) == 1 else Together(branches)

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from ..cases import Case
 from ..measure.failures import AbsentError
-from .arm import Built, LayerArm, imported, needs_module
+from .arm import Built, LayerArm, each_layer, imported, needs_module
 from .operands import Operands
 
 # Dropout that drops nothing and scales by one in float32, for a kernel that cannot go without.
 _TINY = 1e-9
 
 
+@each_layer
 def _lorafusion(case: Case, o: Operands, p: float) -> Built:
     lora = imported("lorafusion.ops.lora_v1")
     if case.dtype == "fp32":
@@ -41,6 +42,7 @@ def _lorafusion(case: Case, o: Operands, p: float) -> Built:
     return Built(layer, {"da": a, "db": b})
 
 
+@each_layer
 def _unsloth(case: Case, o: Operands, p: float) -> Built:
     function = imported("unsloth.kernels.fast_lora").LoRA_W
     if case.bias:
@@ -56,6 +58,7 @@ def _unsloth(case: Case, o: Operands, p: float) -> Built:
     return Built(layer, {"da": a, "db": b})
 
 
+@each_layer
 def _chalk(case: Case, o: Operands, p: float) -> Built:
     lora = imported("chalk.ops.lora")
     if case.dropout:
@@ -77,6 +80,7 @@ def _chalk_delta(lora: ModuleType) -> Callable[..., Tensor] | None:
     return delta
 
 
+@each_layer
 def _lycoris(case: Case, o: Operands, p: float) -> Built:
     lycoris = imported("lycoris")
     if case.dropout:

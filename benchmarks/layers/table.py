@@ -51,14 +51,14 @@ def render_case(rows: Sequence[LayerRow]) -> str:
 
 
 def render_summary(rows: Sequence[LayerRow]) -> str:
-    """Step time of PEFT over fastlora's: geometric mean and worst case over the layers, and the host's alone."""
-    lines = ["Step time of PEFT over that of fastlora (above 1: fastlora is faster)"]
+    """Step time of others over fastlora's: geometric mean and worst case over the layers, and the host's alone."""
+    lines = ["Step time over that of fastlora (above 1: fastlora is faster)"]
     for ours, theirs in PAIRS:
         for what, host in (("layers", False), ("host overhead", True)):
             ratios = speedups([row for row in rows if row.case.is_host is host], ours, theirs)
             if ratios:
                 lines.append(
-                    f"  {theirs} / {ours:<14} {what}: geometric mean {geometric_mean(ratios):.2f}, "
+                    f"  {theirs + ' / ' + ours:<26} {what}: geometric mean {geometric_mean(ratios):.2f}, "
                     f"worst {min(ratios):.2f} of {len(ratios)}"
                 )
     return "\n".join(lines) if len(lines) > 1 else ""

@@ -9,11 +9,11 @@ from fastlora.clock import Work
 
 from ..cases import COPIES
 from ..measure.memory import allocation
-from .arm import Built
-from .operands import Operands
+from .arm import Built, outputs
+from .operands import Operands, Together, frozen_tensors
 
 
-def prepare(mode: str, built: Built, operands: Operands, call: int) -> Work:
+def prepare(mode: str, built: Built, operands: Operands | Together, call: int) -> Work:
     """Makes a call to be timed: its tensors exist, and for ``backward`` the forward has run.
 
     ``call`` picks the copy of x and dy: with one more each time, no call finds its x where the last one left it.
@@ -29,7 +29,7 @@ def prepare(mode: str, built: Built, operands: Operands, call: int) -> Work:
     return lambda: torch.autograd.grad(y, leaves, dy)
 
 
-def broken(built: Built, operands: Operands) -> str | None:
+def broken(built: Built, operands: Operands | Together) -> str | None:
     """Names a result of one step of the timed layer that is missing, not finite or all zero; None where all are sound.
 
     The gate knows no mask but fastlora's and checks other arms without dropout: this check runs with it.
@@ -37,7 +37,7 @@ def broken(built: Built, operands: Operands) -> str | None:
     x, dy = operands.xs[0], operands.dys[0]
     y = built.layer(x)
     gradients = torch.autograd.grad(y, (x, *built.trained.values()), dy, allow_unused=True)
-    for name, tensor in zip(("y", "dx", *built.trained), (y, *gradients), strict=True):
+    for name, tensor in (outputs(y) | dict(zip(("dx", *built.trained), gradients, strict=True))).items():
         if tensor is None:
             return f"{name}: no gradient arrived"
         if not tensor.isfinite().all():
@@ -47,18 +47,18 @@ def broken(built: Built, operands: Operands) -> str | None:
     return None
 
 
-def peak_bytes(built: Built, operands: Operands) -> int:
+def peak_bytes(built: Built, operands: Operands | Together) -> int:
     """The most that one step holds at a time beyond inputs and parameters: y, gradients and temporaries."""
-    return allocation(prepare("step", built, operands, 0), operands.w.device).peak
+    return allocation(prepare("step", built, operands, 0), operands.xs[0].device).peak
 
 
-def kept_bytes(built: Built, operands: Operands) -> int:
+def kept_bytes(built: Built, operands: Operands | Together) -> int:
     """Bytes that the forward keeps for the backward beyond x, w, bias and the adapters, each storage once.
 
     Counts what autograd is given to save; tensors hidden elsewhere (attributes of a graph node) would be missed.
     """
     x = operands.xs[0]
-    known = [x, operands.w, *built.trained.values(), *([] if operands.bias is None else [operands.bias])]
+    known = [x, *frozen_tensors(operands), *built.trained.values()]
     free = {tensor.untyped_storage().data_ptr() for tensor in known}
     saved: list[Tensor] = []
 

@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar, cast
 
 import torch
 
-from ..cases import C, Profile, layer_named
+from ..cases import C, Profile, branches_of
 from ..records import environment
 from ..records.files import LOCAL, RESULTS, ResultFile
 from ..records.rows import Row
@@ -196,9 +196,9 @@ def number(text: str) -> float:
 
 
 def layer_name(text: str) -> str:
-    """An option's named layer, or KxN."""
+    """An option's named layer or group, KxN or KxN+N."""
     try:
-        layer_named(text)
+        branches_of(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text

@@ -126,7 +126,7 @@ class LayerRow(Measured):
     """One arm in one mode of one layer's case.
 
     Attributes:
-        layer, m, k, n, r, bias, dtype, dropout: the case.
+        layer, m, k, n, r, bias, dtype, dropout: the case; of several layers ``n`` is their sum.
         mode: forward, backward or step.
         wall_ms, device_ms: milliseconds, ``device_ms`` on CUDA alone.
         ratio: median over the frozen floor's in the same mode, of the time that ``ms`` is.
@@ -180,7 +180,7 @@ class LayerRow(Measured):
     @property
     def is_forced(self) -> bool:
         """True where the arm forces one of fastlora's kernels."""
-        return self.arm.startswith("fastlora-") and self.arm != "fastlora-fp32"
+        return self.arm.startswith("fastlora-") and self.arm not in ("fastlora-alone", "fastlora-fp32")
 
     @property
     def key(self) -> tuple[object, ...]:

@@ -16,8 +16,18 @@ WIDTH = 120
 # Widths of a time with its spread, and of a number of bytes.
 TIME, BYTES = 13, 11
 
-# Adapters in the base's dtype; each as it comes (ours in the base's dtype, theirs in float32); float32 on both sides.
-PAIRS = (("fastlora", "peft-same"), ("fastlora", "peft-fp32"), ("fastlora-fp32", "peft-fp32"))
+# Adapters in the base's dtype; each as it comes (ours in the base's dtype, theirs in float32); float32 on both sides;
+# layers together and one after the other.
+PAIRS = (
+    ("fastlora", "peft-same"),
+    ("fastlora", "peft-fp32"),
+    ("fastlora-fp32", "peft-fp32"),
+    ("fastlora", "fastlora-alone"),
+)
+
+
+# Arms that leave the choice of the kernel to fastlora.
+_CHOOSING = ("fastlora", "fastlora-alone", "fastlora-fp32")
 
 
 def quotients(rows: Sequence[M], over: str, under: str, value: Callable[[M], float | None]) -> list[float]:
@@ -51,7 +61,7 @@ def two_digits(value: float | None) -> str:
 
 def kernels(rows: Sequence[Measured]) -> list[str]:
     """Names the kernels that fastlora chose, with the arms that leave the choice to it."""
-    chosen = {row.arm: row.kernel for row in rows if row.kernel and row.arm in ("fastlora", "fastlora-fp32")}
+    chosen = {row.arm: row.kernel for row in rows if row.kernel and row.arm in _CHOOSING}
     return [f"kernel {kernel} ({', '.join(arms)})" for kernel, arms in _turned(chosen.items()).items()]
 
 

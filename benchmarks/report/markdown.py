@@ -40,7 +40,7 @@ def layers_in_brief(rows: Sequence[LayerRow]) -> str:
         steps = {row.arm: row for row in rows if row.case == case and row.mode == "step"}
         others = [(row.ratio, arm) for arm, row in steps.items() if row.ratio and arm not in (FLOOR, FULL)]
         ratio, best = min((other for other in others if OURS not in other[1]), default=(None, ""))
-        cells = [_setting(case, case.layer), str(case.m), f"{case.k} → {case.n}", str(case.r)]
+        cells = [_setting(case, case.layer), str(case.m), f"{case.k} → {case.widths}", str(case.r)]
         cells += [_ratio(steps.get(OURS), bold=True), _ratio(steps.get(PEFT)), f"{best} {two_digits(ratio)}".strip()]
         lines.append(_line(cells))
     return "\n".join([*lines, "", *_notes(rows), *_host_overhead(rows)]).strip()
@@ -58,7 +58,7 @@ def layers(rows: Sequence[LayerRow]) -> str:
     lines = [_line(heads), _line(["---"] * 3 + ["--:"] * (len(heads) - 3))]
     for case in dict.fromkeys(row.case for row in rows if not row.case.is_host):
         floor = steps.get((case, FLOOR))
-        cells = [case.layer, str(case.m), f"{case.k} → {case.n}", str(case.r), case.dtype, f"{case.dropout:g}"]
+        cells = [case.layer, str(case.m), f"{case.k} → {case.widths}", str(case.r), case.dtype, f"{case.dropout:g}"]
         cells.append("-" if floor is None or floor.ms is None else f"{floor.ms.p50:.3g}")
         cells.append("-" if floor is None or floor.theory is None else f"{floor.theory:.3f}")
         cells += [_ratio(steps.get((case, arm)), bold=arm == OURS) for arm in arms]

@@ -153,10 +153,11 @@ def test_the_floor_is_first_and_fastlora_last():
     assert {"plain", "addmm", "compiled", "peft-fp32", "peft-same", "loralib"} < set(names[:start])
 
 
+@pytest.mark.parametrize("layer", ["gpt2.proj", "64x48+16"])
 @pytest.mark.parametrize(("dtype", "dropout"), [("fp32", 0.0), ("bf16", 0.1)])
-def test_every_arm_is_right_or_says_why_it_is_absent(dtype, dropout):
+def test_every_arm_is_right_or_says_why_it_is_absent(dtype, dropout, layer):
     names = [name for name, arm in arms().items() if name != FLOOR and not arm.by_name_only]
-    rows = {row.arm: row for row in run(*names, dtype=dtype, dropout=dropout)}
+    rows = {row.arm: row for row in run(*names, dtype=dtype, dropout=dropout, layer=layer)}
     assert set(rows) == set(names)
     for row in rows.values():
         assert row.status in ("ok", "absent"), f"{row.arm}: {row.reason}"
@@ -165,7 +166,7 @@ def test_every_arm_is_right_or_says_why_it_is_absent(dtype, dropout):
         if rows[name].status == "absent":
             assert excuse in rows[name].reason
         else:
-            assert set(rows[name].errors) == {"y", "dx", "da", "db"}
+            assert {error.rstrip("01") for error in rows[name].errors} == {"y", "dx", "da", "db"}
 
 
 def test_arms_import_nothing_optional():

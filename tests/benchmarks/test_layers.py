@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main
-from benchmarks.cases import FLOOR, LAYERS, MODES, PROFILES, Case
+from benchmarks.cases import FLOOR, GROUPS, LAYERS, MODES, PROFILES, Case, branches_of
 from benchmarks.layers import arm as layers_arm
+from benchmarks.layers import arms as layers_arms
 from benchmarks.layers import case as layers_case
 from benchmarks.layers import command as layers
 from benchmarks.layers.arm import KERNELS, LayerArm, forcing
@@ -20,7 +21,7 @@ from benchmarks.layers.arms import HOST_ARMS, arms
 from benchmarks.layers.gate import Gate
 from benchmarks.layers.operands import make_operands
 from benchmarks.layers.table import render_case
-from benchmarks.layers.work import kept_bytes, peak_bytes
+from benchmarks.layers.work import kept_bytes, peak_bytes, prepare
 from benchmarks.measure import contest, runner
 from benchmarks.measure.failures import failures_into
 from benchmarks.records import environment
@@ -33,6 +34,7 @@ from fastlora.clock import Clock, shuffled
 pytestmark = pytest.mark.usefixtures("no_interpreter")
 
 CPU = torch.device("cpu")
+GROUP = "64x48+32+16"
 TINY = ["--layer", "host", "--tokens", "24", "--rank", "4", "--rounds", "2"]
 
 
@@ -41,8 +43,8 @@ def contestants(*names):
     return [known[name] for name in names]
 
 
-def run_tiny(arms, modes=MODES, dropout=0.0, dtype="fp32", rounds=1):
-    case = Case("gpt2.proj", 24, 4, dtype, dropout)
+def run_tiny(arms, modes=MODES, dropout=0.0, dtype="fp32", rounds=1, layer="gpt2.proj"):
+    case = Case(layer, 24, 4, dtype, dropout)
     return layers_case.run_case(case, arms, modes, rounds, 60.0, Clock(CPU), CPU)
 
 
@@ -256,6 +258,88 @@ def test_fastlora_keeps_the_rank_r_middle_alone(dtype):
     assert kept_bytes(floor, operands) == 0
 
 
+def test_a_group_is_the_layers_of_one_input():
+    for name, parts in GROUPS.items():
+        assert branches_of(name) == parts
+        assert {LAYERS[layer].k for layer in parts} == {LAYERS[parts[0]].k}
+    case = Case("llama3-8b.qkv", 256, 16, "bf16", 0.0)
+    assert [(of.layer, of.k, of.n, of.m) for of in case.branches] == [
+        ("llama3-8b.q", 4096, 4096, 256),
+        ("llama3-8b.kv", 4096, 1024, 256),
+        ("llama3-8b.kv", 4096, 1024, 256),
+    ]
+    assert (case.k, case.n, case.bias, case.weights) == (4096, 6144, False, 4096 * 6144)
+    assert str(case) == "llama3-8b.qkv  M=256 K=4096 N=4096+1024+1024 R=16 bf16"
+    assert [of.layer for of in case._replace(layer="64x32+16").branches] == ["64x32", "64x16"]
+    alone = case._replace(layer="gpt2.attn")
+    assert alone.branches == (alone,)
+
+
+def test_theory_of_a_group_is_that_of_its_layers_together():
+    case = Case("64x48+16", 256, 8, "bf16", 0.0)
+    base, low_rank = 64 * (48 + 16), 8 * (64 + 48) + 8 * (64 + 16)
+    assert case.theory("forward") == 1 + low_rank / base
+    assert case.theory("backward") == 1 + 2 * low_rank / base
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_every_result_of_a_group_is_checked(dropout):
+    rows = run_tiny(contestants(FLOOR, "plain", "full", "fastlora", "fastlora-alone"), ["step"], dropout, layer=GROUP)
+    errors = {row.arm: set(row.errors) for row in rows}
+    of_each = {
+        name: {"dx", *(f"{kind}{i}" for kind in kinds for i in range(3))}
+        for name, kinds in {FLOOR: ["y"], "full": ["y", "dw"], "plain": ["y", "da", "db"]}.items()
+    }
+    assert errors == of_each | dict.fromkeys(["fastlora", "fastlora-alone"], of_each["plain"])
+    assert [(row.status, row.reason) for row in rows] == [("ok", None)] * 5
+    assert {row.gate_dropout for row in rows[-2:]} == {dropout}
+    assert (rows[0].k, rows[0].n, rows[0].ratio) == (64, 96, 1)
+
+
+def test_a_group_with_one_wrong_layer_gets_no_speed():
+    def build(case, operands, p):
+        built = contestants("plain")[0].build(case, operands, p)
+
+        def layer(x):
+            first, second, third = built.layer(x)
+            return first, 1.01 * second, third
+
+        return replace(built, layer=layer)
+
+    wrong = run_tiny([*contestants(FLOOR), LayerArm("wrong", "the second is", build)], ["step"], layer=GROUP)[1]
+    assert (wrong.status, wrong.ms) == ("wrong", None)
+    assert all(f"{name}: rms error" in wrong.reason for name in ("y1", "dx", "da1", "db1"))
+    assert not any(name in wrong.reason for name in ("y0", "da2"))
+
+
+def test_fastlora_runs_a_group_together_and_its_layers_alone(monkeypatch):
+    together, group = [], layers_arms.fastlora.lora_linear_group
+
+    def spy(x, weights, *rest, **options):
+        together.append(len(weights))
+        return group(x, weights, *rest, **options)
+
+    monkeypatch.setattr(layers_arms.fastlora, "lora_linear_group", spy)
+    case = Case(GROUP, 24, 4, "fp32", 0.0)
+    operands = make_operands(case, CPU)
+    for name, expected in {"fastlora": [3], "fastlora-library": [3], "fastlora-alone": []}.items():
+        (arm,) = contestants(name)
+        with arm.turn():
+            prepare("step", arm.build(case, operands, 0.0), operands, 0)()
+        assert together == expected, name
+        together.clear()
+    (row,) = run_tiny(contestants("fastlora-alone"), ["step"])
+    assert (row.status, row.reason) == ("absent", "a layer by itself: the same as fastlora's")
+
+
+def test_a_group_keeps_the_middles_of_its_layers_alone():
+    case = Case("768x768+256", 400, 8, "bf16", 0.0)
+    operands = make_operands(case, CPU)
+    for arm in contestants("fastlora", "fastlora-alone", "addmm"):
+        assert kept_bytes(arm.build(case, operands, 0.0), operands) == 2 * 400 * 8 * 2, arm.name
+    assert kept_bytes(contestants(FLOOR)[0].build(case, operands, 0.0), operands) == 0
+
+
 def test_fastlora_stores_no_mask_and_plain_lora_does():
     case = Case("gpt2.proj", 40, 8, "fp32", 0.1)
     operands = make_operands(case, CPU)
@@ -400,7 +484,7 @@ def test_unknown_names_list_the_known_ones(option, capsys):
     with pytest.raises(SystemExit) as stop:
         main([option, "nonsense"])
     assert stop.value.code == 2
-    known = {"--layer": LAYERS, "--arm": arms(), "--profile": PROFILES["cpu"], "--mode": MODES}
+    known = {"--layer": (*LAYERS, *GROUPS), "--arm": arms(), "--profile": PROFILES["cpu"], "--mode": MODES}
     message = capsys.readouterr().err
     assert all(name in message for name in known.get(option, ("bf16", "fp16", "fp32")))
 
@@ -502,7 +586,7 @@ def test_a_wrong_row_makes_the_run_fail(tmp_path, monkeypatch):
 def test_list_names_everything(capsys):
     assert main(["layers", "--list"]) == 0
     listed = capsys.readouterr().out
-    assert all(name in listed for name in (*PROFILES["cpu"], *LAYERS, *arms()))
+    assert all(name in listed for name in (*PROFILES["cpu"], *LAYERS, *GROUPS, *arms()))
 
 
 @pytest.mark.parametrize("command", ["layers", "model", "compare"])
@@ -563,7 +647,9 @@ def test_every_line_of_the_table_fits_the_screen():
     lines = render_case(rows).splitlines()
     assert len(lines) > len(arms())
     assert max(map(len, lines)) <= WIDTH == 120
-    assert "triton-serial+triton-portable (fastlora, fastlora-fp32)" in "\n".join(lines)
+    assert "triton-serial+triton-portable (fastlora, fastlora-alone, fastlora-fp32)" in " ".join(
+        "\n".join(lines).split()
+    )
 
 
 def test_device_slug(monkeypatch):

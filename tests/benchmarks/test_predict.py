@@ -308,6 +308,8 @@ def test_every_device_predicts(name: str, dtype: str) -> None:
         (["--layer", "0x64"], "unknown layer '0x64'"),
         (["--layer", "64x"], "unknown layer '64x'"),
         (["--layer", "64x64x64"], "unknown layer '64x64x64'"),
+        (["--layer", "64x64+"], "unknown layer '64x64+'"),
+        (["--layer", "64x64+0"], "unknown layer '64x64+0'"),
         (["--layer", "64X-64"], "unknown layer '64X-64'"),
         (["--tokens", "0"], "at least 1, got '0'"),
         (["--rank", "2.5"], "at least 1, got '2.5'"),
