@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -110,6 +110,15 @@ def _fastlora(wide: bool) -> Adapt:
     return adapt
 
 
+def _patched(groups: Literal["auto"] | None) -> Adapt:
+    def adapt(model: nn.Module, architecture: Architecture, case: ModelCase) -> Adapted:
+        adapted = _peft(False)(model, architecture, case)
+        fastlora.patch_peft(adapted.model, groups=groups)
+        return adapted
+
+    return adapt
+
+
 class PlainLoRA(nn.Module):
     """``x wᵀ + bias + scale · (x aᵀ) bᵀ`` in plain torch, no dropout."""
 
@@ -143,7 +152,9 @@ def arms() -> dict[str, ModelArm]:
         ModelArm(FULL, "full fine-tuning: every weight trained", _full),
         ModelArm("peft-fp32", shipped, _peft(True), wide=True, require=peft),
         ModelArm("peft-same", "PEFT, adapters in the base's dtype", _peft(False), require=peft),
-        ModelArm("fastlora", "fastlora, kernel chosen by itself", _fastlora(False)),
+        ModelArm("patched", "peft-same under fastlora.patch_peft: siblings together", _patched("auto"), require=peft),
+        ModelArm("patched-alone", "the same with every layer by itself", _patched(None), require=peft),
+        ModelArm("fastlora", "fastlora's own layers, kernel chosen by itself", _fastlora(False)),
         ModelArm("fastlora-fp32", "the same with float32 adapters", _fastlora(True), wide=True),
         *map(_forced, KERNELS),
     )

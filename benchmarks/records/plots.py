@@ -26,6 +26,8 @@ class _Style(NamedTuple):
 # fastlora stands out; the others keep one colour and mark each in every picture.
 _STYLES = {
     "fastlora": _Style("#d62728", "o", 9),
+    "patched": _Style("#393b79", "o", 7),
+    "patched-alone": _Style("#393b79", "x"),
     "fastlora-alone": _Style("#d62728", "x", 7),
     "fastlora-fp32": _Style("#ff9896", "o", 7),
     "plain": _Style("#7f7f7f", "s"),

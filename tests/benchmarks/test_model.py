@@ -28,10 +28,12 @@ from benchmarks.model.command import MODEL_PROFILES
 from benchmarks.model.gate import ModelGate
 from benchmarks.model.table import render_case, render_summary
 from benchmarks.model.training import Training, keep_imports
+from benchmarks.records import plots
 from benchmarks.records.files import read
 from benchmarks.records.rows import ModelRow, Spread, from_json
 from benchmarks.records.tables import WIDTH, quotients
 from fastlora.clock import Clock
+from fastlora.siblings import counts, group_of
 
 CPU = torch.device("cpu")
 ON_CPU = [name for name, arm in arms().items() if arm.kernel in (None, "library")]
@@ -104,7 +106,7 @@ def test_every_arm_passes_the_gate(name, dtype, checkpointing):
             assert all(e.ok for e in errors.values()), (arm.name, errors)
             passed[arm.name] = list(errors)
     wide = {"peft-fp32", "fastlora-fp32"} if dtype == "bf16" else set()
-    assert passed.keys() == {FULL, "peft-same", "fastlora", "fastlora-library", *wide}
+    assert passed.keys() == {FULL, "peft-same", "patched", "patched-alone", "fastlora", "fastlora-library", *wide}
     assert passed.pop(FULL) == ["logits", "dw"]
     assert all(kinds == ["logits", "da", "db"] for kinds in passed.values())
 
@@ -183,7 +185,7 @@ def test_a_step_without_gradients_is_noticed():
 def test_bytes_and_parameters_are_exact(kind, dtype):
     case = micro(kind, dtype=dtype)
     rows = {row.arm: row for row in run_micro(arms(), case) if row.status == "ok"}
-    assert rows.keys() == ({FULL, "peft-same", "fastlora", "fastlora-library"} if dtype == "fp32" else set(ON_CPU))
+    assert rows.keys() == set(ON_CPU) - ({"peft-fp32", "fastlora-fp32"} if dtype == "fp32" else set())
     base = build(MICRO[kind], case.torch_dtype, CPU, False)
     base_parameters, itemsize = parameter_count(case.model), case.torch_dtype.itemsize
     buffers = sum(t.untyped_storage().nbytes() for t in base.buffers())
@@ -246,6 +248,27 @@ def test_a_step_is_the_same_for_the_same_turn(checkpointing):
     first, other, again = (float(training("fastlora", case).prepare(turn)()) for turn in (7, 10, 7))
     # Turns 7 and 10 have the same batch, and each its own dropout.
     assert first == again != other
+
+
+@pytest.mark.parametrize(("kind", "groups"), [("llama", ["q_proj", "gate_proj"]), ("gpt2", []), ("roberta", ["query"])])
+def test_a_patched_model_runs_its_siblings_together(kind, groups):
+    firsts = {name: set() for name in ("patched", "patched-alone")}
+    for name, found in firsts.items():
+        before = counts()
+        subject = training(name, micro(kind, sequence=64)).subject
+        for path, layer in subject.model.named_modules():
+            if (group := group_of(layer)) is not None:
+                found.add((path.rpartition(".")[0], group.names[0]))
+        after = counts()
+        assert (after.grouped > before.grouped) == (name == "patched" and bool(groups))
+        assert after.wasted == before.wasted
+    assert sorted(name for _, name in firsts["patched"]) == sorted(2 * groups)
+    assert firsts["patched-alone"] == set()
+
+
+def test_every_arm_has_a_mark_of_its_own_in_pictures():
+    marks = [plots._STYLES[name] for name in arms()]
+    assert len({(mark.colour, mark.marker) for mark in marks}) == len(marks)
 
 
 def test_arms_are_measured_alone_and_timed_together(monkeypatch):
