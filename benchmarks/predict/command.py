@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..cases import DTYPES, LAYERS, MODES, Case
+from ..cases import DTYPES, GROUPS, LAYERS, MODES, Case
 from ..measure.runner import layer_name, number, positive
-from .cost import DESIGNS, Device, Problem, gemm, in_whole_waves, kernels, minimum
+from .cost import DESIGNS, TOGETHER, Device, Kernel, Problem, designs, gemm, in_whole_waves, kernels, minimum
 
 HELP = "predict what each design costs over the frozen layer, from FLOPs and bytes"
 
@@ -54,9 +54,14 @@ DEVICES = {
 
 # Layers and ranks.
 PROFILES = {
-    "quick": (("llama3-8b.q", "llama3-70b.gate", "llama3-8b.kv"), (16, 64)),
-    "full": (tuple(name for name in LAYERS if name.startswith(("llama3-", "qwen"))), (8, 16, 64, 128)),
+    "quick": (("llama3-8b.q", "llama3-70b.gate", "llama3-8b.kv", "llama3-8b.qkv"), (16, 64)),
+    "full": (tuple(name for name in (*LAYERS, *GROUPS) if name.startswith(("llama3-", "qwen"))), (8, 16, 64, 128)),
 }
+
+
+_KNOWN = {name: design.about for name, design in DESIGNS.items()}
+_KNOWN |= {name: design.about for name, design in TOGETHER.items()}
+_NAME = max(map(len, _KNOWN))
 
 
 @dataclass(frozen=True)
@@ -64,9 +69,9 @@ class Prediction:
     """One design in one mode of one case.
 
     Attributes:
-        layer, m, k, n, r, dtype: the case.
+        layer, m, k, n, r, dtype: the case; of several layers ``n`` is their sum.
         device, flops_per_s, bytes_per_s, sms: the device it is predicted for.
-        design, mode: one of DESIGNS; forward, backward or step.
+        design, mode: one of DESIGNS or TOGETHER; forward, backward or step.
         launches: how many kernels; the gaps between them are not in ``ms``.
         flops, bytes: over all kernels.
         arithmetic_ms, bandwidth_ms: the time of the FLOPs by themselves, and of the bytes.
@@ -105,13 +110,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--profile",
         choices=PROFILES,
         default="quick",
-        help="full: every Llama-3 and Qwen layer",
+        help="full: every Llama-3 and Qwen layer and group",
     )
     axes = parser.add_argument_group("axes", "each replaces the profile's own; several values make a product")
-    axes.add_argument("--layer", nargs="+", type=layer_name, metavar="NAME", help="named layers, or KxN: 4096x14336")
+    axes.add_argument("--layer", nargs="+", type=layer_name, metavar="NAME", help="named layers, KxN, or KxN+N")
     axes.add_argument("--tokens", nargs="+", type=positive, default=[8192], metavar="M", help="tokens (default: 8192)")
     axes.add_argument("--rank", nargs="+", type=positive, metavar="R", help="ranks")
-    parser.add_argument("--design", nargs="+", choices=DESIGNS, default=list(DESIGNS), help="only these")
+    parser.add_argument("--design", nargs="+", choices=_KNOWN, default=list(_KNOWN), help="only these")
     parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES, help="only these")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="dtype of base and adapters (default: bf16)")
     parser.add_argument(
@@ -143,8 +148,9 @@ def run(args: argparse.Namespace) -> int:
         f"{device.bytes_per_s / 1e12:g} TB/s, {device.sms} SMs ({device.basis})\n"
     )
     for case, rows in blocks.items():
-        print(render(case, rows, device), end="\n\n")
-    print("\n".join(f"  {name:<14}{DESIGNS[name].about}" for name in args.design))
+        only = f"{case}: {', '.join(args.design)} take layers of one input"
+        print(render(case, rows, device) if rows else only, end="\n\n")
+    print("\n".join(f"  {name:<{_NAME}}  {_KNOWN[name]}" for name in args.design))
     if args.json:
         try:
             args.json.parent.mkdir(parents=True, exist_ok=True)
@@ -159,12 +165,12 @@ def run(args: argparse.Namespace) -> int:
 
 def predict(case: Case, device: Device) -> Iterator[Prediction]:
     """Every design in every mode."""
-    problem = _problem(case, device)
-    least = {mode: kernel.bytes for mode, kernel in minimum(problem).items()}
+    problems = _problems(case, device)
+    least = {mode: kernel.bytes for mode, kernel in minimum(*problems).items()}
     least["step"] = sum(least.values())
     frozen: dict[str, float] = {}
-    for design in DESIGNS:
-        for mode, launches in kernels(design, problem).items():
+    for design in designs(problems):
+        for mode, launches in kernels(design, *problems).items():
             seconds = sum(kernel.seconds(device, case.dtype) for kernel in launches)
             flops, moved = sum(kernel.flops for kernel in launches), sum(kernel.bytes for kernel in launches)
             yield Prediction(
@@ -194,31 +200,36 @@ def predict(case: Case, device: Device) -> Iterator[Prediction]:
 
 def render(case: Case, rows: Sequence[Prediction], device: Device) -> str:
     """The case's FLOPs, bytes and their times, then each design's ratio in each mode, and a step's milliseconds."""
-    problem = _problem(case, device)
-    floors = {"frozen, either way": gemm(problem)}
-    floors |= {f"minimum {mode}": kernel for mode, kernel in minimum(problem).items()}
-    lines = [str(case), f"  {'':<20}{'GFLOP':>10}{'MB':>10}{'arithmetic ms':>16}{'bandwidth ms':>16}"]
+    problems = _problems(case, device)
+    gemms = [gemm(problem) for problem in problems]
+    floors = {"frozen, either way": Kernel(sum(each.flops for each in gemms), sum(each.bytes for each in gemms))}
+    floors |= {f"minimum {mode}": kernel for mode, kernel in minimum(*problems).items()}
+    lines = [str(case), f"  {'':<{_NAME}}{'GFLOP':>10}{'MB':>10}{'arithmetic ms':>16}{'bandwidth ms':>16}"]
     for name, kernel in floors.items():
         arithmetic, traffic = kernel.flops / device.flops[case.dtype], kernel.bytes / device.bytes_per_s
         lines.append(
-            f"  {name:<20}{kernel.flops / 1e9:>10.1f}{kernel.bytes / 1e6:>10.1f}"
+            f"  {name:<{_NAME}}{kernel.flops / 1e9:>10.1f}{kernel.bytes / 1e6:>10.1f}"
             f"{1e3 * arithmetic:>16.4f}{1e3 * traffic:>16.4f}"
         )
     modes = list(dict.fromkeys(row.mode for row in rows))
-    lines.append(f"  {'× frozen':<20}" + "".join(f"{mode:>10}" for mode in modes) + f"{modes[-1] + ' ms':>14}")
+    lines.append(f"  {'× frozen':<{_NAME}}" + "".join(f"{mode:>10}" for mode in modes) + f"{modes[-1] + ' ms':>14}")
     least = [case.theory(mode) for mode in modes]
-    lines.append(f"  {'theory (FLOPs only)':<20}" + "".join(f"{ratio:>10.3f}" for ratio in least))
+    lines.append(f"  {'theory (FLOPs only)':<{_NAME}}" + "".join(f"{ratio:>10.3f}" for ratio in least))
     for design in dict.fromkeys(row.design for row in rows):
         by_mode = {row.mode: row for row in rows if row.design == design}
         ratios = "".join(f"{by_mode[mode].ratio:>10.3f}" for mode in modes)
-        lines.append(f"  {design:<20}{ratios}{by_mode[modes[-1]].ms:>14.4f}")
-    waves = ", ".join(f"{name} {ratio:.3f}" for name, ratio in in_whole_waves(problem, device, case.dtype).items())
-    lines.append(f"  forward in whole waves of tiles, 2 µs for a second launch: {waves}")
+        lines.append(f"  {design:<{_NAME}}{ratios}{by_mode[modes[-1]].ms:>14.4f}")
+    if len(problems) == 1:
+        ratios_in_waves = in_whole_waves(problems[0], device, case.dtype)
+        waves = ", ".join(f"{name} {ratio:.3f}" for name, ratio in ratios_in_waves.items())
+        lines.append(f"  forward in whole waves of tiles, 2 µs for a second launch: {waves}")
     return "\n".join(lines)
 
 
-def _problem(case: Case, device: Device) -> Problem:
-    return Problem(case.m, case.k, case.n, case.r, DTYPES[case.dtype].itemsize, device.sms)
+def _problems(case: Case, device: Device) -> list[Problem]:
+    """The problem of each of a case's layers."""
+    itemsize = DTYPES[case.dtype].itemsize
+    return [Problem(of.m, of.k, of.n, of.r, itemsize, device.sms) for of in case.branches]
 
 
 def _device(args: argparse.Namespace) -> Device:

@@ -1,4 +1,4 @@
-"""Predicts the cost of a LoRA layer: FLOPs and bytes of each design, and the time they take on a device.
+"""Predicts the cost of a LoRA layer, or of several of one input: FLOPs, bytes and time of each design on a device.
 
     time of a kernel = max(FLOPs / P, bytes / β)          P, β: what the device sustains
     time of a design = sum over its kernels
@@ -236,7 +236,7 @@ class Design(NamedTuple):
 DESIGNS = {
     "frozen": Design("x wᵀ, dy w: the floor", lambda p: [gemm(p)], lambda p, q: [gemm(q)]),
     "plain": Design(
-        "eager PyTorch: y and dx pass through memory for the product, the scale and the sum",
+        "eager PyTorch, PEFT too: y and dx pass through memory for the product, the scale and the sum",
         lambda p: [gemm(p), middle(p), product(p, 1), sweep(p, 2), sweep(p, 3)],
         lambda p, q: [gemm(q), sweep(p, 2), middle(q), rank_grad(q), product(q, 1), rank_grad(p), sweep(q, 3)],
     ),
@@ -274,15 +274,83 @@ DESIGNS = {
 }
 
 
-def kernels(design: str, p: Problem) -> dict[str, list[Kernel]]:
-    """A design's kernels by mode; ``p`` is the forward's problem, a step is a forward and a backward."""
-    forward, backward = list(DESIGNS[design].forward(p)), list(DESIGNS[design].backward(p, p.turned))
+def wide(ps: Sequence[Problem]) -> Problem:
+    """The problem of all middles of a group: one x, the ranks side by side."""
+    return ps[0]._replace(r=sum(p.r for p in ps))
+
+
+class GroupDesign(NamedTuple):
+    """One way to compute layers of one input together: its kernels in the forward and in the backward."""
+
+    about: str
+    forward: Callable[[Sequence[Problem]], Sequence[Kernel]]
+    backward: Callable[[Sequence[Problem]], Sequence[Kernel]]
+
+
+def _library_forward(ps: Sequence[Problem]) -> list[Kernel]:
+    # The rows of all a are copied side by side, and the parts of z scaled.
+    joined, scaled = Kernel(0.0, wide(ps).moved(a=2)), Kernel(0.0, wide(ps).moved(z=2))
+    return [joined, middle(wide(ps)), scaled, *(kernel for p in ps for kernel in (gemm(p), product(p, 2)))]
+
+
+def _library_backward(ps: Sequence[Problem]) -> list[Kernel]:
+    qs = [p.turned for p in ps]
+    # Each t is scaled, and all are copied side by side, as the rows of a are.
+    moved = Kernel(0.0, wide(ps).moved(z=4, a=2))
+    dx = [product(wide(ps).turned, 1), *map(added, qs)]
+    return [*map(middle, qs), moved, *dx, rank_grad(wide(ps)), *map(rank_grad, qs)]
+
+
+def _skinny_forward(ps: Sequence[Problem]) -> list[Kernel]:
+    return [*middle_triton(wide(ps)), *(kernel for p in ps for kernel in (product(p, 1), added(p)))]
+
+
+def _skinny_backward(ps: Sequence[Problem]) -> list[Kernel]:
+    qs = [p.turned for p in ps]
+    ts = [kernel for q in qs for kernel in middle_and_grad(q)]
+    return [*ts, product(wide(ps).turned, 1), *map(added, qs), *rank_grad_triton(wide(ps))]
+
+
+# Layers of one input: x is read once for all z and once for all da, and dx is written once and added to by the GEMMs.
+TOGETHER = {
+    "library-together": GroupDesign(
+        "library for layers of one input: all z by one GEMM, all da by another, dx summed by the GEMMs",
+        _library_forward,
+        _library_backward,
+    ),
+    "triton-skinny-together": GroupDesign(
+        "triton-skinny for layers of one input, likewise: all z by one kernel, all t a by one, all da by one",
+        _skinny_forward,
+        _skinny_backward,
+    ),
+}
+
+
+def designs(ps: Sequence[Problem]) -> list[str]:
+    """The names of the designs for one layer, or for several of one input."""
+    return [*DESIGNS, *(TOGETHER if len(ps) > 1 else ())]
+
+
+def kernels(design: str, *ps: Problem) -> dict[str, list[Kernel]]:
+    """A design's kernels by mode; ``ps`` are the forward's problems, a step is a forward and a backward.
+
+    Several are of layers of one input. Where a design is one layer's, they run one after the other and autograd adds
+    up their dx, those of ``frozen`` too: a design whose GEMMs sum dx may be below the floor.
+    """
+    if design in TOGETHER:
+        forward, backward = list(TOGETHER[design].forward(ps)), list(TOGETHER[design].backward(ps))
+    else:
+        forward = [kernel for p in ps for kernel in DESIGNS[design].forward(p)]
+        backward = [kernel for p in ps for kernel in DESIGNS[design].backward(p, p.turned)]
+        backward += (len(ps) - 1) * [sweep(ps[0].turned, 3)]
     return {"forward": forward, "backward": backward, "step": forward + backward}
 
 
-def minimum(p: Problem) -> dict[str, Kernel]:
+def minimum(*ps: Problem) -> dict[str, Kernel]:
     """The least of any design: the FLOPs of ``Case.theory``, each argument and result moved once; t is not kept."""
-    base, low_rank = gemm(p).flops, 2.0 * p.m * p.r * (p.k + p.n)
-    forward = Kernel(base + low_rank, p.moved(x=1, w=1, y=1, z=1, a=1, b=1))
-    backward = Kernel(base + 2 * low_rank, p.moved(x=2, w=1, y=1, z=1, a=2, b=2))
-    return {"forward": forward, "backward": backward}
+    base, low_rank = sum(gemm(p).flops for p in ps), sum(2.0 * p.m * p.r * (p.k + p.n) for p in ps)
+    # One x, and one dx.
+    own, shared = [p.moved(w=1, y=1, z=1, a=1, b=1) for p in ps], ps[0].moved(x=1)
+    grads = sum(p.moved(a=1, b=1) for p in ps)
+    forward = Kernel(base + low_rank, shared + sum(own))
+    return {"forward": forward, "backward": Kernel(base + 2 * low_rank, 2 * shared + sum(own) + grads)}

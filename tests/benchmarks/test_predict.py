@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.cases import LAYERS, MODES, Case
+from benchmarks.cases import GROUPS, LAYERS, MODES, Case
 from benchmarks.predict import command as predict
 from benchmarks.predict import cost
 from benchmarks.predict.command import DEVICES, Prediction
@@ -177,6 +177,71 @@ def test_nothing_goes_below_the_minimum() -> None:
                 work = cost.kernels(design, p)[mode]
                 assert sum(kernel.flops for kernel in work) >= least.flops, (design, mode, p)
                 assert sum(kernel.bytes for kernel in work) >= least.bytes, (design, mode, p)
+
+
+def test_bytes_of_a_group_by_hand() -> None:
+    """Two layers of one x [8, 3]: what is of its size moves once where they run together."""
+    m, k, r = 8, 3, 2
+    first, second = problem(k, 5, r, m), problem(k, 7, r, m)
+    x, z, a = 2 * m * k, 2 * m * r, 2 * r * k
+    (w0, y0, b0), (w1, y1, b1) = ((2 * k * n, 2 * m * n, 2 * r * n) for n in (5, 7))
+    together = {design: cost.kernels(design, first, second) for design in cost.TOGETHER}
+    assert {design: [kernel.bytes for kernel in work["forward"]] for design, work in together.items()} == {
+        "library-together": [
+            *(4 * a, x + 2 * a + 2 * z, 4 * z),
+            *(x + w0 + y0, z + b0 + 2 * y0, x + w1 + y1, z + b1 + 2 * y1),
+        ],
+        "triton-skinny-together": [
+            x + 2 * a + 2 * z,
+            *(z + b0 + y0, x + w0 + 2 * y0, z + b1 + y1, x + w1 + 2 * y1),
+        ],
+    }
+    assert {design: [kernel.bytes for kernel in work["backward"]] for design, work in together.items()} == {
+        "library-together": [
+            *(y0 + b0 + z, y1 + b1 + z, 8 * z + 4 * a),
+            *(2 * z + 2 * a + x, y0 + w0 + 2 * x, y1 + w1 + 2 * x),
+            *(x + 2 * z + 2 * a, y0 + z + b0, y1 + z + b1),
+        ],
+        "triton-skinny-together": [
+            *(y0 + 2 * b0 + 2 * z, y1 + 2 * b1 + 2 * z),
+            *(2 * z + 2 * a + x, y0 + w0 + 2 * x, y1 + w1 + 2 * x),
+            x + 2 * z + 2 * a,
+        ],
+    }
+    for design in DESIGNS:
+        alone, each = cost.kernels(design, first, second), [cost.kernels(design, p) for p in (first, second)]
+        assert alone["forward"] == each[0]["forward"] + each[1]["forward"]
+        # Autograd reads both dx and writes their sum.
+        assert alone["backward"] == [*each[0]["backward"], *each[1]["backward"], Kernel(0.0, 3 * x)]
+    least, of_each = cost.minimum(first, second), [cost.minimum(p) for p in (first, second)]
+    for mode, times in {"forward": 1, "backward": 2}.items():
+        assert least[mode].bytes == sum(one[mode].bytes for one in of_each) - times * x
+        assert least[mode].flops == sum(one[mode].flops for one in of_each)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("r", [16, 64])
+def test_a_group_together_is_no_slower_than_its_layers_alone(group: str, r: int) -> None:
+    rows = list(predict.predict(Case(group, 8192, r, "bf16", 0.0), H200))
+    of = {(row.design, row.mode): row.ratio for row in rows}
+    assert {row.design for row in rows} == {*DESIGNS, *cost.TOGETHER}
+    assert {of["frozen", mode] for mode in MODES} == {1.0}
+    for mode in MODES:
+        assert of["library-together", mode] < of["library", mode] < of["plain", mode]
+        assert of["triton-skinny-together", mode] < of["triton-skinny", mode]
+    for row in rows:
+        if row.design in cost.TOGETHER:
+            assert row.bytes >= row.compulsory_bytes
+            assert row.ratio >= row.theory or row.mode != "forward"
+
+
+def test_what_takes_several_layers_says_so_of_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--layer", "64x64", "64x32+32", "--rank", "8", "--design", "frozen", "library-together") == 0
+    single, several = capsys.readouterr().out.split("\n\n")[1:3]
+    assert "library-together" not in single
+    assert "library-together" in several
+    assert run("--layer", "64x64", "--rank", "8", "--design", "library-together") == 0
+    assert "library-together take layers of one input" in capsys.readouterr().out
 
 
 def test_a_kernel_takes_the_longer_of_arithmetic_and_traffic() -> None:
