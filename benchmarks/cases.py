@@ -248,7 +248,8 @@ PROFILES = {
                 _sweep(["roberta-base.query"], [512], [8], ["fp32", "bf16"], [0.0, 0.1]),
                 _sweep(["gpt2.attn"], [512], [8], ["fp32", "bf16"]),
                 _sweep(["llama3.2-1b.kv"], [64, 256, 1024], [16], ["bf16"]),
-                _sweep(["llama3.2-1b.q"], [256], [16], ["fp32", "bf16"]),
+                _sweep(["llama3.2-1b.qkv"], [256], [16], ["fp32", "bf16"]),
+                _sweep(["llama3.2-1b.gate_up"], [64], [16], ["bf16"]),
                 _sweep([HOST_LAYER], [1], [8], ["fp32"], [0.0, 0.1]),
             ),
         ),
@@ -277,6 +278,7 @@ PROFILES = {
                     [0.0, 0.1],
                 ),
                 _sweep(["llama3.2-1b.q", "llama3.2-1b.kv", "llama3.2-1b.gate"], [256, 1024], [16], ["fp32", "bf16"]),
+                _sweep(["llama3.2-1b.qkv", "llama3.2-1b.gate_up"], [64, 256, 1024], [16], ["fp32", "bf16"]),
                 _sweep([HOST_LAYER], [1], [8], ["fp32", "bf16"], [0.0, 0.1]),
             ),
         ),
@@ -291,6 +293,7 @@ PROFILES = {
                 _sweep(["llama3-8b.q", "llama3-70b.gate"], [8192], [16], ["bf16"], [0.0, 0.1]),
                 _sweep(["llama3-8b.q", "llama3-70b.gate"], [8192], [64], ["bf16"]),
                 _sweep(["llama3-8b.kv", "llama3-8b.gate", "llama3-8b.down"], [8192], [16], ["bf16"]),
+                _sweep(["llama3-8b.qkv", "llama3-8b.gate_up"], [8192], [16], ["bf16"]),
                 _sweep([HOST_LAYER], [1], [8], ["bf16"], [0.0, 0.1]),
             ),
         ),
@@ -301,7 +304,10 @@ PROFILES = {
             kind=Case,
             sweeps=(
                 _sweep([*_LLAMA, *_LLAMA_70B, *_QWEN], [8192], [16], ["bf16"], [0.0, 0.1]),
-                _sweep(["llama3-8b.q", "llama3-8b.kv"], [2048, 4096, 8192, 16384, 32768], [16], ["bf16"]),
+                _sweep(
+                    ["llama3-8b.q", "llama3-8b.kv", "llama3-8b.qkv"], [2048, 4096, 8192, 16384, 32768], [16], ["bf16"]
+                ),
+                _sweep(["llama3-8b.qkv", "llama3-8b.gate_up"], [8192], [16, 64], ["bf16"], [0.0, 0.1]),
                 _sweep(["llama3-8b.q", "llama3-70b.gate"], [8192], [8, 16, 64, 128], ["bf16"]),
                 _sweep(["llama3-8b.q"], [8192], [16], ["fp16", "fp32"]),
                 _sweep(_SMALL, [8192], [8], ["bf16"]),
