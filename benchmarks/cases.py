@@ -69,6 +69,12 @@ GROUPS = {
     "llama3-8b.gate_up": ("llama3-8b.gate", "llama3-8b.gate"),
 }
 
+# Gate, up and down of a gated MLP, by their names.
+MLPS = {
+    "llama3.2-1b.mlp": ("llama3.2-1b.gate", "llama3.2-1b.gate", "llama3.2-1b.down"),
+    "llama3-8b.mlp": ("llama3-8b.gate", "llama3-8b.gate", "llama3-8b.down"),
+}
+
 
 def layer_named(name: str) -> Layer:
     """A layer of LAYERS, or ``KxN`` such as ``4096x14336``: in_features and out_features, no bias.
@@ -84,13 +90,13 @@ def layer_named(name: str) -> Layer:
 
 
 def branches_of(name: str) -> tuple[str, ...]:
-    """The names of a case's layers: those of GROUPS, or of ``KxN+N``, such as ``4096x1024+1024``; else the one layer.
+    """The names of a case's layers: those of GROUPS, MLPS or ``KxN+N``, such as ``4096x1024+1024``; else of the layer.
 
     Raises:
         ValueError: there is no such layer.
     """
-    if name in GROUPS:
-        return GROUPS[name]
+    if several := GROUPS.get(name) or MLPS.get(name):
+        return several
     if name not in LAYERS and re.fullmatch(r"[1-9]\d*x[1-9]\d*(\+[1-9]\d*)+", name):
         k, _, ns = name.partition("x")
         return tuple(f"{k}x{n}" for n in ns.split("+"))
@@ -101,12 +107,12 @@ def branches_of(name: str) -> tuple[str, ...]:
 def _unknown(name: str) -> str:
     return (
         f"unknown layer {name!r}: expected KxN, such as 4096x14336, or one of {', '.join(LAYERS)}; of layers of one "
-        f"input KxN+N, or one of {', '.join(GROUPS)}"
+        f"input KxN+N, or one of {', '.join(GROUPS)}; of MLPs one of {', '.join(MLPS)}"
     )
 
 
 class Case(NamedTuple):
-    """One layer, or several of one input, at one size: every arm runs this, in every mode."""
+    """One layer, several of one input, or an MLP, at one size: every arm runs this, in every mode."""
 
     layer: str
     m: int
@@ -118,6 +124,11 @@ class Case(NamedTuple):
     def branches(self) -> tuple[Case, ...]:
         """The case of each of its layers; of one layer itself."""
         return tuple(self._replace(layer=name) for name in branches_of(self.layer))
+
+    @property
+    def is_mlp(self) -> bool:
+        """True where its layers are gate, up and down: ``down(silu(gate(x)) * up(x))``."""
+        return self.layer in MLPS
 
     @property
     def k(self) -> int:
@@ -278,7 +289,12 @@ PROFILES = {
                     [0.0, 0.1],
                 ),
                 _sweep(["llama3.2-1b.q", "llama3.2-1b.kv", "llama3.2-1b.gate"], [256, 1024], [16], ["fp32", "bf16"]),
-                _sweep(["llama3.2-1b.qkv", "llama3.2-1b.gate_up"], [64, 256, 1024], [16], ["fp32", "bf16"]),
+                _sweep(
+                    ["llama3.2-1b.qkv", "llama3.2-1b.gate_up", "llama3.2-1b.mlp"],
+                    [64, 256, 1024],
+                    [16],
+                    ["fp32", "bf16"],
+                ),
                 _sweep([HOST_LAYER], [1], [8], ["fp32", "bf16"], [0.0, 0.1]),
             ),
         ),
@@ -293,7 +309,7 @@ PROFILES = {
                 _sweep(["llama3-8b.q", "llama3-70b.gate"], [8192], [16], ["bf16"], [0.0, 0.1]),
                 _sweep(["llama3-8b.q", "llama3-70b.gate"], [8192], [64], ["bf16"]),
                 _sweep(["llama3-8b.kv", "llama3-8b.gate", "llama3-8b.down"], [8192], [16], ["bf16"]),
-                _sweep(["llama3-8b.qkv", "llama3-8b.gate_up"], [8192], [16], ["bf16"]),
+                _sweep(["llama3-8b.qkv", "llama3-8b.gate_up", "llama3-8b.mlp"], [8192], [16], ["bf16"]),
                 _sweep([HOST_LAYER], [1], [8], ["bf16"], [0.0, 0.1]),
             ),
         ),
@@ -307,7 +323,7 @@ PROFILES = {
                 _sweep(
                     ["llama3-8b.q", "llama3-8b.kv", "llama3-8b.qkv"], [2048, 4096, 8192, 16384, 32768], [16], ["bf16"]
                 ),
-                _sweep(["llama3-8b.qkv", "llama3-8b.gate_up"], [8192], [16, 64], ["bf16"], [0.0, 0.1]),
+                _sweep(["llama3-8b.qkv", "llama3-8b.gate_up", "llama3-8b.mlp"], [8192], [16, 64], ["bf16"], [0.0, 0.1]),
                 _sweep(["llama3-8b.q", "llama3-70b.gate"], [8192], [8, 16, 64, 128], ["bf16"]),
                 _sweep(["llama3-8b.q"], [8192], [16], ["fp16", "fp32"]),
                 _sweep(_SMALL, [8192], [8], ["bf16"]),

@@ -32,7 +32,7 @@ CASES = (
     if ON_GPU
     else [
         Case("64x48", 40, 8, "fp32", 0.0),
-        Case("64x48+16", 40, 8, "fp32", 0.0),
+        Case("256x192+64", 40, 8, "fp32", 0.0),
         Case("roberta-base.query", 64, 8, "bf16", 0.1),
     ]
 )

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import fastlora
@@ -69,7 +70,7 @@ def absent(arms: Iterable[Arm], device: torch.device) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Built:
-    """A layer ready to call, or several, which give a tuple.
+    """A layer ready to call, an MLP, or several of one input, which give a tuple.
 
     ``trained`` maps the name of each gradient (``da``, ``db``; ``dw``, ``dbias``; of several layers with the number
     behind it) to the tensor it belongs to, ``base`` is whether the layer has no adapter, and ``kernel`` the one that
@@ -92,7 +93,7 @@ def outputs(y: Tensor | tuple[Tensor, ...]) -> dict[str, Tensor]:
 
 
 def each_layer(build: Callable[[Case, Operands, float], Built]) -> Build:
-    """Builds several layers, too: each by itself, called one after the other."""
+    """Builds several layers, too: each by itself, called one after the other, in an MLP with torch between them."""
 
     @functools.wraps(build)
     def build_all(case: Case, o: Operands | Together, p: float) -> Built:
@@ -100,6 +101,9 @@ def each_layer(build: Callable[[Case, Operands, float], Built]) -> Build:
             return build(case, o, p)
         parts = [build(of, operands, p) for of, operands in zip(case.branches, o.branches, strict=True)]
         layers = [part.layer for part in parts]
+        if case.is_mlp:
+            gate, up, down = layers
+            return combined(parts, lambda x: down(F.silu(gate(x)) * up(x)))
         return combined(parts, lambda x: tuple(layer(x) for layer in layers))
 
     return build_all

@@ -6,6 +6,7 @@ imported when an arm is built; the arms of other fused kernels are in ``peers``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -157,8 +158,9 @@ def _alone(wide: bool = False) -> Build:
             o.linear(), r=case.r, lora_alpha=o.scale * case.r, lora_dropout=p, adapter_dtype=dtype
         )
         a, b = layer.lora_A, layer.lora_B = o.adapters(dtype)
-        forward = choice(o.xs[0], layer.weight, a, b, bias=layer.bias, dropout_p=p)
-        backward = choice(o.dys[0], o.w.T, b.T, a.T)
+        x, dy = o.w.new_empty(case.m, case.k), o.w.new_empty(case.m, case.n)
+        forward = choice(x, layer.weight, a, b, bias=layer.bias, dropout_p=p)
+        backward = choice(dy, o.w.T, b.T, a.T)
         if refusal := forward.refusal or backward.refusal:
             raise AbsentError(refusal)
         kernels = dict.fromkeys(each.kernel or "" for each in (forward, backward))
@@ -168,7 +170,7 @@ def _alone(wide: bool = False) -> Build:
 
 
 def _fastlora(wide: bool = False) -> Build:
-    """The layer; several of one input by lora_linear_group."""
+    """The layer; several of one input by lora_linear_group, an MLP by lora_swiglu_mlp."""
 
     def build(case: Case, o: Operands | Together, p: float) -> Built:
         alone = _alone(wide)(case, o, p)
@@ -177,6 +179,8 @@ def _fastlora(wide: bool = False) -> Build:
         weights, biases = [each.w for each in o.branches], [each.bias for each in o.branches]
         a_s, bs = ([alone.trained[f"{name}{i}"] for i in range(len(weights))] for name in ("da", "db"))
         scales = [each.scale for each in o.branches]
+        if case.is_mlp:
+            return replace(alone, layer=_mlp(weights, a_s, bs, scales, biases, p))
 
         def layer(x: Tensor) -> tuple[Tensor, ...]:
             return fastlora.lora_linear_group(x, weights, a_s, bs, scales=scales, biases=biases, dropout_ps=p)
@@ -184,6 +188,16 @@ def _fastlora(wide: bool = False) -> Build:
         return replace(alone, layer=layer)
 
     return build
+
+
+def _mlp(*operands: Any) -> Callable[[Tensor], Tensor]:
+    if not hasattr(fastlora, "lora_swiglu_mlp"):
+        raise AbsentError("this fastlora has no lora_swiglu_mlp")
+    ours: Any = fastlora
+    *of_each, p = operands
+    gate, up, down = (ours.Branch(*values, p) for values in zip(*of_each, strict=True))
+    multiply = ours.lora_swiglu_mlp
+    return lambda x: multiply(x, gate, up, down)
 
 
 def _one_by_one(case: Case, o: Operands | Together, p: float) -> Built:
@@ -263,9 +277,12 @@ def arms() -> dict[str, LayerArm]:
             require=_needs_inductor,
         ),
         LayerArm(
-            "fastlora", "fastlora, kernel chosen by itself; layers of one input together", _fastlora(), own_mask=True
+            "fastlora",
+            "fastlora, kernel chosen by itself; layers of one input, or of an MLP, together",
+            _fastlora(),
+            own_mask=True,
         ),
-        LayerArm("fastlora-alone", "layers of one input one after the other", _one_by_one, own_mask=True),
+        LayerArm("fastlora-alone", "such layers one after the other", _one_by_one, own_mask=True),
         LayerArm("fastlora-fp32", "the same with float32 adapters", _fastlora(wide=True), own_mask=True),
         *map(_forced, KERNELS),
     ]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
 from fastlora.clock import Clock
 
-from ..cases import DTYPES, FLOOR, GROUPS, LAYERS, MODES, PROFILES, Case
+from ..cases import DTYPES, FLOOR, GROUPS, LAYERS, MLPS, MODES, PROFILES, Case
 from ..measure import runner
 from ..measure.failures import AbsentError
 from ..measure.runner import Doing, layer_name, positive, probability
@@ -49,7 +49,13 @@ def run(args: argparse.Namespace) -> int:
         about = {name: arm.about for name, arm in arms().items()}
         print(
             runner.listing(
-                PROFILES, {"layers (or KxN)": _layers(), "of one input (or KxN+N)": _groups(), "arms": about}
+                PROFILES,
+                {
+                    "layers (or KxN)": _layers(),
+                    "of one input (or KxN+N)": _several(GROUPS),
+                    "MLPs": _several(MLPS),
+                    "arms": about,
+                },
             )
         )
         return 0
@@ -86,5 +92,5 @@ def _layers() -> dict[str, str]:
     return {name: f"K={layer.k} N={layer.n}{' with bias' if layer.bias else ''}" for name, layer in LAYERS.items()}
 
 
-def _groups() -> dict[str, str]:
-    return {name: ", ".join(layers) for name, layers in GROUPS.items()}
+def _several(known: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    return {name: ", ".join(layers) for name, layers in known.items()}

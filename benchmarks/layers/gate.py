@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora.accuracy import Errors, compare, reference_step
+from fastlora.backends import reference
 from fastlora.backends.dropout import draw_seed
 from fastlora.backends.request import Product
 
@@ -19,7 +21,7 @@ _SEED = 20
 _LEAST_TOKENS = 64
 
 Products = dict[str, Tensor]
-Step = Callable[[Product, Tensor], Products]
+Step = Callable[[Product, Tensor | None], Products]
 
 
 class Gate:
@@ -81,10 +83,25 @@ class Gate:
             Product(o.xs[0], each.w, each.a, each.b, each.scale, each.bias, p, seed)
             for each, seed in zip(o.branches, seeds, strict=True)
         ]
-        dys = [each.dys[0] for each in o.branches]
+        dys = [each.dys[0] for each in o.branches if each.dys]
         step = _base_step if base else _lora_step
-        exact = [product.map(Tensor.double) for product in products]
-        return _together(step, exact, [dy.double() for dy in dys]), _together(step, products, dys)
+        exact, exact_dys = [product.map(Tensor.double) for product in products], [dy.double() for dy in dys]
+        if self.case.is_mlp:
+            return _mlp(step, exact, *exact_dys), _mlp(step, products, *dys)
+        return _together(step, exact, exact_dys), _together(step, products, dys)
+
+
+def _mlp(step: Step, products: Sequence[Product], dy: Tensor) -> Products:
+    """What an MLP of gate, up and down gives, with the layer's number behind the name of what is its own."""
+    gate, up, down = products
+    g, u = (step(p, None)["y"].requires_grad_() for p in (gate, up))
+    with torch.enable_grad():
+        h = F.silu(g) * u
+    last = step(down._replace(x=h.detach()), dy)
+    dg, du = torch.autograd.grad(h, (g, u), last["dx"])
+    steps = [step(gate, dg), step(up, du), last]
+    own = {f"{name}{i}": t for i, made in enumerate(steps) for name, t in made.items() if name not in ("y", "dx")}
+    return own | {"y": last["y"], "dx": steps[0]["dx"] + steps[1]["dx"]}
 
 
 def _together(step: Step, products: Sequence[Product], dys: Sequence[Tensor]) -> Products:
@@ -96,13 +113,18 @@ def _together(step: Step, products: Sequence[Product], dys: Sequence[Tensor]) ->
     return found | {"dx": torch.stack([made["dx"] for made in steps]).sum(0)}
 
 
-def _lora_step(product: Product, dy: Tensor) -> Products:
-    return reference_step(product, dy)._asdict()
+def _lora_step(product: Product, dy: Tensor | None) -> Products:
+    """y, dx, da and db of a LoRA layer, in the dtype of x; without dy y alone."""
+    if dy is not None:
+        return reference_step(product, dy)._asdict()
+    y = reference.lora_matmul(product)[0]
+    assert y is not None
+    return {"y": y}
 
 
-def _base_step(product: Product, dy: Tensor) -> Products:
-    """y, dx, dw and dbias of the base layer alone, in the dtype of x."""
+def _base_step(product: Product, dy: Tensor | None) -> Products:
+    """y, dx, dw and dbias of the base layer alone, in the dtype of x; without dy y alone."""
     x, w, bias = product.x, product.w, product.bias
     assert w is not None
-    y = x @ w.T
-    return {"y": y if bias is None else y + bias, "dx": dy @ w, "dw": dy.T @ x, "dbias": dy.sum(0)}
+    y = x @ w.T if bias is None else x @ w.T + bias
+    return {"y": y} if dy is None else {"y": y, "dx": dy @ w, "dw": dy.T @ x, "dbias": dy.sum(0)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -47,19 +46,14 @@ class Operands:
 
 @dataclass(frozen=True)
 class Together:
-    """Several layers of one input: the operands of each, their one x, and a tuple of dys of each copy."""
+    """Several layers: the operands of each, COPIES of their one x, and of a dy, or of a tuple with the dy of each.
+
+    In an MLP gate and up have no dy, and down no x.
+    """
 
     branches: tuple[Operands, ...]
-
-    @property
-    def xs(self) -> tuple[Tensor, ...]:
-        """COPIES of x [M, K]."""
-        return self.branches[0].xs
-
-    @functools.cached_property
-    def dys(self) -> tuple[tuple[Tensor, ...], ...]:
-        """COPIES of the dy [M, N] of each layer."""
-        return tuple(zip(*(branch.dys for branch in self.branches), strict=True))
+    xs: tuple[Tensor, ...]
+    dys: tuple[Tensor, ...] | tuple[tuple[Tensor, ...], ...]
 
 
 def frozen_tensors(o: Operands | Together) -> list[Tensor]:
@@ -76,15 +70,19 @@ def make_operands(case: Case, device: torch.device) -> Operands | Together:
         return values.to(case.torch_dtype)
 
     xs = tuple(normal(case.m, case.k).requires_grad_() for _ in range(COPIES))
+    ends = range(len(case.branches))[-1:] if case.is_mlp else range(len(case.branches))
     branches = tuple(
         Operands(
-            xs=xs,
-            dys=tuple(normal(of.m, of.n) for _ in range(COPIES)),
+            xs=() if case.is_mlp and i in ends else xs,
+            dys=tuple(normal(of.m, of.n) for _ in range(COPIES if i in ends else 0)),
             w=normal(of.n, of.k, variance=1 / of.k),
             bias=normal(of.n) if of.bias else None,
             a=normal(of.r, of.k, variance=1 / of.k),
             b=normal(of.n, of.r, variance=1 / of.r),
         )
-        for of in case.branches
+        for i, of in enumerate(case.branches)
     )
-    return branches[0] if len(branches) == 1 else Together(branches)
+    if len(branches) == 1:
+        return branches[0]
+    dys = [branches[i].dys for i in ends]
+    return Together(branches, xs, dys[0] if case.is_mlp else tuple(zip(*dys, strict=True)))

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..cases import DTYPES, GROUPS, LAYERS, MODES, Case
+from ..cases import DTYPES, GROUPS, LAYERS, MLPS, MODES, Case
 from ..measure.runner import layer_name, number, positive
 from .cost import DESIGNS, TOGETHER, Device, Kernel, Problem, designs, gemm, in_whole_waves, kernels, minimum
 
@@ -113,7 +113,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="full: every Llama-3 and Qwen layer and group",
     )
     axes = parser.add_argument_group("axes", "each replaces the profile's own; several values make a product")
-    axes.add_argument("--layer", nargs="+", type=layer_name, metavar="NAME", help="named layers, KxN, or KxN+N")
+    axes.add_argument("--layer", nargs="+", type=_layer, metavar="NAME", help="named layers, KxN, or KxN+N")
     axes.add_argument("--tokens", nargs="+", type=positive, default=[8192], metavar="M", help="tokens (default: 8192)")
     axes.add_argument("--rank", nargs="+", type=positive, metavar="R", help="ranks")
     parser.add_argument("--design", nargs="+", choices=_KNOWN, default=list(_KNOWN), help="only these")
@@ -245,6 +245,13 @@ def _device(args: argparse.Namespace) -> Device:
         1e12 * args.bandwidth if args.bandwidth else device.bytes_per_s,
         args.sms or device.sms,
     )
+
+
+def _layer(text: str) -> str:
+    name = layer_name(text)
+    if name in MLPS:
+        raise argparse.ArgumentTypeError(f"no design here is of a whole MLP such as {name}: expected a layer or group")
+    return name
 
 
 def _rate(text: str) -> float:

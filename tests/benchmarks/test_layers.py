@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main
-from benchmarks.cases import FLOOR, GROUPS, LAYERS, MODES, PROFILES, Case, branches_of
+from benchmarks.cases import FLOOR, GROUPS, LAYERS, MLPS, MODES, PROFILES, Case, Layer, branches_of
 from benchmarks.layers import arm as layers_arm
 from benchmarks.layers import arms as layers_arms
 from benchmarks.layers import case as layers_case
@@ -34,7 +34,8 @@ from fastlora.clock import Clock, shuffled
 pytestmark = pytest.mark.usefixtures("no_interpreter")
 
 CPU = torch.device("cpu")
-GROUP = "64x48+32+16"
+# Of no fewer elements: the largest error of a few hundred is no yardstick.
+GROUP = "768x512+256+128"
 TINY = ["--layer", "host", "--tokens", "24", "--rank", "4", "--rounds", "2"]
 
 
@@ -293,7 +294,7 @@ def test_every_result_of_a_group_is_checked(dropout):
     assert errors == of_each | dict.fromkeys(["fastlora", "fastlora-alone"], of_each["plain"])
     assert [(row.status, row.reason) for row in rows] == [("ok", None)] * 5
     assert {row.gate_dropout for row in rows[-2:]} == {dropout}
-    assert (rows[0].k, rows[0].n, rows[0].ratio) == (64, 96, 1)
+    assert (rows[0].k, rows[0].n, rows[0].ratio) == (768, 896, 1)
 
 
 def test_a_group_with_one_wrong_layer_gets_no_speed():
@@ -338,6 +339,63 @@ def test_a_group_keeps_the_middles_of_its_layers_alone():
     for arm in contestants("fastlora", "fastlora-alone", "addmm"):
         assert kept_bytes(arm.build(case, operands, 0.0), operands) == 2 * 400 * 8 * 2, arm.name
     assert kept_bytes(contestants(FLOOR)[0].build(case, operands, 0.0), operands) == 0
+
+
+@pytest.fixture
+def mlp(monkeypatch):
+    """The name of a small MLP with biases."""
+    sizes = {"tiny.gate": Layer(384, 512, True), "tiny.down": Layer(512, 256, True)}
+    for name, layer in sizes.items():
+        monkeypatch.setitem(LAYERS, name, layer)
+    monkeypatch.setitem(MLPS, "tiny.mlp", ("tiny.gate", "tiny.gate", "tiny.down"))
+    return "tiny.mlp"
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_every_arm_of_an_mlp_is_right_or_absent(mlp, dtype, dropout):
+    chosen = [arm for name, arm in arms().items() if not arm.by_name_only and "compiled" not in name]
+    rows = {row.arm: row for row in run_tiny(chosen, ["step"], dropout, dtype, layer=mlp)}
+    assert {row.status for row in rows.values()} == {"ok", "absent"}, [
+        f"{row.arm}: {row.reason}" for row in rows.values() if row.status == "wrong"
+    ]
+    lora = {"y", "dx", *(f"{kind}{i}" for kind in ("da", "db") for i in range(3))}
+    full = {"y", "dx", *(f"{kind}{i}" for kind in ("dw", "dbias") for i in range(3))}
+    assert set(rows[FLOOR].errors) == {"y", "dx"}
+    assert set(rows["full"].errors) == full
+    for name in ("plain", "peft-same", "fastlora-alone"):
+        assert set(rows[name].errors) == lora
+    assert rows["fastlora-alone"].gate_dropout == dropout
+    if rows["fastlora"].status == "absent":
+        assert rows["fastlora"].reason == "this fastlora has no lora_swiglu_mlp"
+    else:
+        assert set(rows["fastlora"].errors) == lora
+
+
+def test_an_mlp_is_gate_up_and_down(mlp):
+    for name, (gate, up, down) in MLPS.items():
+        assert branches_of(name) == (gate, up, down)
+        assert LAYERS[gate] == LAYERS[up]
+        assert LAYERS[gate].n == LAYERS[down].k
+    case = Case(mlp, 40, 8, "fp32", 0.0)
+    assert case.theory("forward") == 1 + 8 * (2 * (384 + 512) + 512 + 256) / (2 * 384 * 512 + 512 * 256)
+    operands = make_operands(case, CPU)
+    assert [dy.shape for dy in operands.dys] == 3 * [(40, 256)]
+    # silu keeps g, the product silu(g) and u, down h; the layers their middles.
+    (plain,) = contestants("plain")
+    assert kept_bytes(plain.build(case, operands, 0.0), operands) == 4 * (40 * 512 * 4 + 3 * 40 * 8)
+
+
+@pytest.mark.parametrize("wrong", ["da0", "db2"])
+def test_an_mlp_with_a_wrong_gradient_gets_no_speed(mlp, wrong):
+    def build(case, operands, p):
+        built = contestants("plain")[0].build(case, operands, p)
+        built.trained[wrong].register_hook(lambda gradient: 1.01 * gradient)
+        return built
+
+    row = run_tiny([*contestants(FLOOR), LayerArm("wrong", "one gradient is", build)], ["step"], layer=mlp)[1]
+    assert (row.status, row.ms) == ("wrong", None)
+    assert row.reason.startswith(f"{wrong}: rms error")
 
 
 def test_fastlora_stores_no_mask_and_plain_lora_does():
@@ -484,7 +542,7 @@ def test_unknown_names_list_the_known_ones(option, capsys):
     with pytest.raises(SystemExit) as stop:
         main([option, "nonsense"])
     assert stop.value.code == 2
-    known = {"--layer": (*LAYERS, *GROUPS), "--arm": arms(), "--profile": PROFILES["cpu"], "--mode": MODES}
+    known = {"--layer": (*LAYERS, *GROUPS, *MLPS), "--arm": arms(), "--profile": PROFILES["cpu"], "--mode": MODES}
     message = capsys.readouterr().err
     assert all(name in message for name in known.get(option, ("bf16", "fp16", "fp32")))
 
@@ -586,7 +644,7 @@ def test_a_wrong_row_makes_the_run_fail(tmp_path, monkeypatch):
 def test_list_names_everything(capsys):
     assert main(["layers", "--list"]) == 0
     listed = capsys.readouterr().out
-    assert all(name in listed for name in (*PROFILES["cpu"], *LAYERS, *GROUPS, *arms()))
+    assert all(name in listed for name in (*PROFILES["cpu"], *LAYERS, *GROUPS, *MLPS, *arms()))
 
 
 @pytest.mark.parametrize("command", ["layers", "model", "compare"])

@@ -373,6 +373,7 @@ def test_every_device_predicts(name: str, dtype: str) -> None:
         (["--layer", "0x64"], "unknown layer '0x64'"),
         (["--layer", "64x"], "unknown layer '64x'"),
         (["--layer", "64x64x64"], "unknown layer '64x64x64'"),
+        (["--layer", "llama3-8b.mlp"], "no design here is of a whole MLP"),
         (["--layer", "64x64+"], "unknown layer '64x64+'"),
         (["--layer", "64x64+0"], "unknown layer '64x64+0'"),
         (["--layer", "64X-64"], "unknown layer '64X-64'"),
