@@ -91,32 +91,29 @@ def _peft(wide: bool) -> Adapt:
     return adapt
 
 
-def _fastlora(wide: bool) -> Adapt:
+def _fastlora(wide: bool = False, groups: Literal["auto"] | None = "auto", mlp: bool = False) -> Adapt:
     def adapt(model: nn.Module, architecture: Architecture, case: ModelCase) -> Adapted:
-        model.requires_grad_(False)
-        adapters = {}
-        for name, module in targets(model, architecture):
-            layer = fastlora.LoRALinear.from_linear(
-                as_linear(module),
-                r=case.r,
-                lora_alpha=SCALE * case.r,
-                lora_dropout=case.dropout,
-                adapter_dtype=torch.float32 if wide else None,
-            )
-            model.set_submodule(name, layer)
-            adapters[name] = (layer.lora_A, layer.lora_B)
-        return Adapted(model, adapters)
+        names = [name for name, _ in targets(model, architecture)]
+        fastlora.inject(
+            model,
+            names,
+            r=case.r,
+            lora_alpha=SCALE * case.r,
+            lora_dropout=case.dropout,
+            adapter_dtype=torch.float32 if wide else case.torch_dtype,
+            groups=groups,
+            mlp=mlp,
+        )
+        layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
+        return Adapted(model, {n: (layer.lora_A["default"], layer.lora_B["default"]) for n, layer in layers.items()})
 
     return adapt
 
 
-def _patched(groups: Literal["auto"] | None) -> Adapt:
-    def adapt(model: nn.Module, architecture: Architecture, case: ModelCase) -> Adapted:
-        adapted = _peft(False)(model, architecture, case)
-        fastlora.patch_peft(adapted.model, groups=groups)
-        return adapted
-
-    return adapt
+def _patched(model: nn.Module, architecture: Architecture, case: ModelCase) -> Adapted:
+    adapted = _peft(False)(model, architecture, case)
+    fastlora.patch_peft(adapted.model)
+    return adapted
 
 
 class PlainLoRA(nn.Module):
@@ -152,10 +149,11 @@ def arms() -> dict[str, ModelArm]:
         ModelArm(FULL, "full fine-tuning: every weight trained", _full),
         ModelArm("peft-fp32", shipped, _peft(True), wide=True, require=peft),
         ModelArm("peft-same", "PEFT, adapters in the base's dtype", _peft(False), require=peft),
-        ModelArm("patched", "peft-same under fastlora.patch_peft: siblings together", _patched("auto"), require=peft),
-        ModelArm("patched-alone", "the same with every layer by itself", _patched(None), require=peft),
-        ModelArm("fastlora", "fastlora's own layers, kernel chosen by itself", _fastlora(False)),
-        ModelArm("fastlora-fp32", "the same with float32 adapters", _fastlora(True), wide=True),
+        ModelArm("patched", "peft-same under fastlora.patch_peft, siblings together", _patched, require=peft),
+        ModelArm("fastlora", "fastlora.inject, siblings together, kernel chosen by itself", _fastlora()),
+        ModelArm("fastlora-alone", "the same with every layer by itself", _fastlora(groups=None)),
+        ModelArm("fastlora-mlp", "fastlora with gated MLPs as one product, too", _fastlora(mlp=True)),
+        ModelArm("fastlora-fp32", "fastlora with float32 adapters", _fastlora(True), wide=True),
         *map(_forced, KERNELS),
     )
     return {arm.name: arm for arm in known}
@@ -163,4 +161,4 @@ def arms() -> dict[str, ModelArm]:
 
 def _forced(kernel: str) -> ModelArm:
     name, about = f"fastlora-{kernel}", f"fastlora forced to {kernel}"
-    return ModelArm(name, about, _fastlora(False), kernel=kernel, require=needs_kernel(kernel))
+    return ModelArm(name, about, _fastlora(), kernel=kernel, require=needs_kernel(kernel))

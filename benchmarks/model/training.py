@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import fastlora
+from fastlora.adapters.layer import AdaptedConv1D, AdaptedLinear
 from fastlora.clock import Work
 
 from ..cases import COPIES, ModelCase
@@ -55,6 +55,7 @@ class Training:
         base = build(architecture, case.torch_dtype, device, case.checkpointing)
         self.subject = arm.adapt(base, architecture, case)
         self.device = device
+        self._dropout = case.dropout
         self._tokens = case.batch * case.sequence
         self._batches = [random_batch(architecture, case.batch, case.sequence, device, i) for i in range(COPIES)]
         self._optimizer = torch.optim.AdamW(self.subject.trained, lr=_LEARNING_RATE, fused=True)
@@ -108,10 +109,11 @@ class Training:
         """The kernels that fastlora runs in its layers, such as ``library``; None where it has no layer."""
         chosen = set()
         for layer in self.subject.model.modules():
-            if isinstance(layer, fastlora.LoRALinear):
-                x = layer.weight.new_empty(self._tokens, layer.in_features)
-                a, b, p = layer.lora_A, layer.lora_B, layer.lora_dropout
-                chosen.add(choice(x, layer.weight, a, b, bias=layer.bias, dropout_p=p).kernel or "none")
+            if isinstance(layer, AdaptedLinear):
+                a, b = layer.lora_A["default"], layer.lora_B["default"]
+                w = layer.weight.T if isinstance(layer, AdaptedConv1D) else layer.weight
+                x = w.new_empty(self._tokens, w.shape[1])
+                chosen.add(choice(x, w, a, b, bias=layer.bias, dropout_p=self._dropout).kernel or "none")
         return "+".join(sorted(chosen)) or None
 
 

@@ -27,7 +27,7 @@ class _Style(NamedTuple):
 _STYLES = {
     "fastlora": _Style("#d62728", "o", 9),
     "patched": _Style("#393b79", "o", 7),
-    "patched-alone": _Style("#393b79", "x"),
+    "fastlora-mlp": _Style("#d62728", "*", 9),
     "fastlora-alone": _Style("#d62728", "x", 7),
     "fastlora-fp32": _Style("#ff9896", "o", 7),
     "plain": _Style("#7f7f7f", "s"),
