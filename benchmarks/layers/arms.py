@@ -6,7 +6,7 @@ imported when an arm is built; the arms of other fused kernels are in ``peers``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -176,11 +176,11 @@ def _fastlora(wide: bool = False) -> Build:
         alone = _alone(wide)(case, o, p)
         if isinstance(o, Operands):
             return alone
-        weights, biases = [each.w for each in o.branches], [each.bias for each in o.branches]
-        a_s, bs = ([alone.trained[f"{name}{i}"] for i in range(len(weights))] for name in ("da", "db"))
-        scales = [each.scale for each in o.branches]
+        a_s, bs = ([alone.trained[f"{name}{i}"] for i in range(len(o.branches))] for name in ("da", "db"))
         if case.is_mlp:
-            return replace(alone, layer=_mlp(weights, a_s, bs, scales, biases, p))
+            return replace(alone, layer=_mlp(o, a_s, bs, p))
+        weights, biases = [each.w for each in o.branches], [each.bias for each in o.branches]
+        scales = [each.scale for each in o.branches]
 
         def layer(x: Tensor) -> tuple[Tensor, ...]:
             return fastlora.lora_linear_group(x, weights, a_s, bs, scales=scales, biases=biases, dropout_ps=p)
@@ -190,14 +190,11 @@ def _fastlora(wide: bool = False) -> Build:
     return build
 
 
-def _mlp(*operands: Any) -> Callable[[Tensor], Tensor]:
-    if not hasattr(fastlora, "lora_swiglu_mlp"):
-        raise AbsentError("this fastlora has no lora_swiglu_mlp")
-    ours: Any = fastlora
-    *of_each, p = operands
-    gate, up, down = (ours.Branch(*values, p) for values in zip(*of_each, strict=True))
-    multiply = ours.lora_swiglu_mlp
-    return lambda x: multiply(x, gate, up, down)
+def _mlp(o: Together, a_s: Sequence[Tensor], bs: Sequence[Tensor], p: float) -> Callable[[Tensor], Tensor]:
+    gate, up, down = (
+        fastlora.Branch(each.w, a, b, each.scale, each.bias, p) for each, a, b in zip(o.branches, a_s, bs, strict=True)
+    )
+    return lambda x: fastlora.lora_swiglu_mlp(x, gate, up, down)
 
 
 def _one_by_one(case: Case, o: Operands | Together, p: float) -> Built:

@@ -30,6 +30,7 @@ from benchmarks.records.rows import STATUSES, LayerRow, Spread
 from benchmarks.records.tables import WIDTH, speedups
 from benchmarks.records.units import geometric_mean
 from fastlora.clock import Clock, shuffled
+from fastlora.ops import mlp as ops_mlp
 
 pytestmark = pytest.mark.usefixtures("no_interpreter")
 
@@ -353,7 +354,9 @@ def mlp(monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_every_arm_of_an_mlp_is_right_or_absent(mlp, dtype, dropout):
+def test_every_arm_of_an_mlp_is_right_or_absent(mlp, dtype, dropout, monkeypatch):
+    # Few tokens run layer by layer.
+    monkeypatch.setattr(ops_mlp, "_SMALL", 0)
     chosen = [arm for name, arm in arms().items() if not arm.by_name_only and "compiled" not in name]
     rows = {row.arm: row for row in run_tiny(chosen, ["step"], dropout, dtype, layer=mlp)}
     assert {row.status for row in rows.values()} == {"ok", "absent"}, [
@@ -363,16 +366,12 @@ def test_every_arm_of_an_mlp_is_right_or_absent(mlp, dtype, dropout):
     full = {"y", "dx", *(f"{kind}{i}" for kind in ("dw", "dbias") for i in range(3))}
     assert set(rows[FLOOR].errors) == {"y", "dx"}
     assert set(rows["full"].errors) == full
-    for name in ("plain", "peft-same", "fastlora-alone"):
+    for name in ("plain", "peft-same", "fastlora", "fastlora-alone", "fastlora-library"):
         assert set(rows[name].errors) == lora
-    assert rows["fastlora-alone"].gate_dropout == dropout
-    if rows["fastlora"].status == "absent":
-        assert rows["fastlora"].reason == "this fastlora has no lora_swiglu_mlp"
-    else:
-        assert set(rows["fastlora"].errors) == lora
+    assert rows["fastlora"].gate_dropout == rows["fastlora-alone"].gate_dropout == dropout
 
 
-def test_an_mlp_is_gate_up_and_down(mlp):
+def test_an_mlp_is_gate_up_and_down(mlp, monkeypatch):
     for name, (gate, up, down) in MLPS.items():
         assert branches_of(name) == (gate, up, down)
         assert LAYERS[gate] == LAYERS[up]
@@ -381,6 +380,10 @@ def test_an_mlp_is_gate_up_and_down(mlp):
     assert case.theory("forward") == 1 + 8 * (2 * (384 + 512) + 512 + 256) / (2 * 384 * 512 + 512 * 256)
     operands = make_operands(case, CPU)
     assert [dy.shape for dy in operands.dys] == 3 * [(40, 256)]
+    # Few tokens run layer by layer.
+    monkeypatch.setattr(ops_mlp, "_SMALL", 0)
+    (ours,) = contestants("fastlora")
+    assert kept_bytes(ours.build(case, operands, 0.0), operands) == 4 * (40 * 512 * 2 + 3 * 40 * 8)
     # silu keeps g, the product silu(g) and u, down h; the layers their middles.
     (plain,) = contestants("plain")
     assert kept_bytes(plain.build(case, operands, 0.0), operands) == 4 * (40 * 512 * 4 + 3 * 40 * 8)

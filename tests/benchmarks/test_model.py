@@ -33,6 +33,7 @@ from benchmarks.records.files import read
 from benchmarks.records.rows import ModelRow, Spread, from_json
 from benchmarks.records.tables import WIDTH, quotients
 from fastlora.clock import Clock
+from fastlora.ops import mlp as ops_mlp
 from fastlora.siblings import counts, group_of
 
 CPU = torch.device("cpu")
@@ -259,6 +260,14 @@ def test_siblings_run_together_but_where_they_are_to_run_alone(name, kind, group
     assert sorted(first for _, first in formed) == sorted(expected)
     assert (after.grouped > before.grouped) == bool(expected)
     assert after.wasted == before.wasted
+
+
+def test_an_mlp_as_one_product_keeps_less(monkeypatch):
+    # Few tokens run layer by layer.
+    monkeypatch.setattr(ops_mlp, "_SMALL", 0)
+    together, apart = (training(name, micro(sequence=64)).memory() for name in ("fastlora-mlp", "fastlora"))
+    # Of each of two MLPs act(g) and h.
+    assert apart.activation_bytes - together.activation_bytes == 2 * 2 * 4 * 2 * 64 * 96
 
 
 def test_every_arm_has_a_mark_of_its_own_in_pictures():
