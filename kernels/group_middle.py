@@ -81,6 +81,7 @@ def _group_middle_kernel(
     split = tl.program_id(1)
     first_m = block_m * BLOCK_M
     first_k = split * k_per_split
+    last_k = min(K, first_k + k_per_split)
     if ALONE:
         branch, block_c = branch_of_block(block_c, rank_0, rank_1, rank_2, rank_3, BLOCK_C)
         c = of_branch(branch, 0, begin_1, begin_2, begin_3) + block_c * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -98,15 +99,16 @@ def _group_middle_kernel(
     r = c - of_branch(branch, 0, begin_1, begin_2, begin_3)
     # Beyond a branch its last row is read again, which takes no mask; z has no such columns, or none that is read.
     r = tl.minimum(r, tl.maximum(of_branch(branch, rank_0, rank_1, rank_2, rank_3), 1) - 1)
+    m = first_m + tl.arange(0, BLOCK_M)
     k = first_k + tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + m.to(tl.int64)[:, None] * stride_xm + k.to(tl.int64)[None, :] * stride_xk
     a_rows = of_branch(branch, a_0_ptr, a_1_ptr, a_2_ptr, a_3_ptr) + r.to(tl.int64) * K
     acc_mc = skinny_product(
-        x_ptr, a_rows[None, :] + k[:, None], seed_ptr, threshold, first_m, first_k, k_per_split, M, K, None,
-        stride_xm, stride_xk, 1, DROPOUT, PRECISION, BLOCK_M, BLOCK_C, BLOCK_K,
+        x_ptrs, a_rows[None, :] + k[:, None], seed_ptr, threshold, first_m, first_k, last_k, r, M, K, None,
+        stride_xk, 1, DROPOUT, PRECISION, BLOCK_M, BLOCK_C, BLOCK_K,
     )  # fmt: skip
     acc_mc *= of_branch(branch, factor_0, factor_1, factor_2, factor_3)
 
-    m = first_m + tl.arange(0, BLOCK_M)
     z_ptrs = z_ptr + (split.to(tl.int64) * M + m.to(tl.int64))[:, None] * C + c[None, :]
     tl.store(z_ptrs, acc_mc.to(z_ptr.dtype.element_ty), mask=(m < M)[:, None] & (c < end_c)[None, :])
 

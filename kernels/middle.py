@@ -31,24 +31,20 @@ from .tiles import FULL_TWICE, middle_tile, split
 
 @triton.jit
 def skinny_product(
-    x_ptr, a_ptrs, seed_ptr, threshold, first_m, first_k, k_per_split, M, K, inside_r,
-    stride_xm, stride_xk, stride_ak, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptrs, a_ptrs, seed_ptr, threshold, first_m, first_k, last_k, r, M, K, R,
+    stride_xk, stride_ak, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """D(x_mk) · a_krᵀ summed over a split of K; ``a_ptrs`` [BLOCK_K, BLOCK_R] are those of its first trip.
+    """D(x_mk) · a_krᵀ summed over a split of K; ``x_ptrs`` and ``a_ptrs`` are those of its first trip.
 
-    ``inside_r`` says which rows of a are there; None that all are.
+    ``r`` are their rows of a, of which there are R; where R is None, all of them are there.
     """
-    last_k = min(K, first_k + k_per_split)
     m = first_m + tl.arange(0, BLOCK_M)
-    k = first_k + tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + m.to(tl.int64)[:, None] * stride_xm + k.to(tl.int64)[None, :] * stride_xk
-
     acc_mr = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     for block_k in range(first_k, last_k, BLOCK_K):
         inside_k = block_k + tl.arange(0, BLOCK_K) < K  # a split ends with a block
         x_mk = tl.load(x_ptrs, mask=(m < M)[:, None] & inside_k[None, :], other=0.0)
-        inside_kr = inside_k[:, None] if inside_r is None else inside_k[:, None] & inside_r[None, :]
+        inside_kr = inside_k[:, None] if R is None else inside_k[:, None] & (r < R)[None, :]
         a_kr = tl.load(a_ptrs, mask=inside_kr, other=0.0)
         if DROPOUT:
             x_mk = tl.where(keep_mask(seed_ptr, first_m, block_k, threshold, BLOCK_M, BLOCK_K), x_mk, 0.0)
@@ -88,13 +84,15 @@ def _middle_kernel(
     split = tl.program_id(1)
     first_m = block_m * BLOCK_M
     first_k = split * k_per_split
+    last_k = min(K, first_k + k_per_split)
     m = first_m + tl.arange(0, BLOCK_M)
     r = (tl.program_id(0) - block_m * blocks_r) * BLOCK_R + tl.arange(0, BLOCK_R)
     k = first_k + tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + m.to(tl.int64)[:, None] * stride_xm + k.to(tl.int64)[None, :] * stride_xk
     a_ptrs = a_ptr + k.to(tl.int64)[:, None] * stride_ak + r.to(tl.int64)[None, :] * stride_ar
     acc_mr = skinny_product(
-        x_ptr, a_ptrs, seed_ptr, threshold, first_m, first_k, k_per_split, M, K, r < R,
-        stride_xm, stride_xk, stride_ak, DROPOUT, PRECISION, BLOCK_M, BLOCK_R, BLOCK_K,
+        x_ptrs, a_ptrs, seed_ptr, threshold, first_m, first_k, last_k, r, M, K, R,
+        stride_xk, stride_ak, DROPOUT, PRECISION, BLOCK_M, BLOCK_R, BLOCK_K,
     )  # fmt: skip
 
     z_ptrs = z_ptr + split.to(tl.int64) * stride_zs + m.to(tl.int64)[:, None] * stride_zm + r[None, :]
