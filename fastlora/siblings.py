@@ -60,6 +60,8 @@ class Counts(NamedTuple):
 
 
 _groups: WeakKeyDictionary[nn.Module, Group] = WeakKeyDictionary()
+# Whether there ever was a group: where not, no call looks for one.
+formed = False
 _counted: Counter[str] = Counter()
 _warned: set[tuple[str, ...]] = set()
 
@@ -94,6 +96,8 @@ _here = _Here()
 
 def form(parent: nn.Module, names: Sequence[str], *, asked: bool = False) -> None:
     """Makes children of one parent siblings."""
+    global formed
+    formed = True
     group = Group(ref(parent), tuple(names), asked)
     for layer in group.members().values():
         _groups[layer] = group

@@ -57,7 +57,7 @@ class AdaptedLinear(Mergeable, nn.Linear):
         if self.merged:
             return self._base(x, self.weight)
         branch = self._branch(name)
-        if type(self) in _KINDS:
+        if siblings.formed and type(self) in _KINDS:
             return siblings.multiply(self, x, branch)
         weight, a, b, scale, bias, p = branch
         return lora_linear(x, weight, a, b, scale=scale, bias=bias, dropout_p=p)

@@ -96,7 +96,7 @@ class FusedLoraLinear(lora.Linear):
         if calls.counters and not torch.compiler.is_compiling():
             calls.count_fast(self)
         weight, bias, (a, b, scale, p) = proof
-        if type(a) is nn.Parameter:
+        if siblings.formed and type(a) is nn.Parameter:
             return siblings.multiply(self, x, Branch(weight, a, b, scale, bias, p))
         return lora_linear(x, weight, a, b, scale=scale, bias=bias, dropout_p=p)
 
