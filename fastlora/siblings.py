@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
+from .backends import dispatch
 from .eager import is_eager
 from .ops import group as group_op
 from .ops.group import Branch
@@ -168,7 +169,8 @@ def _together(layer: nn.Module, x: Tensor, branch: Branch) -> Tensor | None:
         if group is opened.group and (y := _taken(opened, called, x, branch)) is not None:
             return y
         _close(opened)
-    if not _is_free(layer) or not _fits(x, branch):
+    # Of few tokens on a CPU nothing is to be saved but the host's time.
+    if not _is_free(layer) or not _fits(x, branch) or dispatch.is_small(x, branch.dropout_p > 0):
         return None
     parts = {}
     for name, member in members.items():

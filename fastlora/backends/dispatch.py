@@ -171,6 +171,11 @@ def small_of(x: Tensor) -> Callable[[Product, bool], Tensor | None] | None:
     return _library("lora_matmul").small if x.is_cpu and _environment.get(_NAME, _AUTO) in _LIBRARY else None
 
 
+def is_small(x: Tensor, drops: bool) -> bool:
+    """Whether a call with this input goes the kernel's own way with small ones, if nothing speaks against it."""
+    return small_of(x) is not None and library.is_small(x, drops)
+
+
 @functools.cache
 def _simple(verb: str) -> Kernel | None:
     """What runs every call on a CPU, or None where a table knows better forms of it: the other kernels are for GPUs."""

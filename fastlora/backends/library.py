@@ -182,16 +182,24 @@ def lora_matmul_group(products: Sequence[Product]) -> tuple[list[Tensor], list[T
     if any(p.seed is not None for p in products):
         made = [lora_matmul(p) for p in products]
         return [y for y, _ in made], [z for _, z in made]  # type: ignore[misc]
-    wide = _middles(x, torch.cat([p.a.to(x.dtype) for p in products]))
+    on_cpu, dtype = x.is_cpu, x.dtype
+    wide = _middles(x, torch.cat([_as(p.a, dtype) for p in products]))
     ys, zs = [], []
     for p, part in zip(products, wide.split([p.a.shape[0] for p in products], dim=1), strict=True):
-        z = new_middle(x, part.shape[1])
-        torch.mul(part, p.scale, out=z) if part.dtype is z.dtype else z.copy_(part.mul_(p.scale))
-        b = p.b.to(x.dtype)
+        r = part.shape[1]
+        if part.dtype is dtype and (r % 8 == 0 or dtype.itemsize != 2):
+            z = part * p.scale
+        else:
+            z = new_middle(x, r).copy_(part * p.scale)
         w: Tensor = p.w  # type: ignore[assignment]
-        ys.append(F.linear(z, b, p.bias).addmm_(x, w.T) if x.is_cpu else _product_last(x, w, z, b, p.bias, None))
+        b = _as(p.b, dtype)
+        ys.append(F.linear(z, b, p.bias).addmm_(x, w.T) if on_cpu else _product_last(x, w, z, b, p.bias, None))
         zs.append(z)
     return ys, zs
+
+
+def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype is dtype else t.to(dtype)
 
 
 def _middles(x: Tensor, a: Tensor) -> Tensor:
@@ -207,18 +215,18 @@ def gradients_group(
     Without masks Σ tᵢ aᵢ and all tᵢᵀ x are one product each.
     """
     x, dtype = whole_rows(products[0].x), products[0].x.dtype
-    dys = [whole_rows(dy) for dy in dys]
-    a_s = [p.a.to(dtype) for p in products]
-    ts = [torch.mm(dy, p.b.to(dtype)).mul_(p.scale) for p, dy in zip(products, dys, strict=True)]
-    ranks = [a.shape[0] for a in a_s]
-    if all(p.seed is None for p in products):
-        t = ts[0] if len(ts) == 1 else torch.cat(ts, dim=1)
+    if dtype.itemsize == 2:
+        dys = [whole_rows(dy) for dy in dys]
+    a_s = [_as(p.a, dtype) for p in products]
+    ts = [torch.mm(dy, _as(p.b, dtype)).mul_(p.scale) for p, dy in zip(products, dys, strict=True)]
+    adapter_dtypes = {p.a.dtype for p in products}
+    if len(adapter_dtypes) == 1 and all(p.seed is None for p in products):
+        t = torch.cat(ts, dim=1)
         dx = torch.mm(t, torch.cat(a_s))
-        das = list(_rank_grad(t, x, products[0].a.dtype, None).split(ranks))
+        das = list(_rank_grad(t, x, adapter_dtypes.pop(), None).split([a.shape[0] for a in a_s]))
     else:
-        dx, das = _masked_sum(products, ts, a_s), []
-        for p, t in zip(products, ts, strict=True):
-            das.append(rank_grad(t, x, dtype=p.a.dtype, dropout=p.mask_x))
+        dx = _masked_sum(products, ts, a_s)
+        das = [rank_grad(t, x, dtype=p.a.dtype, dropout=p.mask_x) for p, t in zip(products, ts, strict=True)]
     dbs = []
     for p, dy, z in zip(products, dys, zs, strict=True):
         dx.addmm_(dy, p.w)  # type: ignore[arg-type]
@@ -245,6 +253,11 @@ _SMALL = 1 << 18
 _SMALL_DROPPED = 1 << 14
 
 
+def is_small(x: Tensor, drops: bool) -> bool:
+    """Whether x has so few elements that :func:`small` is the faster way."""
+    return x.numel() <= (_SMALL_DROPPED if drops else _SMALL)
+
+
 def small(p: Product, drops: bool) -> Tensor | None:
     """y [M, N] of x [M, K] on a CPU in torch's own differentiable operators; None where the verbs are to be called.
 
@@ -253,7 +266,7 @@ def small(p: Product, drops: bool) -> Tensor | None:
     """
     x, a = p.x, p.a
     dtype, r = x.dtype, a.shape[0]
-    if not r or a.dtype is not dtype or x.numel() > (_SMALL_DROPPED if drops else _SMALL):
+    if not r or a.dtype is not dtype or not is_small(x, drops):
         return None
     # Of 16 bits, only what oneDNN reads within its bounds: whole_rows, new_middle.
     if not dtype.is_floating_point or (dtype.itemsize == 2 and (r % 8 or not x.is_contiguous())):

@@ -105,7 +105,7 @@ def multiply(x: Tensor, branches: Sequence[Branch], training: bool = True) -> tu
         return tuple(_alone(i, x, branch, training) for i, branch in enumerate(branches))
     first = small.multiply(Product(x, *branches[0]), training)
     if first is not None:
-        return first, *(_alone(i, x, branch, training) for i, branch in enumerate(branches) if i)
+        return first, *(_small(i, x, branch, training) for i, branch in enumerate(branches) if i)
     products: list[Product] = []
     for i, branch in enumerate(branches):
         # What autocast made of x for the first branch is the x of all.
@@ -122,6 +122,12 @@ def _alone(i: int, x: Tensor, branch: Branch, training: bool) -> Tensor:
     options = dict(scale=scale, bias=bias, dropout_p=p, training=training)
     y: Tensor = of_branch(f"branch {i}", linear.lora_linear, x, w, a, b, **options)
     return y
+
+
+def _small(i: int, x: Tensor, branch: Branch, training: bool) -> Tensor:
+    """The same where the first branch was a small call."""
+    y = small.multiply(Product(x, *branch), training)
+    return _alone(i, x, branch, training) if y is None else y
 
 
 def of_branch(branch: str, call: Any, *arguments: Any, **options: Any) -> Any:

@@ -156,6 +156,14 @@ def test_masks_are_those_of_calls_one_by_one() -> None:
     assert all(torch.equal(one, other) for one, other in zip(g(training=False), group()(), strict=True))
 
 
+def test_adapters_of_two_dtypes_have_gradients_of_their_own() -> None:
+    g = group(torch.bfloat16)
+    wide = [t.detach().float().requires_grad_() for t in (g.a_s[0], g.bs[0])]
+    g.a_s[0], g.bs[0] = wide
+    check_against_the_oracle(g)
+    assert {t.dtype for t in torch.autograd.grad(g(), wide, dys_of(g()))} == {torch.float32}
+
+
 def test_every_output_nobody_used_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     g = group()
     counted: list[int] = []
