@@ -34,7 +34,31 @@ def _filled_in(kernel: Any, verb: str) -> Any:
         return made
 
     run = {"lora_matmul": lora_matmul, "rank_grad": rank_grad}[verb]
-    return kernel._replace(run=run, gradients=kernel.gradients and gradients)
+    together = kernel.together and _together(kernel.together)
+    return kernel._replace(run=run, gradients=kernel.gradients and gradients, together=together)
+
+
+def _together(way: Any) -> Any:
+    """A kernel's way with a group, with the numbers."""
+    from fastlora.backends import library
+
+    def run(products: Any) -> Any:
+        made = way.run(products)
+        for mine, right in zip(made, library.lora_matmul_group(products), strict=True):
+            for one, other in zip(mine, right, strict=True):
+                one.copy_(other)
+        return made
+
+    def gradients(products: Any, dys: Any, zs: Any) -> Any:
+        dx, *others = way.gradients(products, dys, zs)
+        right_dx, *right = library.gradients_group(products, dys, zs)
+        dx.copy_(right_dx)
+        for mine, theirs in zip(others, right, strict=True):
+            for one, other in zip(mine, theirs, strict=True):
+                one.copy_(other)
+        return dx, *others
+
+    return type(way)(run, gradients)
 
 
 def prepare() -> None:
