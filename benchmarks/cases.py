@@ -260,7 +260,7 @@ PROFILES = {
                 _sweep(["gpt2.attn"], [512], [8], ["fp32", "bf16"]),
                 _sweep(["llama3.2-1b.kv"], [64, 256, 1024], [16], ["bf16"]),
                 _sweep(["llama3.2-1b.qkv"], [256], [16], ["fp32", "bf16"]),
-                _sweep(["llama3.2-1b.gate_up"], [144], [16], ["bf16"]),
+                _sweep(["llama3.2-1b.gate_up", "llama3.2-1b.mlp"], [144], [16], ["bf16"]),
                 _sweep([HOST_LAYER], [1], [8], ["fp32"], [0.0, 0.1]),
             ),
         ),
