@@ -12,7 +12,7 @@ differs between shapes and dtypes, so the kernels have forms (``_FORMS``) that a
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -176,26 +176,47 @@ def gradients(
 
 
 def lora_matmul_group(products: Sequence[Product]) -> tuple[list[Tensor], list[Tensor]]:
-    """y and z of each of several products of one x, the middles by one GEMM where nothing is masked."""
-    first = products[0]
-    x = whole_rows(first.x)
-    if any(p.seed is not None for p in products):
-        made = [lora_matmul(p) for p in products]
-        return [y for y, _ in made], [z for _, z in made]  # type: ignore[misc]
+    """y and z of each of several products of one x: the middles by one GEMM, or masked in one pass over x."""
+    x = whole_rows(products[0].x)
     on_cpu, dtype = x.is_cpu, x.dtype
-    wide = _middles(x, torch.cat([_as(p.a, dtype) for p in products]))
+    if any(p.seed is not None for p in products):
+        parts = _dropped_middles(x, products)
+    else:
+        wide = _middles(x, torch.cat([_as(p.a, dtype) for p in products]))
+        parts = wide.split([p.a.shape[0] for p in products], dim=1)
     ys, zs = [], []
-    for p, part in zip(products, wide.split([p.a.shape[0] for p in products], dim=1), strict=True):
+    for p, part in zip(products, parts, strict=True):
         r = part.shape[1]
+        scale = p.scale if (dropout := p.mask_x) is None else p.scale * dropout.rescale
         if part.dtype is dtype and (r % 8 == 0 or dtype.itemsize != 2):
-            z = part * p.scale
+            z = part * scale
         else:
-            z = new_middle(x, r).copy_(part * p.scale)
+            z = new_middle(x, r).copy_(part * scale)
         w: Tensor = p.w  # type: ignore[assignment]
         b = _as(p.b, dtype)
         ys.append(F.linear(z, b, p.bias).addmm_(x, w.T) if on_cpu else _product_last(x, w, z, b, p.bias, None))
         zs.append(z)
     return ys, zs
+
+
+def _dropped_middles(x: Tensor, products: Sequence[Product]) -> Sequence[Tensor]:
+    """(keepᵢ ⊙ x) aᵢᵀ of each product: a few rows are masked for all of them while the caches hold these."""
+    wide = torch.float32 if x.is_cuda and x.dtype.itemsize == 2 else x.dtype
+    a_s = [_as(p.a, x.dtype) for p in products]
+    zs = [x.new_empty(x.shape[0], a.shape[0], dtype=wide) for a in a_s]
+    for rows in _chunks(x):
+        for p, a, z in zip(products, a_s, zs, strict=True):
+            masked = x[rows] if (dropout := p.mask_x) is None else masks.kept(dropout, x[rows], rows.start)
+            if wide is x.dtype:
+                torch.mm(masked, a.T, out=z[rows])
+            else:
+                z[rows] = torch.mm(masked, a.T, out_dtype=wide)
+    return zs
+
+
+def _chunks(x: Tensor) -> Iterator[slice]:
+    """Rows that are masked at a time, for whichever mask."""
+    return Dropout(0.0, x.new_empty(0)).chunks(x)
 
 
 def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -225,13 +246,24 @@ def gradients_group(
         dx = torch.mm(t, torch.cat(a_s))
         das = list(_rank_grad(t, x, adapter_dtypes.pop(), None).split([a.shape[0] for a in a_s]))
     else:
-        dx = _masked_sum(products, ts, a_s)
-        das = [rank_grad(t, x, dtype=p.a.dtype, dropout=p.mask_x) for p, t in zip(products, ts, strict=True)]
+        dx, das = _masked_sum(products, ts, a_s), _masked_grads(products, ts, x)
     dbs = []
     for p, dy, z in zip(products, dys, zs, strict=True):
         dx.addmm_(dy, p.w)  # type: ignore[arg-type]
         dbs.append(_rank_grad(dy, z, p.b.dtype, None))
     return dx, das, dbs
+
+
+def _masked_grads(products: Sequence[Product], ts: Sequence[Tensor], x: Tensor) -> list[Tensor]:
+    """tᵢᵀ Dᵢ(x) of each product, a few rows of x for all of them at a time."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    grads = [torch.zeros(t.shape[1], x.shape[1], dtype=wide, device=x.device) for t in ts]
+    for rows in _chunks(x):
+        for p, t, grad in zip(products, ts, grads, strict=True):
+            dropout = p.mask_x
+            masked = x[rows] if dropout is None else masks.kept(dropout, x[rows], rows.start)
+            grad.add_(_rank_grad(t[rows], masked, wide, None), alpha=1.0 if dropout is None else dropout.rescale)
+    return [grad.to(p.a.dtype) for p, grad in zip(products, grads, strict=True)]
 
 
 def _masked_sum(products: Sequence[Product], ts: Sequence[Tensor], a_s: Sequence[Tensor]) -> Tensor:

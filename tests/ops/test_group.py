@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlora
 from fastlora.accuracy import Step, assert_close_to_oracle, oracle_step, reference_step
-from fastlora.backends import dispatch
+from fastlora.backends import dispatch, dropout, masks
 from fastlora.backends.dropout import draw_seed
 from fastlora.backends.request import Product
 from tests.cases import DTYPES, make, replace_kernel
@@ -279,6 +279,22 @@ def test_x_is_read_once_by_the_adapters_in_each_direction(monkeypatch: pytest.Mo
             torch.autograd.grad(ys, g.trained, dys_of(ys))
             counts[together] = len(noted) - 3  # three base products
     assert counts == {True: 2, False: 6}
+
+
+@pytest.mark.parametrize("dtypes", ["fp32", "bf16", "fp16_fp32_adapters"])
+def test_masks_of_a_few_rows_at_a_time(dtypes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(dropout._CHUNK, "cpu", 10 * K)
+    rows: list[int] = []
+    kept = masks.kept
+
+    def noted(mask: dropout.Dropout, x: Tensor, first_row: int = 0) -> Tensor:
+        rows.append(first_row)
+        return kept(mask, x, first_row)
+
+    monkeypatch.setattr(masks, "kept", noted)
+    check_against_the_oracle(group(*DTYPES[dtypes], dropout=True))
+    # Both masks of some rows before those of the next, forward and backward.
+    assert rows == 2 * [0, 0, 10, 10, 20, 20, 30, 30]
 
 
 def test_tracing_runs_the_branches_one_by_one() -> None:
