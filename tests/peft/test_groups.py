@@ -653,3 +653,35 @@ def test_accumulation_and_a_second_backward() -> None:
     for (name, one), (_, other) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
         if other.grad is not None:
             torch.testing.assert_close(one.grad, other.grad, msg=name)
+
+
+@pytest.mark.parametrize("name", ["q_proj", "k_proj"])
+def test_a_sibling_whose_forward_was_replaced_computes_alone(name: str) -> None:
+    """As accelerate's hooks do, which load weights in it."""
+    model = adapted()
+    plain = copy.deepcopy(model)
+    fastlora.patch_peft(model)
+    for each in (model, plain):
+        layer = sibling(name)(each)
+        layer.forward = lambda x, own=layer.forward: 2 * own(x)
+    result, groups = counted(model, inputs())
+    # Its siblings are still a group, and it leads none.
+    assert groups == Counts(4, 5, 0)
+    assert_same(result, step(plain, inputs()))
+
+
+def test_replicas_of_data_parallel_compute_alone() -> None:
+    """They share everything of a layer but the place in its parent."""
+    model = adapted()
+    fastlora.patch_peft(model)
+    attention = block(model).self_attn
+    replica = attention._replicate_for_data_parallel()
+    replica._modules = {name: child._replicate_for_data_parallel() for name, child in attention._modules.items()}
+    for name, child in replica._modules.items():
+        for key, parameter in attention._modules[name]._parameters.items():
+            child._parameters[key] = parameter
+    x = inputs()
+    with count_calls() as calls:
+        found = replica(x)
+    assert calls.groups == ALONE
+    torch.testing.assert_close(found, attention(x))
