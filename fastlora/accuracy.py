@@ -44,8 +44,7 @@ def reference_step(product: Product, dy: Tensor) -> Step:
     p = product
     assert p.w is not None
     y, z = reference.lora_matmul(p)
-    turned = Product(dy, p.w.T, p.b.T, p.a.T, p.scale, None, p.dropout_p, p.seed, on_product=True)
-    dx, t = reference.lora_matmul(turned)
+    dx, t = reference.lora_matmul(p.turned(dy))
     assert y is not None
     assert dx is not None
     da = reference.rank_grad(t, p.x, dtype=p.a.dtype, dropout=p.mask_x)

@@ -11,7 +11,8 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from .eager import is_eager
 from .ops.group import Branch
 from .ops.mlp import lora_swiglu_mlp
 from .siblings import branch_of
+from .text import listed, shown_names
 
 _ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "silu": F.silu,
@@ -99,6 +101,18 @@ def find(model: nn.Module, fit: Callable[[nn.Module], str | None]) -> dict[str, 
         if all(layer is not None and fit(layer) is None for layer in layers):
             found[name] = module
     return found
+
+
+def report(groups: Sequence[Sequence[str]], mlps: Sequence[str], ungrouped: Mapping[str, str]) -> list[str]:
+    """The lines on what computes together: groups and gated MLPs, and the layers in no group by reason."""
+    lines = []
+    if groups:
+        lines.append(f"  {len(groups)} groups: {shown_names(' + '.join(names) for names in groups)}")
+    if mlps:
+        lines.append(f"  {len(mlps)} gated MLPs: {shown_names(mlps)}")
+    for reason, count in Counter(ungrouped.values()).most_common():
+        lines.append(f"  {count} in no group: {reason} ({listed(n for n, r in ungrouped.items() if r == reason)})")
+    return lines
 
 
 def _kind_of(module: nn.Module) -> Any:
@@ -212,12 +226,12 @@ def _prove(module: GatedMLP, x: Tensor) -> _Proven | None:
 
 def _branch(module: nn.Module, name: str, x: Tensor) -> Branch | None:
     layer = module._modules.get(name)
-    return None if layer is None or _is_watched(layer) else branch_of(layer, x)
+    return None if layer is None or is_watched(layer) else branch_of(layer, x)
 
 
 def _activation(act: nn.Module | None) -> str | None:
     """The name of an activation whose class says which it is: no values are looked at in each call."""
-    if act is None or _is_watched(act):
+    if act is None or is_watched(act):
         return None
     if type(act) is nn.GELU:
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(act.approximate)
@@ -236,7 +250,7 @@ def _activation_of_class(kind: Any) -> str | None:
         return None
 
 
-def _is_watched(layer: Any) -> bool:
+def is_watched(layer: Any) -> bool:
     """Whether somebody would see, or change, that a layer is not called."""
     return bool(
         layer._forward_hooks

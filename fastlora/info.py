@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 
@@ -10,6 +9,7 @@ import torch
 
 from . import __version__
 from .backends import dropout_cpu, measured
+from .backends.machine import version as version
 from .ops.linear import explain
 
 PACKAGES = ("torch", "triton", "numpy", "peft", "transformers", "safetensors")
@@ -61,14 +61,6 @@ def _explained(device: torch.device, dtype: torch.dtype, dropout_p: float) -> st
         return str(explain(x, weight, lora_a, lora_a.T, dropout_p=dropout_p))
     except RuntimeError as error:
         return str(error)
-
-
-def version(package: str) -> str | None:
-    """The version of an installed package; None where it is not."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from .gated import is_watched
 from .mergeable import Mergeable, Update, check_rank_and_dropout, parameters_of, scale_of, start_adapter, start_linear
 from .ops import dtensor
 from .ops.group import lora_linear_group
@@ -263,14 +264,7 @@ class LoRALinearGroup(nn.Module):
 
 def _is_read(layer: nn.Module) -> bool:
     """Whether a branch's parameters are all that its call needs: nobody else would see that it was called."""
-    return type(layer) is LoRALinear and not (
-        layer.merged
-        or layer._forward_hooks
-        or layer._forward_pre_hooks
-        or layer._backward_hooks
-        or layer._backward_pre_hooks
-        or "forward" in layer.__dict__
-    )
+    return type(layer) is LoRALinear and not layer.merged and not is_watched(layer)
 
 
 def _check_one_input(layers: Sequence[LoRALinear | nn.Linear]) -> None:

@@ -12,7 +12,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -36,6 +36,10 @@ KNOWN = (
 
 # Parents with such a word in their name take keys and values from elsewhere.
 _CROSS = ("cross", "encoder_attn", "encdec")
+
+
+# What patch_peft, inject and load_adapter take.
+Groups = Literal["auto"] | None | Sequence[Sequence[str]]
 
 
 class Group(NamedTuple):
@@ -277,7 +281,7 @@ class Chosen(NamedTuple):
 
 def choose(
     model: nn.Module,
-    groups: str | Sequence[Sequence[str]] | None,
+    groups: Groups,
     fit: Callable[[nn.Module], str | None],
 ) -> Chosen:
     """Finds the siblings in a model.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-import re
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,8 @@ from typing import Any
 import torch
 
 from fastlora import info
+from fastlora.backends.machine import cpu_name
+from fastlora.backends.machine import slug_of as slug_of
 
 Environment = dict[str, Any]
 
@@ -70,7 +71,7 @@ def describe(device: torch.device, command: str, settings: dict[str, Any], cases
         "packages": {name: info.version(name) for name in _PACKAGES} | {"torch": str(torch.__version__)},
         "device": device.type,
         "device_name": device_name(device),
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "cpu_count": os.cpu_count(),
         "load_average": _load(),
         "threads": torch.get_num_threads(),
@@ -161,7 +162,7 @@ def _set(variables: Mapping[str, str | None]) -> None:
 
 def device_name(device: torch.device) -> str:
     """The maker's name of the device."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
 def busy() -> str | None:
@@ -175,11 +176,6 @@ def busy() -> str | None:
 def slug(device: torch.device) -> str:
     """The device's folder under ``results/``: ``cpu``, or the GPU's name, such as ``nvidia-h200``."""
     return "cpu" if device.type == "cpu" else slug_of(device_name(device))
-
-
-def slug_of(name: str) -> str:
-    """The folder of a GPU of this name."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def _gpu(device: torch.device) -> dict[str, Any] | None:
@@ -202,15 +198,6 @@ def _query(device: torch.device, facts: Sequence[str]) -> dict[str, str]:
     answers = _run(["nvidia-smi", f"--query-gpu={','.join(facts)}", "--format=csv,noheader", f"--id=GPU-{uuid}"])
     values = answers.split(", ") if answers else []
     return dict(zip(facts, values, strict=True)) if len(values) == len(facts) else {}
-
-
-def _cpu() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor() or platform.machine()
-    name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return name[1] if name else platform.machine()
 
 
 def _load() -> float | None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Collection
+from typing import NamedTuple
 
 from torch import nn
 
 from .. import gated, siblings
+from ..siblings import Groups
 from .layer import AdaptedLinear
 from .model import adapted_layers
-
-# What ``fastlora.inject`` and ``load_adapter`` take.
-Groups = Literal["auto"] | None | Sequence[Sequence[str]]
 
 
 class Grouping(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -11,12 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import gated
 from ..gated import GatedMLP
 from ..mergeable import start_adapter
-from ..text import listed, shown_names, starred
+from ..siblings import Groups
+from ..text import starred
 from . import groups as grouping
 from .config import AdapterConfig
-from .groups import Grouping, Groups
+from .groups import Grouping
 from .layer import add_adapter, features
 from .matching import first_match
 from .model import adapted_layers, check_merged, set_adapter, share_states, state_of
@@ -65,13 +66,7 @@ class InjectionReport:
             kinds[kind] = kinds.get(kind, 0) + 1
         for (name, k, n, r, scale), count in kinds.items():
             lines.append(f"  {count} x {name}: {k} -> {n}, r={r}, scale={scale:g}")
-        if self.groups:
-            lines.append(f"  {len(self.groups)} groups: {shown_names(' + '.join(names) for names in self.groups)}")
-        if self.mlps:
-            lines.append(f"  {len(self.mlps)} gated MLPs: {shown_names(self.mlps)}")
-        for reason, count in Counter(self.ungrouped.values()).most_common():
-            names = listed(n for n, r in self.ungrouped.items() if r == reason)
-            lines.append(f"  {count} in no group: {reason} ({names})")
+        lines += gated.report(self.groups, self.mlps, self.ungrouped)
         lines += [f"  left alone: {name}: {reason}" for name, reason in self.refused.items()]
         return "\n".join(lines)
 

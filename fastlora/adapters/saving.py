@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ..atomic import new_file, new_folder
+from ..siblings import Groups
 from ..text import shown_names
 from . import groups as grouping
 from .config import AdapterConfig
 from .folder import CONFIG, WEIGHTS, Adapters, key_of, read_adapter, safetensors
-from .groups import Groups
 from .inject import InjectionReport, attach, report
 from .layer import features
 from .model import adapted_layers, adapted_model, checked_name, state_of

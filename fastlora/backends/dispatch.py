@@ -105,8 +105,7 @@ def gradients_of(p: Product, dy: Tensor) -> Callable[[Product, Tensor, Tensor], 
     """
     kernel = _simple("lora_matmul") if dy.is_cpu and _environment.get(_NAME, _AUTO) in _LIBRARY else None
     if kernel is None:
-        turned = Product(dy, p.w.T, p.b.T, p.a.T, p.scale, None, p.dropout_p, p.seed, on_product=True)  # type: ignore[union-attr]
-        kernel = _choose(Request.of_lora_matmul(turned), _forced())
+        kernel = _choose(Request.of_lora_matmul(p.turned(dy)), _forced())
         # The library's are those of a CPU.
         if kernel.name == "library" and not dy.is_cpu:
             return None
@@ -134,12 +133,7 @@ def group_gradients_of(products: Sequence[Product], dys: Sequence[Tensor]) -> Gr
         products: the forward's, with one x [M, K].
         dys: gradient of each output [M, N].
     """
-    together = _together(
-        [
-            Product(dy, p.w.T, p.b.T, p.a.T, p.scale, None, p.dropout_p, p.seed, on_product=True)  # type: ignore[union-attr]
-            for p, dy in zip(products, dys, strict=True)
-        ]
-    )
+    together = _together([p.turned(dy) for p, dy in zip(products, dys, strict=True)])
     return None if together is None else together.gradients
 
 

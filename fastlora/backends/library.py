@@ -206,7 +206,7 @@ def _dropped_middles(x: Tensor, products: Sequence[Product]) -> Sequence[Tensor]
     zs = [x.new_empty(x.shape[0], a.shape[0], dtype=wide) for a in a_s]
     for rows in _chunks(x):
         for p, a, z in zip(products, a_s, zs, strict=True):
-            masked = x[rows] if (dropout := p.mask_x) is None else masks.kept(dropout, x[rows], rows.start)
+            masked = _kept_rows(p.mask_x, x, rows)
             if wide is x.dtype:
                 torch.mm(masked, a.T, out=z[rows])
             else:
@@ -217,6 +217,11 @@ def _dropped_middles(x: Tensor, products: Sequence[Product]) -> Sequence[Tensor]
 def _chunks(x: Tensor) -> Iterator[slice]:
     """Rows that are masked at a time, for whichever mask."""
     return Dropout(0.0, x.new_empty(0)).chunks(x)
+
+
+def _kept_rows(dropout: Dropout | None, x: Tensor, rows: slice) -> Tensor:
+    """keep ⊙ x of some rows, or these rows themselves."""
+    return x[rows] if dropout is None else masks.kept(dropout, x[rows], rows.start)
 
 
 def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -261,8 +266,8 @@ def _masked_grads(products: Sequence[Product], ts: Sequence[Tensor], x: Tensor) 
     for rows in _chunks(x):
         for p, t, grad in zip(products, ts, grads, strict=True):
             dropout = p.mask_x
-            masked = x[rows] if dropout is None else masks.kept(dropout, x[rows], rows.start)
-            grad.add_(_rank_grad(t[rows], masked, wide, None), alpha=1.0 if dropout is None else dropout.rescale)
+            part = _rank_grad(t[rows], _kept_rows(dropout, x, rows), wide, None)
+            grad.add_(part, alpha=1.0 if dropout is None else dropout.rescale)
     return [grad.to(p.a.dtype) for p, grad in zip(products, grads, strict=True)]
 
 

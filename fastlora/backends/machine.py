@@ -45,7 +45,7 @@ class Machine(NamedTuple):
     @property
     def slug(self) -> str:
         """The device's name as part of a file's name, such as ``nvidia-h200``."""
-        return re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-") or "unknown"
+        return slug_of(self.device) or "unknown"
 
     @property
     def key(self) -> str:
@@ -65,17 +65,23 @@ def machine_of(device: torch.device) -> Machine:
     """The machine of a device, as it is now."""
     is_gpu = device.type == "cuda"
     return Machine(
-        torch.cuda.get_device_name(device) if is_gpu else _cpu(),
+        torch.cuda.get_device_name(device) if is_gpu else cpu_name(),
         architecture(triton.capability_of(device)) if is_gpu else torch.backends.cpu.get_cpu_capability(),
         _driver() if is_gpu else "",
         str(torch.__version__),
-        _version("triton"),
+        version("triton") or "",
         "" if is_gpu else str(torch.get_num_threads()),
         _sources(),
     )
 
 
-def _cpu() -> str:
+def slug_of(name: str) -> str:
+    """A device's name in letters that any file system takes."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def cpu_name() -> str:
+    """The maker's name of this CPU, or its architecture."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
@@ -98,11 +104,12 @@ def _driver() -> str:
     return "" if newest is None else f"CUDA {newest()}"
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str | None:
+    """The version of an installed package; None where it is not."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return ""
+        return None
 
 
 @functools.cache

@@ -54,6 +54,11 @@ class Product(NamedTuple):
         """The mask on z bᵀ, or None."""
         return Dropout(self.dropout_p, self.seed) if self.seed is not None and self.on_product else None
 
+    def turned(self, dy: Tensor) -> Product:
+        """The backward of a forward, the same verb on turned operands: dx = dy w + D'(t a), t = scale · dy b."""
+        w = None if self.w is None else self.w.T
+        return Product(dy, w, self.b.T, self.a.T, self.scale, None, self.dropout_p, self.seed, on_product=True)
+
     def map(self, f: Callable[[Tensor], Tensor]) -> Product:
         """The product with ``f`` of every operand; the seed stays."""
         x, w, a, b, bias = (None if t is None else f(t) for t in (self.x, self.w, self.a, self.b, self.bias))

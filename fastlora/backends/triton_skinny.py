@@ -95,7 +95,7 @@ def gradient_launches(
 
 def _turned(p: Product, dy: Tensor) -> Product:
     """The backward's product, for its low-rank part alone."""
-    return Product(dy, None, p.b.T, p.a.T, p.scale, None, p.dropout_p, p.seed, on_product=True)
+    return p._replace(w=None).turned(dy)
 
 
 def _t_and_db(

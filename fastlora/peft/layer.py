@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D as Conv1D
 
 from .. import siblings
 from ..eager import is_eager
+from ..gated import is_watched
 from ..ops.group import Branch
 from ..ops.linear import lora_linear
 from ..text import dtype_name
@@ -195,7 +196,7 @@ def prove(layer: FusedLoraLinear, x: Tensor) -> Proven | Reason:
     kind = type(base)
     if kind is not nn.Linear and kind is not Conv1D:
         return base_refusal(base)
-    if _watched(base):
+    if is_watched(base):
         return _WATCHED["base_layer"]
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
     if is_exotic(weight) or (bias is not None and is_exotic(bias)):
@@ -224,11 +225,11 @@ def _adapter(layer: FusedLoraLinear, name: str) -> Adapter | Reason:
     down: Any = modules["lora_A"]._modules[name]
     up: Any = modules["lora_B"]._modules[name]
     dropout: Any = modules["lora_dropout"]._modules[name]
-    if type(down) is not nn.Linear or _watched(down):
+    if type(down) is not nn.Linear or is_watched(down):
         return _WATCHED["lora_A"]
-    if type(up) is not nn.Linear or _watched(up):
+    if type(up) is not nn.Linear or is_watched(up):
         return _WATCHED["lora_B"]
-    if _watched(dropout):
+    if is_watched(dropout):
         return _WATCHED["lora_dropout"]
     a: Any = down._parameters.get("weight")
     b: Any = up._parameters.get("weight")
@@ -283,17 +284,6 @@ def _context() -> Reason | None:
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace needs plain torch operators"
     return None
-
-
-def _watched(module: Any) -> bool:
-    """Returns True if the module has hooks or a forward of its own, which reading its weight would skip."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
 
 
 _WATCHED = {

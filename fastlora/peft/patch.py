@@ -11,17 +11,18 @@ import importlib.util
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from .. import gated, siblings
 from ..backends import dispatch
 from ..backends.request import Request
-from ..text import listed, shown_names
+from ..siblings import Groups
+from ..text import listed
 from . import calls
 
 if TYPE_CHECKING:
@@ -87,14 +88,7 @@ class PatchReport:
             lines.append(f"  {count} skipped: {reason} ({listed(n for n, r in self.skipped.items() if r == reason)})")
         if self.trainable_base:
             lines.append(f"  {len(self.trainable_base)} with a trainable base weight ({listed(self.trainable_base)})")
-        if self.groups:
-            lines.append(f"  {len(self.groups)} groups: {shown_names(' + '.join(names) for names in self.groups)}")
-        if self.mlps:
-            lines.append(f"  {len(self.mlps)} gated MLPs: {shown_names(self.mlps)}")
-        for reason, count in Counter(self.ungrouped.values()).most_common():
-            lines.append(
-                f"  {count} in no group: {reason} ({listed(n for n, r in self.ungrouped.items() if r == reason)})"
-            )
+        lines += gated.report(self.groups, self.mlps, self.ungrouped)
         for (kernel, why), count in self._kernels().most_common():
             lines.append(f"  {count} run {kernel} at {TOKENS} tokens, {why}")
         return "\n".join(lines)
@@ -106,9 +100,6 @@ class PatchReport:
             explanation = dispatch.explain_request(request)
             kernels[explanation.chosen or "nothing", explanation.why] += count
         return kernels
-
-
-Groups = Literal["auto"] | None | Sequence[Sequence[str]]
 
 
 def patch_peft(

@@ -57,11 +57,6 @@ def _product(case: Case) -> tuple[Product, Tensor]:
     ), _normal(6, m, n, dtype=dtype)
 
 
-def turned(p: Product, dy: Tensor) -> Product:
-    """The backward of a product: the same verb with the operands turned."""
-    return Product(dy, p.w.T, p.b.T, p.a.T, p.scale, None, p.dropout_p, p.seed, on_product=True)  # type: ignore[union-attr]
-
-
 @contextmanager
 def _poisoned() -> Iterator[None]:
     """Fills memory that nobody has written with NaN."""
@@ -97,11 +92,11 @@ def check(verb: str, kernel: Kernel, case: Case, device: torch.device) -> Verdic
             da = kernel.run(t, there.x, dtype=there.a.dtype, dropout=there.mask_x)
             return {"da": da, "db": kernel.run(dy_there, z, dtype=there.b.dtype, dropout=None)}
     else:
-        requests = [Request.of_lora_matmul(there), Request.of_lora_matmul(turned(there, dy_there))]
+        requests = [Request.of_lora_matmul(there), Request.of_lora_matmul(there.turned(dy_there))]
 
         def run() -> Results:
             y, z = kernel.run(there)
-            dx, t = kernel.run(turned(there, dy_there))
+            dx, t = kernel.run(there.turned(dy_there))
             made = {"y": y, "z": z, "dx": dx, "t": t}
             if kernel.gradients is not None:
                 fused = dict(zip(("dx", "da", "db"), kernel.gradients(there, dy_there, z), strict=True))
@@ -126,7 +121,7 @@ def check(verb: str, kernel: Kernel, case: Case, device: torch.device) -> Verdic
 
 def _expected(p: Product, dy: Tensor) -> Results:
     """All that a step makes, the middles among it."""
-    z, t = reference.lora_matmul(p._replace(w=None))[1], reference.lora_matmul(turned(p, dy))[1]
+    z, t = reference.lora_matmul(p._replace(w=None))[1], reference.lora_matmul(p.turned(dy))[1]
     return {**reference_step(p, dy)._asdict(), "z": z, "t": t}
 
 
@@ -242,7 +237,7 @@ def _works(size: Size, names: Sequence[str], grads: dict[str, str], device: torc
         # As eager code has it: the library's own are those of a CPU.
         if kernel.gradients is not None and (device.type == "cpu" or name.partition(":")[0] != "library"):
             return kernel.gradients(p, dy, z)
-        dx, t = kernel.run(turned(p, dy))
+        dx, t = kernel.run(p.turned(dy))
         da = of_grads[grads["da"]].run(t, p.x, dtype=adapter_dtype, dropout=p.mask_x)
         return dx, da, of_grads[grads["db"]].run(dy, z, dtype=adapter_dtype, dropout=None)
 
@@ -294,7 +289,7 @@ def _expected_at(size: Size, inputs: tuple[Product, Tensor, Tensor, Tensor]) -> 
             return {"da": reference.rank_grad(t, p.x, dtype=adapter_dtype(p), dropout=p.mask_x)}
         if size.direction == "db":
             return {"db": reference.rank_grad(dy, z, dtype=adapter_dtype(p))}
-        dx, t = reference.lora_matmul(turned(p, dy))
+        dx, t = reference.lora_matmul(p.turned(dy))
         assert dx is not None
         da = reference.rank_grad(t, p.x, dtype=adapter_dtype(p), dropout=p.mask_x)
         return {"dx": dx, "da": da, "db": reference.rank_grad(dy, z, dtype=adapter_dtype(p))}
