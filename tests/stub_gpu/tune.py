@@ -226,7 +226,7 @@ def _kernel(script: Script, verb: str, kernel: Kernel) -> Kernel:
     run = _planted(script, verb, kernel, _right(verb))
 
     def gradients(p: Product, dy: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        dx, t = run(work.turned(p, dy))
+        dx, t = run(p.turned(dy))
         da = reference.rank_grad(t, p.x, dtype=p.a.dtype, dropout=p.mask_x)
         return dx, da, reference.rank_grad(dy, z, dtype=p.b.dtype)
 
@@ -351,7 +351,7 @@ def _answer(
         operands = {"da": (torch.randn(m, r).to(kind), x), "db": (dy, torch.randn(m, r).to(kind))}[direction]
         dispatch.rank_grad(*operands, kind, p.mask_x if direction == "da" else None)
     else:
-        p = p if direction == "forward" else work.turned(p, dy)
+        p = p if direction == "forward" else p.turned(dy)
         dispatch.lora_matmul(p)
         why = str(dispatch.explain(p))
     (name,) = ran
