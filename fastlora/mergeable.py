@@ -11,22 +11,43 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .ops.dtensor import is_sharded
+from .text import dtype_name
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
 class Update(NamedTuple):
-    """``scale · left @ right``, which is added to a weight: B A, or Aᵀ Bᵀ where the weight is stored [K, N]."""
+    """What is folded into a layer: ``scale · left @ right`` into its weight, B A, or Aᵀ Bᵀ where that is stored [K, N].
+
+    Attributes:
+        left: B [N, R], or Aᵀ [K, R] where ``turned``.
+        right: A [R, K], or Bᵀ [R, N].
+        scale: factor on their product.
+        turned: whether the weight is stored [K, N].
+        magnitude: DoRA's length of each row of the sum [N]; None for LoRA.
+        bias: what is added to the layer's bias [N], the factor in it; None for nothing.
+    """
 
     left: Tensor
     right: Tensor
     scale: float
+    turned: bool = False
+    magnitude: Tensor | None = None
+    bias: Tensor | None = None
 
     @staticmethod
-    def of(lora_a: Tensor, lora_b: Tensor, scale: float, turned: bool = False) -> Update:
+    def of(
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scale: float,
+        turned: bool = False,
+        magnitude: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Update:
         """Makes the update of A [R, K] and B [N, R] to a weight [N, K], or [K, N] where ``turned``."""
-        return Update(lora_a.T, lora_b.T, scale) if turned else Update(lora_b, lora_a, scale)
+        left, right = (lora_a.T, lora_b.T) if turned else (lora_b, lora_a)
+        return Update(left, right, scale, turned, magnitude, bias)
 
 
 def check_rank_and_dropout(r: int, lora_dropout: float) -> None:
@@ -71,22 +92,63 @@ def start_adapter(lora_a: Tensor, lora_b: Tensor, init: bool | str = True) -> No
 
 
 @torch.no_grad()
-def folded(weight: Tensor, update: Update) -> Tensor:
-    """Computes weight + scale · left @ right in float32 (float64 on a float64 weight) and rounds once.
+def folded(weight: Tensor, update: Update, name: str = "the weight") -> Tensor:
+    """Computes W + scale · left @ right in float32 (float64 on a float64 weight) and rounds once.
+
+    With a magnitude m, each row of that sum is given the length m: ``m ⊙ (W + scale · B A) / ‖W + scale · B A‖``.
 
     Args:
         weight: the base, of any shape with as many elements as ``left @ right``, which is reshaped to it.
         update: the product that is added.
+        name: what a message calls the weight.
 
     Returns:
         A new tensor with the shape, dtype and strides of ``weight``.
+
+    Raises:
+        ValueError: the sum is not finite.
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
     left, right = update.left.to(wide), update.right.to(wide)
     matrix = weight.to(wide).reshape(left.shape[0], right.shape[1])
     with torch.autocast(weight.device.type, enabled=False):
-        total = torch.addmm(matrix, left, right, alpha=update.scale).to(weight.dtype).view(weight.shape)
+        total = torch.addmm(matrix, left, right, alpha=update.scale)
+        if update.magnitude is not None:
+            across = 0 if update.turned else 1
+            norm = torch.linalg.vector_norm(total, dim=across, keepdim=True)
+            total *= update.magnitude.to(wide).view_as(norm) / norm
+        total = total.to(weight.dtype).view(weight.shape)
+    _check_finite(total, name)
     return total if total.stride() == weight.stride() else torch.empty_like(weight).copy_(total)
+
+
+@torch.no_grad()
+def folded_bias(bias: Tensor | None, update: Update, name: str = "the bias") -> Tensor | None:
+    """Computes bias + the update's in float32 and rounds once; None where there is nothing to add.
+
+    Raises:
+        RuntimeError: there is something to add and no bias.
+        ValueError: the sum is not finite.
+    """
+    if update.bias is None:
+        return None
+    if bias is None:
+        raise RuntimeError(
+            f"{name} is None, and the adapter has a bias of its own (lora_bias) to add to it: give the layer a bias of "
+            "zeros before it gets its adapter"
+        )
+    wide = torch.promote_types(bias.dtype, torch.float32)
+    total = (bias.to(wide) + update.bias.to(wide)).to(bias.dtype)
+    _check_finite(total, name)
+    return total
+
+
+def _check_finite(total: Tensor, name: str) -> None:
+    if not total.isfinite().all():
+        raise ValueError(
+            f"{name} merged is not finite in {dtype_name(total.dtype)}: the adapter or the base is damaged, or their "
+            "sum overflows; nothing was merged"
+        )
 
 
 def why_not_mergeable(layer: nn.Module) -> str | None:
@@ -128,8 +190,9 @@ def parameters_of(module: nn.Module, names: Sequence[str]) -> tuple[Any, ...]:
 class Mergeable(nn.Module):
     """A layer with a frozen weight and a low-rank update, which a subclass gives in ``_update``.
 
-    While ``merged``, the weight holds the sum of both, and the base weight is set aside in ``_base_weight``. A state
-    dict holds the base weight either way, and loading one leaves the layer merged or not, as it was.
+    While ``merged``, the weight holds the sum of both, and the base weight is set aside in ``_base_weight``; so is the
+    bias, where the update has a part in it. A state dict holds the base either way, and loading one leaves the layer
+    merged or not, as it was.
     """
 
     weight: Tensor
@@ -141,23 +204,25 @@ class Mergeable(nn.Module):
     # The child that has the weight, or "" for the layer itself.
     _holder_name = ""
     _base_weight: Tensor | None
+    _base_bias: Tensor | None
 
     def _update(self) -> Update:
         """Returns the update in the layout of the weight."""
         raise NotImplementedError
 
     def _become_mergeable(self) -> None:
-        """Adds the buffer and the hooks that merging needs; ``_become_plain`` removes them."""
+        """Adds the buffers and the hooks that merging needs; ``_become_plain`` removes them."""
         self.merged = False
         self.register_buffer("_base_weight", None, persistent=False)
+        self.register_buffer("_base_bias", None, persistent=False)
         # Functions of the module, not closures: the layer stays picklable.
-        self.register_state_dict_post_hook(_save_base_weight)  # type: ignore[no-untyped-call]
+        self.register_state_dict_post_hook(_save_base)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_merge_loaded)  # type: ignore[no-untyped-call]
 
     def _become_plain(self) -> None:
-        """Takes buffer and hooks away again; the weight stays as it is."""
-        del self.merged, self._base_weight
-        _remove_hook(self._state_dict_hooks, _save_base_weight)
+        """Takes buffers and hooks away again; weight and bias stay as they are."""
+        del self.merged, self._base_weight, self._base_bias
+        _remove_hook(self._state_dict_hooks, _save_base)
         _remove_hook(self._load_state_dict_post_hooks, _merge_loaded)
 
     @property
@@ -172,24 +237,30 @@ class Mergeable(nn.Module):
         The base weight is set aside, not overwritten: its storage may belong to somebody else.
 
         Raises:
-            RuntimeError: ``weight`` is parametrised or sharded over ranks, so that no sum can be stored in it.
+            RuntimeError: ``weight`` is parametrised or sharded over ranks, so that no sum can be stored in it; or the
+                update has a bias and the layer has none.
+            ValueError: the sum is not finite; the layer is then as it was.
         """
         if not self.merged:
             holder = self._holder
             if (reason := why_not_mergeable(holder)) is not None:
                 raise RuntimeError(f"no sum can be stored in the weight: {reason}")
-            merged = folded(holder.weight, self._update())
-            self._base_weight = holder.weight.data
-            holder.weight.data = merged
+            update, kind = self._update(), type(self).__name__
+            weight = folded(holder.weight, update, f"the weight of a {kind}")
+            bias = folded_bias(holder.bias, update, f"the bias of a {kind}") if update.bias is not None else None
+            self._base_weight, holder.weight.data = holder.weight.data, weight
+            if bias is not None:
+                self._base_bias, holder.bias.data = holder.bias.data, bias
             self.merged = True
         return self
 
     def unmerge(self) -> Self:
-        """Puts the base weight back, bit for bit. Not merged: no-op."""
+        """Puts the base weight and bias back, bit for bit. Not merged: no-op."""
         if self.merged:
             if self._base_weight is not None:
-                self._holder.weight.data = self._base_weight
-                self._base_weight = None
+                self._holder.weight.data, self._base_weight = self._base_weight, None
+            if self._base_bias is not None:
+                self._holder.bias.data, self._base_bias = self._base_bias, None
             self.merged = False
         return self
 
@@ -201,10 +272,11 @@ class Mergeable(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
 
-def _save_base_weight(layer: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+def _save_base(layer: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
     assert isinstance(layer, Mergeable)
-    if layer._base_weight is not None:
-        state_dict[prefix + f"{layer._holder_name}.weight".lstrip(".")] = layer._base_weight
+    for name, base in (("weight", layer._base_weight), ("bias", layer._base_bias)):
+        if base is not None:
+            state_dict[prefix + f"{layer._holder_name}.{name}".lstrip(".")] = base
 
 
 def _merge_loaded(layer: nn.Module, incompatible_keys: Any) -> None:

@@ -180,3 +180,56 @@ def test_folding_keeps_the_strides_of_a_weight_that_is_a_view() -> None:
     weight = torch.randn(10, 6).T
     total = folded(weight, Update.of(torch.randn(2, 10), torch.randn(6, 2), 0.7))
     assert total.stride() == weight.stride() == (1, 6)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_magnitude_is_the_length_of_each_row(turned: bool) -> None:
+    weight, a, b, m = torch.randn(20, 24), torch.randn(3, 24), torch.randn(20, 3), torch.rand(20) + 0.5
+    total = weight.double() + 0.7 * b.double() @ a.double()
+    expected = (m.double()[:, None] * total / total.norm(dim=1, keepdim=True)).float()
+    update = Update.of(a, b, 0.7, turned, magnitude=m)
+    made = folded(weight.T.contiguous() if turned else weight, update)
+    torch.testing.assert_close(made.T if turned else made, expected)
+
+
+class WithBias(LoRALinear):
+    """A layer whose update has a part in the bias."""
+
+    def _update(self) -> Update:
+        return super()._update()._replace(bias=torch.arange(1.0, 21.0))
+
+
+def test_a_bias_is_merged_and_put_back() -> None:
+    layer = WithBias(24, 20, r=3, lora_alpha=7, dtype=torch.bfloat16)
+    fill(layer, 1)
+    assert layer.bias is not None
+    before = layer.bias.clone()
+    saved = {name: t.clone() for name, t in layer.state_dict().items()}
+    layer.merge()
+    assert torch.equal(layer.bias, (before.float() + torch.arange(1.0, 21.0)).bfloat16())
+    assert all(torch.equal(t, saved[name]) for name, t in layer.state_dict().items())
+    layer.unmerge()
+    assert torch.equal(layer.bias, before)
+
+
+def test_a_layer_without_a_bias_has_nowhere_to_put_one() -> None:
+    layer = WithBias(24, 20, r=3, bias=False)
+    before = layer.weight.clone()
+    with pytest.raises(RuntimeError, match=r"the bias of a WithBias is None.*give the layer a bias"):
+        layer.merge()
+    assert not layer.merged
+    assert torch.equal(layer.weight, before)
+
+
+@each_layer
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_what_is_not_finite_is_not_merged(name: str, value: float) -> None:
+    layer: Any = made(name)
+    before = weight_of(layer).detach().clone()
+    with torch.no_grad():
+        for adapter in (layer.lora_A, layer.lora_B):
+            (adapter if isinstance(adapter, Tensor) else adapter["default"]).fill_(value)
+    with pytest.raises(ValueError, match=rf"the weight of a {type(layer).__name__} merged is not finite in float32"):
+        layer.merge()
+    assert not layer.merged
+    assert torch.equal(weight_of(layer), before)

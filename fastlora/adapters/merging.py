@@ -68,12 +68,7 @@ def fold_and_measure(name: str, weight: Tensor, update: Update) -> tuple[Tensor,
     Raises:
         ValueError: the sum is not finite: the adapter is not, or it overflows the dtype of the weight.
     """
-    merged = folded(weight, update)
-    if not merged.isfinite().all():
-        raise ValueError(
-            f"{name} merged is not finite in {dtype_name(weight.dtype)}: the adapter or the base is damaged, or their "
-            "sum overflows; nothing was merged"
-        )
+    merged = folded(weight, update, name)
     exact = torch.float32 if weight.device.type == "mps" else torch.float64
     right = update.right.to(exact)
     largest = error_squares = update_squares = 0.0
