@@ -5,6 +5,7 @@ from .adapters.merging import merge_adapter, merge_and_unload, unmerge_adapter
 from .adapters.model import delete_adapter, disable, enable, set_adapter, unload
 from .adapters.saving import load_adapter, save_adapter
 from .module import LoRALinear, LoRALinearGroup
+from .ops.base import StoredWeight
 from .ops.group import Branch, lora_linear_group
 from .ops.linear import explain, lora_linear
 from .ops.mlp import lora_swiglu_mlp
@@ -18,6 +19,7 @@ __all__ = [
     "LoRALinear",
     "LoRALinearGroup",
     "PatchReport",
+    "StoredWeight",
     "__version__",
     "delete_adapter",
     "disable",

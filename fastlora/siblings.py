@@ -246,17 +246,26 @@ def _fits(x: Tensor, branch: Branch) -> bool:
     weight, a, b, _, bias, _ = branch
     if not is_plain(x, weight, a, b, bias) or x.shape[-1:] != weight.shape[1:] or a.dtype is not b.dtype:
         return False
-    if weight.dtype is not x.dtype and not torch.is_autocast_enabled(x.device.type):
+    if weight.device != x.device:
         return False
-    tensors = (x, weight, a, b) if bias is None else (x, weight, a, b, bias)
+    tensors = (x, a, b) if bias is None else (x, a, b, bias)
+    if isinstance(weight, Tensor):
+        if weight.dtype is not x.dtype and not torch.is_autocast_enabled(x.device.type):
+            return False
+        tensors = (weight, *tensors)
     return all(t.device == x.device and not t.is_inference() for t in tensors)
 
 
 def _key(branch: Branch) -> tuple[Any, ...]:
     """What is the same while branch are: an open group holds them, so that no other tensor gets their memory."""
-    *tensors, scale, bias, p = branch
-    tensors = tensors if bias is None else [*tensors, bias]
-    return (scale, p, *((t.data_ptr(), t._version, t.shape, t.stride(), t.requires_grad) for t in tensors))
+    weight, a, b, scale, bias, p = branch
+    tensors = [a, b] if bias is None else [a, b, bias]
+    if isinstance(weight, Tensor):
+        tensors.append(weight)
+        stored = None
+    else:
+        stored = weight.state()
+    return (scale, p, stored, *((t.data_ptr(), t._version, t.shape, t.stride(), t.requires_grad) for t in tensors))
 
 
 def _state(x: Tensor) -> tuple[Any, ...]:

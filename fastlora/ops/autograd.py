@@ -81,7 +81,7 @@ def multiply(p: Product, eager: bool = False) -> Tensor:
     if not eager and not torch.compiler.is_compiling():
         flops.register()
     if not torch.is_grad_enabled():
-        rows = _by_rows(p)
+        rows = by_rows(p)
         return unrows((dispatch.lora_matmul(rows) if eager else lora_matmul_op(*rows))[0], p.x)
     y: Tensor
     if eager:
@@ -101,14 +101,14 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, p: Product) -> Tensor:
         flat = x.dim() == 2
-        y_mn, z_mr = dispatch.lora_matmul(p if flat else _by_rows(p))
-        _save(ctx, p, z_mr)
+        y_mn, z_mr = dispatch.lora_matmul(p if flat else by_rows(p))
+        save(ctx, p, z_mr)
         return y_mn if flat else unrows(y_mn, x)  # type: ignore[return-value]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Gradients:
         # once_differentiable costs two microseconds, and has nothing to do where no graph is being made.
-        return (_gradients_once if torch.is_grad_enabled() else _gradients)(ctx, dy)
+        return (_gradients_once if torch.is_grad_enabled() else gradients)(ctx, dy)
 
 
 # Function.apply without its look for functorch, which is_eager has taken: three microseconds.
@@ -122,21 +122,21 @@ class _Traced(torch.autograd.Function):
     def forward(ctx: Any, *operands: Any) -> Tensor:
         x, w, a, b, bias, scale, dropout_p, seed = operands
         p = Product(x, w, a, b, scale, bias, dropout_p, seed)
-        y_mn, z_mr = lora_matmul_op(*_by_rows(p))
-        _save(ctx, p, z_mr)
+        y_mn, z_mr = lora_matmul_op(*by_rows(p))
+        save(ctx, p, z_mr)
         return unrows(y_mn, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_gradients(ctx, dy), None, None)
+        return (*gradients(ctx, dy), None, None)
 
 
 # What a layer trains: x, a and b, the base frozen, with or without its bias.
 _USUAL = ((True, False, True, True, False), (True, False, True, True, True))
 
 
-def _save(ctx: Any, p: Product, z_mr: Tensor) -> None:
+def save(ctx: Any, p: Product, z_mr: Tensor) -> None:
     """Keeps for the backward what ``needs_input_grad`` asks for, and nothing else."""
     if ctx.needs_input_grad[:5] in _USUAL:
         ctx.save_for_backward(p.x, p.w, p.a, p.b, z_mr, p.seed)
@@ -153,25 +153,26 @@ def _save(ctx: Any, p: Product, z_mr: Tensor) -> None:
     ctx.constants = p.scale, p.dropout_p, p.a.dtype, p.x.shape
 
 
-def _gradients(ctx: Any, dy: Tensor) -> Gradients:
-    """The gradients that ``needs_input_grad`` asks for."""
+def gradients(ctx: Any, dy: Tensor, saved: tuple[Any, ...] | None = None) -> Gradients:
+    """The gradients that ``needs_input_grad`` asks for, of what :func:`save` has kept, or of ``saved`` in its place."""
     device_type = "cpu" if dy.is_cpu else dy.device.type
     if torch.is_autocast_enabled(device_type):
         # The operands got their dtypes in the forward; autocast would change some of them and not others.
         with torch.autocast(device_type, enabled=False):
-            return _gradients(ctx, dy)
+            return gradients(ctx, dy, saved)
     dy_mn = rows_of(dy)
     eager = is_eager()
     if eager:
         dy_mn = without_zero_strides(dy_mn)
     needs = ctx.needs_input_grad[:5]
-    saved = ctx.saved_tensors
+    if saved is None:
+        saved = ctx.saved_tensors
     if eager and needs in _USUAL:
         x, w, a, b, z_mr, seed = saved
         scale, dropout_p, _, x_shape = ctx.constants
         p = Product(rows_of(x), w, a, b, scale, None, dropout_p, seed)
-        if (gradients := dispatch.gradients_of(p, dy_mn)) is not None:
-            dx, da, db = gradients(p, dy_mn, z_mr)
+        if (together := dispatch.gradients_of(p, dy_mn)) is not None:
+            dx, da, db = together(p, dy_mn, z_mr)
             return (
                 dx if dx.dim() == len(x_shape) else dx.view(x_shape),
                 None,
@@ -219,10 +220,10 @@ def by_the_verbs(
     return dx, dw, da, db, dy_mn.sum(0) if need_bias else None
 
 
-_gradients_once = once_differentiable(_gradients)
+_gradients_once = once_differentiable(gradients)
 
 
-def _by_rows(p: Product) -> Product:
+def by_rows(p: Product) -> Product:
     """The product with x as [M, K]."""
     return p if p.x.dim() == 2 else p._replace(x=rows_of(p.x))
 

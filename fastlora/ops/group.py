@@ -21,15 +21,16 @@ from ..backends import dispatch
 from ..backends.dropout import draw_seed
 from ..backends.request import Product
 from ..eager import is_eager
-from . import linear, small
+from . import base, linear, small
 from .autograd import by_the_verbs, rows_of, unrows, without_zero_strides
+from .base import StoredWeight
 
 
 class Branch(NamedTuple):
     """One LoRA layer among others: the arguments of :func:`fastlora.lora_linear` but x.
 
     Attributes:
-        weight: base weight [N, K].
+        weight: base weight [N, K], or a :class:`StoredWeight`.
         lora_a: down projection [R, K].
         lora_b: up projection [N, R].
         scale: factor on the update.
@@ -37,17 +38,22 @@ class Branch(NamedTuple):
         dropout_p: probability of dropping an element of the input on its way into ``lora_a``.
     """
 
-    weight: Tensor
+    weight: Tensor | StoredWeight
     lora_a: Tensor
     lora_b: Tensor
     scale: float
     bias: Tensor | None = None
     dropout_p: float = 0.0
 
+    @property
+    def is_stored(self) -> bool:
+        """Whether the base is stored otherwise than as a matrix."""
+        return isinstance(self.weight, StoredWeight)
+
 
 def lora_linear_group(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor | StoredWeight],
     lora_as: Sequence[Tensor],
     lora_bs: Sequence[Tensor],
     *,
@@ -64,7 +70,7 @@ def lora_linear_group(
 
     Args:
         x: input [..., K] of all branches.
-        weights: base weight [Nᵢ, K] of each branch.
+        weights: base weight [Nᵢ, K] of each branch, or a :class:`StoredWeight`.
         lora_as: down projections [Rᵢ, K].
         lora_bs: up projections [Nᵢ, Rᵢ].
         scales: factor on each update.
@@ -102,10 +108,21 @@ def lora_linear_group(
 def multiply(x: Tensor, branches: Sequence[Branch], training: bool = True) -> tuple[Tensor, ...]:
     """:func:`lora_linear_group` of branches as values."""
     if not is_eager() or not all(linear.is_plain(x, w, a, b, bias) for w, a, b, _, bias, _ in branches):
-        return tuple(_alone(i, x, branch, training) for i, branch in enumerate(branches))
-    first = small.multiply(Product(x, *branches[0]), training)
+        return _one_by_one(x, branches, training)
+    if any(branch.is_stored for branch in branches):
+        dtype = base.common_dtype(x, [branch.weight for branch in branches])
+        if dtype is None:
+            return _one_by_one(x, branches, training)
+        with base.without_autocast(x.device.type):
+            return tuple(y.to(x.dtype) for y in _together(x.to(dtype), branches, training))
+    first = small.multiply(Product(x, *branches[0]), training)  # type: ignore[arg-type]
     if first is not None:
         return first, *(_small(i, x, branch, training) for i, branch in enumerate(branches) if i)
+    return _together(x, branches, training)
+
+
+def _together(x: Tensor, branches: Sequence[Branch], training: bool) -> tuple[Tensor, ...]:
+    """All branches as one node of the graph."""
     products: list[Product] = []
     for i, branch in enumerate(branches):
         # What autocast made of x for the first branch is the x of all.
@@ -114,6 +131,11 @@ def multiply(x: Tensor, branches: Sequence[Branch], training: bool = True) -> tu
     if training:
         products = [p._replace(seed=draw_seed(p.x.device)) if p.dropout_p > 0 else p for p in products]
     return _multiply(products)
+
+
+def _one_by_one(x: Tensor, branches: Sequence[Branch], training: bool) -> tuple[Tensor, ...]:
+    """Each branch by itself."""
+    return tuple(_alone(i, x, branch, training) for i, branch in enumerate(branches))
 
 
 def _alone(i: int, x: Tensor, branch: Branch, training: bool) -> Tensor:
@@ -126,7 +148,7 @@ def _alone(i: int, x: Tensor, branch: Branch, training: bool) -> Tensor:
 
 def _small(i: int, x: Tensor, branch: Branch, training: bool) -> Tensor:
     """The same where the first branch was a small call."""
-    y = small.multiply(Product(x, *branch), training)
+    y = small.multiply(Product(x, *branch), training)  # type: ignore[arg-type]
     return _alone(i, x, branch, training) if y is None else y
 
 
@@ -141,8 +163,8 @@ def of_branch(branch: str, call: Any, *arguments: Any, **options: Any) -> Any:
 def _multiply(products: list[Product]) -> tuple[Tensor, ...]:
     x = products[0].x
     if not torch.is_grad_enabled():
-        return tuple(unrows(y, x) for y in dispatch.lora_matmul_group(by_rows(products))[0])
-    operands = [t for p in products for t in (p.w, p.a, p.b, p.bias)]
+        return tuple(unrows(y, x) for y in base.lora_matmul_group(by_rows(products))[0])
+    operands = [t for p in products for t in operands_of(p)]
     ys: tuple[Tensor, ...] = _Group.apply(products, x, *operands)  # type: ignore[no-untyped-call]
     return ys
 
@@ -155,6 +177,14 @@ def by_rows(products: Sequence[Product]) -> list[Product]:
 
 # Of each branch: w, a, b, bias.
 _OPERANDS = 4
+
+
+def operands_of(p: Product) -> tuple[Tensor | None, ...]:
+    """The tensors of a product that may ask for a gradient, but x."""
+    w, _ = base.kept(p.w)
+    return w, p.a, p.b, p.bias
+
+
 # What a layer trains.
 _USUAL = (False, True, True)
 
@@ -165,12 +195,12 @@ class _Group(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, products: list[Product], x: Tensor, *operands: Tensor | None) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ys, zs = dispatch.lora_matmul_group(by_rows(products))
+        ys, zs = base.lora_matmul_group(by_rows(products))
         need_x, needs = ctx.needs_input_grad[1], needs_of(ctx.needs_input_grad[2:])
         saved = [t for p, z, asked in zip(products, zs, needs, strict=True) for t in kept(p, z, need_x, asked)]
         any_x = any(need_w or need_a for need_w, need_a, *_ in needs)
         ctx.save_for_backward(x if any_x else None, *saved)
-        ctx.constants = constants_of(products)
+        ctx.constants, ctx.stored = constants_of(products), stored_of(products)
         return tuple(unrows(y, x) for y in ys)
 
     @staticmethod
@@ -179,7 +209,7 @@ class _Group(torch.autograd.Function):
         device_type = next((dy.device.type for dy in dys if dy is not None), "cpu")
         with torch.autocast(device_type, enabled=False):
             need_x, needs = ctx.needs_input_grad[1], needs_of(ctx.needs_input_grad[2:])
-            return None, *gradients(ctx.saved_tensors, ctx.constants, need_x, needs, dys)
+            return None, *gradients(ctx.saved_tensors, ctx.stored, ctx.constants, need_x, needs, dys)
 
 
 def needs_of(flat: Sequence[bool]) -> list[tuple[bool, ...]]:
@@ -188,10 +218,10 @@ def needs_of(flat: Sequence[bool]) -> list[tuple[bool, ...]]:
 
 
 def kept(p: Product, z: Tensor, need_x: bool, needs: Sequence[bool]) -> list[Tensor | None]:
-    """w, a, b, z and seed of one branch, as far as its backward needs them."""
+    """w, a, b, z and seed of one branch, as far as its backward needs them; a stored w is kept beside the tensors."""
     _, need_a, need_b, _ = needs
     return [
-        p.w if need_x else None,
+        base.kept(p.w)[0] if need_x else None,
         p.a if need_x or need_a else None,
         p.b if need_x or need_a else None,
         z if need_b else None,
@@ -204,8 +234,14 @@ def constants_of(products: Sequence[Product]) -> list[tuple[Any, ...]]:
     return [(p.scale, p.dropout_p, p.a.dtype, p.x.shape) for p in products]
 
 
+def stored_of(products: Sequence[Product]) -> list[StoredWeight | None]:
+    """The stored weight of each branch, None of those that are matrices."""
+    return [base.kept(p.w)[1] for p in products]
+
+
 def gradients(
     kept: Sequence[Any],
+    stored: Sequence[StoredWeight | None],
     constants: Sequence[tuple[Any, ...]],
     need_x: bool,
     needs: Sequence[tuple[bool, ...]],
@@ -215,6 +251,7 @@ def gradients(
 
     Args:
         kept: x [..., K], then what :func:`kept` keeps of each branch.
+        stored: as :func:`stored_of` has them.
         constants: as :func:`constants_of` has them.
         need_x: whether x asks for a gradient.
         needs: which of w, a, b and bias ask for one, of each branch.
@@ -224,7 +261,10 @@ def gradients(
     eager = is_eager()
     live = [i for i, dy in enumerate(dys) if dy is not None]
     dy_s = {i: without_zero_strides(rows_of(dys[i])) for i in live}  # type: ignore[arg-type]
-    parts = {i: saved[5 * i : 5 * i + 5] for i in live}
+    parts = {i: list(saved[5 * i : 5 * i + 5]) for i in live}
+    for i in live:
+        if need_x and stored[i] is not None:
+            parts[i][0] = base.opened(stored[i], dy_s[i].dtype, i)
     found: list[Tensor | None] = [None] * (1 + _OPERANDS * len(dys))
     usual = need_x and all(needs[i][:3] == _USUAL for i in live)
     if eager and usual and live:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +14,15 @@ from ..backends.dropout import draw_seed
 from ..backends.request import Product
 from ..eager import is_eager
 from ..text import dtype_name
-from . import autograd, dtensor, small
+from . import autograd, base, dtensor, small
+from .base import StoredWeight
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | StoredWeight,
     lora_a: Tensor,
     lora_b: Tensor,
     *,
@@ -37,7 +38,8 @@ def lora_linear(
 
     Args:
         x: input [..., K], bfloat16, float16, float32 or float64. On DTensors see :mod:`fastlora.ops.dtensor`.
-        weight: base weight [N, K], as ``nn.Linear`` stores it, in the dtype of x.
+        weight: base weight [N, K], as ``nn.Linear`` stores it, in the dtype of x; or a :class:`StoredWeight`, which is
+            made dense for each use of it, in the dtype that it says.
         lora_a: down projection [R, K], in the dtype of x, or float32 on a half-precision base.
         lora_b: up projection [N, R], in the dtype of ``lora_a``.
         scale: factor on the update, lora_alpha / r (or lora_alpha / sqrt(r) for rsLoRA).
@@ -66,7 +68,7 @@ def lora_linear(
         and type(lora_b) in _PLAIN
         and (bias is None or type(bias) in _PLAIN)
     ):
-        y = small.multiply(Product(x, weight, lora_a, lora_b, scale, bias, dropout_p), training)
+        y = small.multiply(Product(x, weight, lora_a, lora_b, scale, bias, dropout_p), training)  # type: ignore[arg-type]
         if y is not None:
             return y
         product = _known(x, weight, lora_a, lora_b, scale, bias, dropout_p)
@@ -75,14 +77,17 @@ def lora_linear(
         product = _checked(x, weight, lora_a, lora_b, scale, bias, dropout_p)
     if training and dropout_p > 0:
         product = product._replace(seed=draw_seed(product.x.device))
-    if not known and dtensor.is_sharded(product.x):
-        return dtensor.multiply(product)
+    if not known:
+        if isinstance(product.w, StoredWeight):
+            return base.multiply(product, eager, x.dtype)
+        if dtensor.is_sharded(product.x):
+            return dtensor.multiply(product)
     return autograd.multiply(product, eager)
 
 
 def explain(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | StoredWeight,
     lora_a: Tensor,
     lora_b: Tensor,
     *,
@@ -105,7 +110,8 @@ def explain(
             "x is a DTensor: explain looks at one rank's share, so pass the to_local() of every argument"
         )
     seed = torch.zeros(2, dtype=torch.int64, device=x.device) if training and dropout_p > 0 else None
-    return dispatch.explain(product._replace(x=autograd.rows_of(product.x), seed=seed))
+    dense = base.opened(product.w, product.x.dtype)
+    return dispatch.explain(product._replace(x=autograd.rows_of(product.x), w=dense, seed=seed))
 
 
 # Signatures of calls of plain tensors that have passed the checks.
@@ -114,21 +120,23 @@ _MOST_PASSED = 4096
 _PLAIN = frozenset({Tensor, nn.Parameter})
 
 
-def is_plain(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> bool:
-    """Whether these are torch's own tensors, no subclass that would see what is done with them."""
-    return all(type(t) in _PLAIN for t in (x, weight, lora_a, lora_b)) and (bias is None or type(bias) in _PLAIN)
+def is_plain(x: Tensor, weight: Tensor | StoredWeight, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> bool:
+    """Whether these are torch's own tensors, no subclass that would see what is done with them; or a stored weight."""
+    plain = all(type(t) in _PLAIN for t in (x, lora_a, lora_b)) and (bias is None or type(bias) in _PLAIN)
+    return plain and (type(weight) in _PLAIN or isinstance(weight, StoredWeight))
 
 
 def product_of(
-    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, bias: Tensor | None, dropout_p: float
+    x: Tensor, weight: Any, lora_a: Tensor, lora_b: Tensor, scale: float, bias: Tensor | None, dropout_p: float
 ) -> Product:
     """The call of plain tensors as a value, checked and cast as autocast asks; dropout is still without a seed."""
     operands = (x, weight, lora_a, lora_b, scale, bias, dropout_p)
-    return _known(*operands) or _checked(*operands)
+    known = None if isinstance(weight, StoredWeight) else _known(*operands)
+    return known or _checked(*operands)
 
 
 def _known(
-    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, bias: Tensor | None, dropout_p: float
+    x: Tensor, weight: Any, lora_a: Tensor, lora_b: Tensor, scale: float, bias: Tensor | None, dropout_p: float
 ) -> Product | None:
     """The call as a value where one of its signature has passed the checks before, else None."""
     if type(scale) is not float or type(dropout_p) is not float or not 0 <= dropout_p < 1:
@@ -157,14 +165,15 @@ def _known(
 
 
 def _checked(
-    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, bias: Tensor | None, dropout_p: float
+    x: Tensor, weight: Any, lora_a: Tensor, lora_b: Tensor, scale: float, bias: Tensor | None, dropout_p: float
 ) -> Product:
     """The call as a value, its arguments checked and cast as autocast asks; dropout is still without a seed."""
     tensors = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b}
     if bias is not None:
         tensors["bias"] = bias
+    stored = isinstance(weight, StoredWeight)
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
+        if not isinstance(tensor, Tensor) and not (stored and tensor is weight):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     dtensor.check_together(tensors)
     if type(scale) is not float or type(dropout_p) is not float:
@@ -178,7 +187,9 @@ def _checked(
     if x.device.type == "meta":
         raise RuntimeError("x is on the meta device, which holds no data: create the inputs on a real device")
     product = Product(x, weight, lora_a, lora_b, scale, bias, dropout_p)
-    if torch.is_autocast_enabled(x.device.type):
+    if stored:
+        product = _for_stored(product, weight)
+    elif torch.is_autocast_enabled(x.device.type):
         product = _autocast(product)
     _check_dtypes(product)
     return product
@@ -191,7 +202,7 @@ def _as_float(name: str, number: object) -> float:
     return float(number)
 
 
-def _check_shapes(tensors: dict[str, Tensor]) -> None:
+def _check_shapes(tensors: dict[str, Any]) -> None:
     x, weight, lora_a, lora_b = (tensors[name] for name in ("x", "weight", "lora_a", "lora_b"))
     bias = tensors.get("bias")
     for name, tensor in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
@@ -209,7 +220,7 @@ def _check_shapes(tensors: dict[str, Tensor]) -> None:
         _wrong_shape("bias", f"[{n}], the out_features of weight", tensors)
 
 
-def _wrong_shape(name: str, expected: str, tensors: dict[str, Tensor]) -> NoReturn:
+def _wrong_shape(name: str, expected: str, tensors: dict[str, Any]) -> NoReturn:
     tensor = tensors[name]
     shapes = ", ".join(f"{key} {list(value.shape)}" for key, value in tensors.items())
     if hasattr(tensor, "ds_id") or hasattr(tensor, "_fsdp_flattened"):
@@ -233,13 +244,21 @@ def _autocast(p: Product) -> Product:
     return p._replace(x=cast(p.x), w=cast(p.w), a=a, b=b, bias=None if p.bias is None else cast(p.bias))  # type: ignore[arg-type]
 
 
+def _for_stored(p: Product, weight: StoredWeight) -> Product:
+    """The product in the dtype that a stored weight computes in; adapters that are narrower are widened to it."""
+    dtype = weight.compute_dtype(p.x)
+    a, b = (t.to(dtype) if torch.promote_types(t.dtype, dtype) is dtype else t for t in (p.a, p.b))
+    return p._replace(x=p.x.to(dtype), a=a, b=b, bias=None if p.bias is None else p.bias.to(dtype))
+
+
 def _castable(t: Tensor) -> bool:
     return t.is_floating_point() and t.dtype is not torch.float64
 
 
 def _check_dtypes(p: Product) -> None:
     """Raises for dtypes that do not fit together; runs after autocast."""
-    x, weight, lora_a, lora_b, bias = p.x.dtype, p.w.dtype, p.a.dtype, p.b.dtype, p.bias  # type: ignore[union-attr]
+    x, lora_a, lora_b, bias = p.x.dtype, p.a.dtype, p.b.dtype, p.bias
+    weight = x if isinstance(p.w, StoredWeight) else p.w.dtype  # type: ignore[union-attr]
     if x not in _DTYPES:
         raise RuntimeError(f"x is {dtype_name(x)}: expected one of {', '.join(map(dtype_name, _DTYPES))}")
     if weight != x:

@@ -21,8 +21,9 @@ from ..backends import dispatch, reference, swiglu
 from ..backends.dropout import draw_seed
 from ..backends.request import Product
 from ..eager import is_eager
-from . import group, linear
+from . import base, group, linear
 from .autograd import rows_of, unrows, verbs, without_zero_strides
+from .base import StoredWeight
 from .group import Branch
 
 # Elements of h up to which torch's own nodes are faster than a Function, for all that they keep two such tensors more.
@@ -62,8 +63,22 @@ def lora_swiglu_mlp(
     branches = {"gate": gate, "up": up, "down": down}
     _check(branches, activation)
     plain = all(linear.is_plain(x, b.weight, b.lora_a, b.lora_b, b.bias) for b in branches.values())
-    if not (plain and is_eager()) or _is_small(x, gate.weight):
+    if not (plain and is_eager()):
         return _layer_by_layer(x, branches, activation, training)
+    if any(branch.is_stored for branch in branches.values()):
+        dtype = base.common_dtype(x, [branch.weight for branch in branches.values()])
+        if dtype is None:
+            return _layer_by_layer(x, branches, activation, training)
+        with base.without_autocast(x.device.type):
+            return _at_once(x.to(dtype), branches, activation, training).to(x.dtype)
+    if _is_small(x, gate.weight):
+        return _layer_by_layer(x, branches, activation, training)
+    return _at_once(x, branches, activation, training)
+
+
+def _at_once(x: Tensor, branches: dict[str, Branch], activation: str, training: bool) -> Tensor:
+    """The three layers as one node of the graph."""
+    gate, up, down = branches.values()
     gate_p = _product("gate", x, gate)
     # What autocast made of x for gate is the x of up; that of down will be as wide as gate's output.
     up_p = _product("up", gate_p.x, up)
@@ -73,7 +88,7 @@ def lora_swiglu_mlp(
         products = [p._replace(seed=draw_seed(x.device)) if p.dropout_p > 0 else p for p in products]
     if not torch.is_grad_enabled():
         return unrows(_forward(products, activation, keep=False)[0], x)
-    operands = [t for p in products for t in (p.w, p.a, p.b, p.bias)]
+    operands = [t for p in products for t in group.operands_of(p)]
     y: Tensor = _Mlp.apply(products, activation, gate_p.x, *operands)  # type: ignore[no-untyped-call]
     return y
 
@@ -90,7 +105,7 @@ def _check(branches: dict[str, Branch], activation: str) -> None:
             )
     gate, up, down = (branch.weight for branch in branches.values())
     # What is no matrix is put into words by its layer.
-    if not all(isinstance(w, Tensor) and w.dim() == 2 for w in (gate, up, down)):
+    if not all(isinstance(w, (Tensor, StoredWeight)) and w.dim() == 2 for w in (gate, up, down)):
         return
     (n, k), found = gate.shape, up.shape
     if found != gate.shape:
@@ -101,7 +116,7 @@ def _check(branches: dict[str, Branch], activation: str) -> None:
         )
 
 
-def _is_small(x: Tensor, w: Tensor) -> bool:
+def _is_small(x: Tensor, w: Tensor | StoredWeight) -> bool:
     """Whether each layer by itself would be a small call."""
     if not (x.dim() and w.dim()) or dispatch.small_of(x) is None:
         return False
@@ -129,10 +144,10 @@ def _forward(
     products: Sequence[Product], activation: str, *, keep: bool
 ) -> tuple[Tensor, list[Tensor], tuple[Tensor, Tensor]]:
     """y, z of each product, and g and u, which mean nothing afterwards where they are not to be kept."""
-    (g, u), zs = dispatch.lora_matmul_group(group.by_rows(products[:2]))
+    (g, u), zs = base.lora_matmul_group(group.by_rows(products[:2]))
     h = swiglu.forward(g, u, activation, overwrite=not keep)
-    y, z = dispatch.lora_matmul(products[2]._replace(x=h))
-    return y, [*zs, z], (g, u)  # type: ignore[return-value]
+    y, z = base.lora_matmul(products[2]._replace(x=h))
+    return y, [*zs, z], (g, u)
 
 
 class _Needs(NamedTuple):
@@ -172,7 +187,7 @@ class _Mlp(torch.autograd.Function):
         )
         any_x = any(need for asked in (needs.gate, needs.up) for need in asked[:2])
         ctx.save_for_backward(*(wide if keep else (None, None)), *down, x if any_x else None, *gate, *up)
-        ctx.constants = activation, group.constants_of(products)
+        ctx.constants, ctx.stored = (activation, group.constants_of(products)), group.stored_of(products)
         return unrows(y, x)
 
     @staticmethod
@@ -187,10 +202,12 @@ def _gradients(ctx: Any, dy: Tensor) -> list[Tensor | None]:
     activation, constants = ctx.constants
     # Looked at once: a checkpoint hands out each of them once.
     g, u, *saved = ctx.saved_tensors
-    down, of_group = saved[:5], saved[5:]
-    needs = _Needs.of(ctx)
+    down, of_group = list(saved[:5]), saved[5:]
+    needs, stored = _Needs.of(ctx), ctx.stored
+    if needs.dh and stored[2] is not None:
+        down[0] = base.opened(stored[2], dy.dtype)
     dg, du, of_down = _through_down(rows_of(dy), (g, u), down, constants[2], activation, needs)
-    others = group.gradients(of_group, constants[:2], needs.x, (needs.gate, needs.up), (dg, du))
+    others = group.gradients(of_group, stored[:2], constants[:2], needs.x, (needs.gate, needs.up), (dg, du))
     return [*others, *of_down]
 
 

@@ -1,0 +1,168 @@
+"""The weights of bitsandbytes' layers as stored weights: ``Linear4bit`` in 4 bits, ``Linear8bitLt`` in 8.
+
+4 bits: W is made dense by bitsandbytes, bit for bit, in the dtype in which the layer computes, and the product is ours.
+On a GPU, few tokens take bitsandbytes' own kernel, which reads the packed weight.
+
+8 bits: the product is always bitsandbytes' own, which on GPUs, and on CPUs in evaluation, rounds the input to int8 too
+and computes its outliers apart; the update is added to it. The gradient of x is made with the dense W, as bitsandbytes
+makes it. Source: Dettmers et al., 2022, "LLM.int8()", https://arxiv.org/abs/2208.07339.
+
+bitsandbytes is never imported here: where nobody has, no layer is of these kinds.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Hashable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from .ops.base import StoredWeight
+
+Reason: TypeAlias = str
+
+# The oldest whose 4-bit kernels work on every device that fastlora does.
+OLDEST = (0, 49)
+
+# Up to so many tokens bitsandbytes has a GPU kernel that reads the packed weight; beyond, it makes it dense itself.
+_FEW = 1536
+
+
+def is_quantised(layer: nn.Module) -> bool:
+    """Whether a layer is one of bitsandbytes' that can have an adapter."""
+    return type(layer) in _kinds()
+
+
+def stored_weight(layer: nn.Module, x: Tensor | None = None) -> StoredWeight | Reason:
+    """The weight of a quantised layer for a call with x, or the reason why there is none, with the remedy.
+
+    Args:
+        layer: one for which :func:`is_quantised` holds. A 4-bit layer that has not settled the dtype in which it
+            computes does so here, as its own first call would.
+        x: the input; None to look at the layer alone.
+    """
+    if (reason := _too_old()) is not None:
+        return reason
+    return _four_bit(layer, x) if type(layer) in _kinds(four=True) else _eight_bit(layer)
+
+
+class FourBit(StoredWeight):
+    """The weight of a ``Linear4bit``: packed, with the state that says how."""
+
+    def __init__(self, weight: Tensor, quant_state: Any, dtype: torch.dtype | None) -> None:
+        self._packed, self._version = weight.data, weight._version
+        self._quant_state, self._dtype = quant_state, dtype
+        self.shape, self.device = torch.Size(quant_state.shape), weight.device
+        # On a CPU bitsandbytes has no way to write into given memory.
+        self.fills = weight.device.type == "cuda"
+
+    def dense(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """W [N, K], as bitsandbytes makes it."""
+        functional = sys.modules["bitsandbytes"].functional
+        made = functional.dequantize_4bit(self._packed, self._quant_state, out=_out_of(out, self._quant_state.dtype))
+        if made.dtype is dtype:
+            dense: Tensor = made
+            return dense
+        return made.to(dtype) if out is None else out.copy_(made)
+
+    def state(self) -> Hashable:
+        """The packed tensor and its version, and the state that says how."""
+        return self._packed.data_ptr(), self._version, id(self._quant_state)
+
+    def compute_dtype(self, x: Tensor) -> torch.dtype:
+        """The layer's own, whatever autocast says; that of x where the layer has none."""
+        return x.dtype if self._dtype is None else self._dtype
+
+    def multiplies(self, m: int) -> bool:
+        """Few tokens on a GPU."""
+        return self.device.type == "cuda" and 0 < m <= _FEW
+
+    def product(self, x_mk: Tensor, bias: Tensor | None) -> Tensor:
+        """bitsandbytes' own product."""
+        with torch.no_grad():
+            y: Tensor = sys.modules["bitsandbytes"].matmul_4bit(x_mk, self._packed, self._quant_state, bias=bias)
+        return y
+
+
+def _out_of(out: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Memory in which bitsandbytes may write a weight of this dtype."""
+    return out if out is not None and out.dtype is dtype else None
+
+
+def _four_bit(layer: Any, x: Tensor | None) -> FourBit | Reason:
+    weight = layer._parameters.get("weight")
+    quant_state = getattr(weight, "quant_state", None)
+    if quant_state is None:
+        return "its 4-bit weight has no quantisation state: move the layer to a device, or load it, first"
+    if getattr(quant_state, "packing_format_for_cpu", False):
+        return "its 4-bit weight was packed anew for this CPU, by a call of its own in eval mode without gradients"
+    if tuple(quant_state.shape) != (layer.out_features, layer.in_features):
+        return f"its 4-bit weight was packed as {list(quant_state.shape)}, not [out_features, in_features]"
+    if x is not None and not layer.compute_type_is_set:
+        layer.set_compute_type(x)
+        layer.compute_type_is_set = True
+    return FourBit(weight, quant_state, layer.compute_dtype)
+
+
+class EightBit(StoredWeight):
+    """The weight of a ``Linear8bitLt``: int8, with a factor for each row."""
+
+    def __init__(self, layer: Any, rows: Tensor, factors: Tensor) -> None:
+        self._layer, self._rows, self._factors = layer, rows, factors
+        self.shape, self.device = rows.shape, rows.device
+        self.fills = True
+
+    def dense(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """W [N, K] = rows · factors / 127."""
+        memory = torch.empty(self.shape, dtype=dtype, device=self.device) if out is None else out
+        return torch.mul(self._rows, (self._factors * (1.0 / 127.0)).unsqueeze(1), out=memory)
+
+    def state(self) -> Hashable:
+        """The int8 tensor and its factors, with their versions."""
+        return tuple((t.data_ptr(), t._version) for t in (self._rows, self._factors))
+
+    def multiplies(self, m: int) -> bool:
+        """Always: another product would be another layer."""
+        return m > 0
+
+    def product(self, x_mk: Tensor, bias: Tensor | None) -> Tensor:
+        """bitsandbytes' own product, with its treatment of outliers."""
+        layer = self._layer
+        layer.state.is_training = layer.training
+        with torch.no_grad():
+            y: Tensor = sys.modules["bitsandbytes"].matmul(x_mk, layer.weight, bias=bias, state=layer.state)
+        return y
+
+
+def _eight_bit(layer: Any) -> EightBit | Reason:
+    if layer.state.has_fp16_weights:
+        return "its 8-bit layer keeps 16-bit weights and trains them (has_fp16_weights=True): quantise it, with False"
+    weight = layer._parameters.get("weight")
+    if getattr(weight, "CB", None) is not None:
+        layer.init_8bit_state()
+    rows, factors = layer.state.CB, layer.state.SCB
+    if rows is None or factors is None or rows.dtype is not torch.int8:
+        return "its 8-bit weight has no quantisation state: move the layer to a device, or load it, first"
+    if rows.device != factors.device:
+        return f"its 8-bit weight is on {rows.device} and the factors on {factors.device}: move the layer to one"
+    return EightBit(layer, rows, factors)
+
+
+def _kinds(*, four: bool = False) -> tuple[type, ...]:
+    """bitsandbytes' layers, or those of 4 bits alone; none where it was never imported."""
+    library = sys.modules.get("bitsandbytes")
+    if library is None:
+        return ()
+    nn = library.nn
+    of_four = (nn.Linear4bit, nn.LinearNF4, nn.LinearFP4)
+    return of_four if four else (*of_four, nn.Linear8bitLt)
+
+
+def _too_old() -> Reason | None:
+    version = sys.modules["bitsandbytes"].__version__
+    parts = tuple(int(part) for part in version.split(".")[:2])
+    if parts < OLDEST:
+        return f"bitsandbytes {version} is too old: pip install 'bitsandbytes>={'.'.join(map(str, OLDEST))}'"
+    return None
