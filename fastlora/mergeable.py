@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .ops.dtensor import is_sharded
+from .quantised import dense_weight, is_quantised
 from .text import dtype_name
 
 if TYPE_CHECKING:
@@ -171,6 +172,16 @@ def why_not_mergeable(layer: nn.Module) -> str | None:
     return f"weight belongs to {owner}: gather the state dict, load it into an unsharded model and merge there"
 
 
+def base_weight(layer: nn.Module) -> Tensor:
+    """The base weight of a layer as a dense matrix: its own, or made of a quantised one.
+
+    Raises:
+        RuntimeError: the quantised weight has no state of quantisation.
+    """
+    weight: Any = layer.weight
+    return dense_weight(layer) if is_quantised(layer) else weight
+
+
 def parameter_of(module: nn.Module, name: str) -> Any:
     """``getattr(module, name)`` for a Parameter, eight times faster where it lies in the module itself."""
     try:
@@ -191,8 +202,9 @@ class Mergeable(nn.Module):
     """A layer with a frozen weight and a low-rank update, which a subclass gives in ``_update``.
 
     While ``merged``, the weight holds the sum of both, and the base weight is set aside in ``_base_weight``; so is the
-    bias, where the update has a part in it. A state dict holds the base either way, and loading one leaves the layer
-    merged or not, as it was.
+    bias, where the update has a part in it. A quantised base keeps its packed weight, and the sum with the dequantised
+    one lies dense beside it, in ``_merged_weight``. A state dict holds the base either way, and loading one leaves the
+    layer merged or not, as it was.
     """
 
     weight: Tensor
@@ -205,6 +217,7 @@ class Mergeable(nn.Module):
     _holder_name = ""
     _base_weight: Tensor | None
     _base_bias: Tensor | None
+    _merged_weight: Tensor | None
 
     def _update(self) -> Update:
         """Returns the update in the layout of the weight."""
@@ -215,13 +228,14 @@ class Mergeable(nn.Module):
         self.merged = False
         self.register_buffer("_base_weight", None, persistent=False)
         self.register_buffer("_base_bias", None, persistent=False)
+        self.register_buffer("_merged_weight", None, persistent=False)
         # Functions of the module, not closures: the layer stays picklable.
         self.register_state_dict_post_hook(_save_base)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_merge_loaded)  # type: ignore[no-untyped-call]
 
     def _become_plain(self) -> None:
         """Takes buffers and hooks away again; weight and bias stay as they are."""
-        del self.merged, self._base_weight, self._base_bias
+        del self.merged, self._base_weight, self._base_bias, self._merged_weight
         _remove_hook(self._state_dict_hooks, _save_base)
         _remove_hook(self._load_state_dict_post_hooks, _merge_loaded)
 
@@ -246,9 +260,12 @@ class Mergeable(nn.Module):
             if (reason := why_not_mergeable(holder)) is not None:
                 raise RuntimeError(f"no sum can be stored in the weight: {reason}")
             update, kind = self._update(), type(self).__name__
-            weight = folded(holder.weight, update, f"the weight of a {kind}")
+            weight = folded(base_weight(holder), update, f"the weight of a {kind}")
             bias = folded_bias(holder.bias, update, f"the bias of a {kind}") if update.bias is not None else None
-            self._base_weight, holder.weight.data = holder.weight.data, weight
+            if is_quantised(holder):
+                self._merged_weight = weight
+            else:
+                self._base_weight, holder.weight.data = holder.weight.data, weight
             if bias is not None:
                 self._base_bias, holder.bias.data = holder.bias.data, bias
             self.merged = True
@@ -261,6 +278,7 @@ class Mergeable(nn.Module):
                 self._holder.weight.data, self._base_weight = self._base_weight, None
             if self._base_bias is not None:
                 self._holder.bias.data, self._base_bias = self._base_bias, None
+            self._merged_weight = None
             self.merged = False
         return self
 

@@ -31,8 +31,8 @@ _FEW = 1536
 
 
 def is_quantised(layer: nn.Module) -> bool:
-    """Whether a layer is one of bitsandbytes' that can have an adapter."""
-    return type(layer) in _kinds()
+    """Whether a layer is one of bitsandbytes' that can have an adapter, or has one and names that as ``base_kind``."""
+    return _kind_of(layer) in _kinds()
 
 
 def stored_weight(layer: nn.Module, x: Tensor | None = None) -> StoredWeight | Reason:
@@ -45,7 +45,32 @@ def stored_weight(layer: nn.Module, x: Tensor | None = None) -> StoredWeight | R
     """
     if (reason := _too_old()) is not None:
         return reason
-    return _four_bit(layer, x) if type(layer) in _kinds(four=True) else _eight_bit(layer)
+    return _four_bit(layer, x) if _kind_of(layer) in _kinds(four=True) else _eight_bit(layer)
+
+
+def dense_weight(layer: nn.Module) -> Tensor:
+    """A new dense W [N, K] of a quantised layer, in :func:`dense_dtype`.
+
+    Raises:
+        RuntimeError: the layer has no quantisation state, or bitsandbytes is too old.
+    """
+    stored = stored_weight(layer)
+    if isinstance(stored, str):
+        raise RuntimeError(f"the weight of a {type(layer).__name__} cannot be made dense: {stored}")
+    return stored.dense(dense_dtype(layer))
+
+
+def dense_dtype(layer: Any) -> torch.dtype:
+    """The dtype of a dense layer in a quantised one's place: that in which the quantised one computes.
+
+    An 8-bit layer computes in that of its input; float16 holds more than its weight has, and bitsandbytes itself rounds
+    the input to it.
+    """
+    if _kind_of(layer) not in _kinds(four=True):
+        return torch.float16
+    quant_state = layer.weight.quant_state
+    dtype: torch.dtype = layer.compute_dtype or quant_state.dtype
+    return dtype
 
 
 class FourBit(StoredWeight):
@@ -148,6 +173,11 @@ def _eight_bit(layer: Any) -> EightBit | Reason:
     if rows.device != factors.device:
         return f"its 8-bit weight is on {rows.device} and the factors on {factors.device}: move the layer to one"
     return EightBit(layer, rows, factors)
+
+
+def _kind_of(layer: nn.Module) -> type:
+    kind: type = getattr(layer, "base_kind", type(layer))
+    return kind
 
 
 def _kinds(*, four: bool = False) -> tuple[type, ...]:
