@@ -103,6 +103,17 @@ def find(model: nn.Module, fit: Callable[[nn.Module], str | None]) -> dict[str, 
     return found
 
 
+def why_none(model: nn.Module) -> str:
+    """What to say where :func:`find` finds nothing."""
+    alike = [name or type(module).__name__ for name, module in model.named_modules() if parts_of(_kind_of(module))]
+    if not alike:
+        return "finds no module whose forward is down(act(gate(x)) * up(x)) by its source"
+    return (
+        f"finds no gated MLP to run: {shown_names(alike)} has a layer of its three that does not run on fastlora, an "
+        "activation other than silu and gelu, or a replaced forward"
+    )
+
+
 def report(groups: Sequence[Sequence[str]], mlps: Sequence[str], ungrouped: Mapping[str, str]) -> list[str]:
     """The lines on what computes together: groups and gated MLPs, and the layers in no group by reason."""
     lines = []

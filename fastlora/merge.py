@@ -7,12 +7,14 @@ that of the base. Files are copied one after the other and changed tensor by ten
 from __future__ import annotations
 
 import argparse
+import logging
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from .adapters import unmatched
 from .adapters.checkpoint import (
     Checkpoint,
     Entry,
@@ -29,6 +31,8 @@ from .mergeable import Update
 
 # Files that hold unmerged weights in other formats.
 _OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.npz")
+
+_log = logging.getLogger("fastlora")
 
 Progress = Callable[[int, int], None]
 
@@ -66,6 +70,8 @@ def merge_folders(
     config, adapters = read_adapter(adapter)
     checkpoint = open_checkpoint(base)
     _check_out(base, Path(adapter), out, force)
+    for option, entry, why in unmatched.patterns(config, adapters):
+        _log.warning("%s: %s: %r %s", Path(adapter) / CONFIG, option, entry, why)
     scales = {layer: config.scale(layer) for layer in adapters}
     targets = _targets(checkpoint, adapters, scales, config.fan_in_fan_out, base)
 

@@ -23,6 +23,7 @@ from .eager import is_eager
 from .ops import group as group_op
 from .ops.group import Branch
 from .ops.linear import is_plain, lora_linear
+from .text import suggestion
 
 _log = logging.getLogger("fastlora")
 
@@ -338,7 +339,11 @@ def choose(
                 f"{parent_name}.{name}".lstrip("."): reason for name, reason in reasons.items() if reason is not None
             }
     if groups != "auto" and (missing := [names for names in wanted if tuple(names) not in matched]):
-        raise ValueError(f"groups has names that no two layers of one parent in model have: {missing}")
+        layers = [name for name, module in model.named_modules() if name and fit(module) is None]
+        there = [f".{name}" for name, _ in model.named_modules()]
+        unknown = {name for names in missing for name in names if not any(n.endswith(f".{name}") for n in there)}
+        said = "".join(f"; {name!r}: {suggestion(name, layers)}" for name in sorted(unknown))
+        raise ValueError(f"groups has names that no two layers of one parent in model have: {missing}{said}")
     return Chosen(formed, refused)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -34,3 +35,31 @@ def listed(names: Iterable[str], most: int = 3) -> str:
 def shown_names(names: Iterable[str]) -> str:
     """Writes names of layers with stars, each once, at most twelve."""
     return listed(dict.fromkeys(map(starred, names)), most=12)
+
+
+def nearest(wanted: str, names: Iterable[str], most: int = 3) -> list[str]:
+    """The ends of names that come nearest to a mistyped one, best first; none where all are far.
+
+    Ends of as many parts as it has, with stars for their numbers where these are not what differs; else last parts.
+    """
+    names = list(names)
+    wanted = re.sub(r"\\(.)", r"\1", wanted)  # of a regular expression, the letters
+    if "." in wanted:
+        depth = wanted.count(".") + 1
+        ends = list(dict.fromkeys(".".join(name.split(".")[-depth:]) for name in names))
+        stars = list(dict.fromkeys(map(starred, ends)))
+        found = difflib.get_close_matches(starred(wanted), stars, most)
+        if found[:1] == [starred(wanted)]:
+            found = difflib.get_close_matches(wanted, ends, most)
+        if found:
+            return found
+    lasts = dict.fromkeys(name.rpartition(".")[2] for name in names)
+    return difflib.get_close_matches(wanted.rpartition(".")[2], lasts, most)
+
+
+def suggestion(wanted: str, names: Iterable[str]) -> str:
+    """Writes which names may have been meant: ``did you mean q_proj or k_proj?``, or which there are."""
+    names = list(names)
+    if found := nearest(wanted, names):
+        return f"did you mean {' or '.join(found)}?"
+    return f"there are {shown_names(names) or 'none'}"

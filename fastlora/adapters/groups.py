@@ -11,6 +11,7 @@ from .. import gated, siblings
 from ..siblings import Groups
 from .layer import AdaptedLinear
 from .model import adapted_layers
+from .unmatched import Unmatched
 
 
 class Grouping(NamedTuple):
@@ -19,6 +20,7 @@ class Grouping(NamedTuple):
     chosen: siblings.Chosen
     asked: bool
     mlps: dict[str, nn.Module]
+    unmatched: tuple[Unmatched, ...] = ()
 
 
 def find(model: nn.Module, groups: Groups, mlp: bool, planned: Collection[nn.Module] = ()) -> Grouping:
@@ -36,7 +38,10 @@ def find(model: nn.Module, groups: Groups, mlp: bool, planned: Collection[nn.Mod
         kept = groups == "auto" and _is_asked_for(layer)
         return bare(layer) or ("it is in a group that was asked for by names" if kept else None)
 
-    return Grouping(siblings.choose(model, groups, unfit), groups != "auto", gated.find(model, bare) if mlp else {})
+    chosen = siblings.choose(model, groups, unfit)
+    mlps = gated.find(model, bare) if mlp else {}
+    idle = (Unmatched("mlp", True, gated.why_none(model)),) if mlp and not mlps else ()
+    return Grouping(chosen, groups != "auto", mlps, idle)
 
 
 def form(model: nn.Module, grouping: Grouping) -> None:

@@ -14,15 +14,16 @@ from .. import gated
 from ..gated import GatedMLP
 from ..mergeable import start_adapter
 from ..siblings import Groups
-from ..text import starred
+from ..text import listed, starred
 from . import groups as grouping
+from . import unmatched
 from .config import AdapterConfig
 from .groups import Grouping
 from .layer import add_adapter, features
-from .matching import first_match
 from .model import adapted_layers, check_merged, set_adapter, share_states, state_of
 from .plan import Plan, plan
 from .state import State
+from .unmatched import Unmatched
 
 _log = logging.getLogger("fastlora")
 
@@ -43,7 +44,7 @@ class InjectionReport:
 
     ``groups`` has the names of the layers that compute together where they are called with one input, of all adapters,
     ``ungrouped`` the name of each layer that could have been in a group → the reason why it is in none, and ``mlps``
-    the names of the gated MLPs that run as one product.
+    the names of the gated MLPs that run as one product. ``unmatched`` has, by option, the entries that match nothing.
     """
 
     adapter_name: str
@@ -54,6 +55,7 @@ class InjectionReport:
     groups: tuple[tuple[str, ...], ...] = ()
     ungrouped: dict[str, str] = field(default_factory=dict)
     mlps: tuple[str, ...] = ()
+    unmatched: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [
@@ -67,6 +69,7 @@ class InjectionReport:
         for (name, k, n, r, scale), count in kinds.items():
             lines.append(f"  {count} x {name}: {k} -> {n}, r={r}, scale={scale:g}")
         lines += gated.report(self.groups, self.mlps, self.ungrouped)
+        lines += [f"  matches nothing: {name}: {listed(map(repr, idle))}" for name, idle in self.unmatched.items()]
         lines += [f"  left alone: {name}: {reason}" for name, reason in self.refused.items()]
         return "\n".join(lines)
 
@@ -129,8 +132,8 @@ def inject(
             part in the active adapter run the module's own forward.
 
     Returns:
-        A report: the layers, those refused with the reasons (they are logged as warnings too), parameter counts, and
-        the groups.
+        A report: the layers, those refused with the reasons and the entries of options that match nothing (both are
+        logged as warnings too), parameter counts, and the groups.
 
     Raises:
         TypeError, ValueError: an option is of the wrong kind or out of range; the name is taken; nothing matches; or
@@ -199,16 +202,16 @@ def attach(
     if first:
         set_adapter(model, name)
     grouping.form(model, found)
-    for option, patterns in (("rank_pattern", plan.config.rank_pattern), ("alpha_pattern", plan.config.alpha_pattern)):
-        idle = [key for key in patterns if not any(first_match({key: True}, each.name, False) for each in plan.layers)]
-        if idle:
-            _log.warning("adapter %r: %s has keys that match none of its layers: %s", name, option, idle)
+    idle = [*plan.unmatched, *found.unmatched]
+    unmatched.warn(name, idle)
     for refused, reason in plan.refused.items():
         _log.warning("adapter %r: %s gets none: %s", name, refused, reason)
-    return report(model, name, plan.refused, found)
+    return report(model, name, plan.refused, found, idle)
 
 
-def report(model: nn.Module, adapter_name: str, refused: dict[str, str], found: Grouping) -> InjectionReport:
+def report(
+    model: nn.Module, adapter_name: str, refused: dict[str, str], found: Grouping, idle: Sequence[Unmatched]
+) -> InjectionReport:
     """Makes the report on an adapter and groups that the model has."""
     groups = grouping.formed(model)
     grouped = {name for names in groups for name in names}
@@ -225,4 +228,5 @@ def report(model: nn.Module, adapter_name: str, refused: dict[str, str], found: 
         groups=groups,
         ungrouped={name: reason for name, reason in found.chosen.refused.items() if name not in grouped},
         mlps=tuple(name for name, module in model.named_modules() if isinstance(module, GatedMLP)),
+        unmatched=unmatched.by_option(idle),
     )

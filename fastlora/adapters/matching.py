@@ -41,27 +41,29 @@ def is_target(
         layers_to_transform: the layer number or numbers that take part; of a name, its first number counts.
         layers_pattern: name or names of the list of layers that the number belongs to, such as ``"layers"``.
     """
-    if exclude_modules and _matches(name, exclude_modules):
+    if exclude_modules and matches(name, exclude_modules):
         return False
     if isinstance(target_modules, str) or name in target_modules:
-        return _matches(name, target_modules)
-    if not _matches(name, target_modules):
+        return matches(name, target_modules)
+    if not matches(name, target_modules):
         return False
     if layers_to_transform is None or layers_to_transform == []:
         return True
-    index = _layer_index(name, layers_pattern)
+    index = layer_index(name, layers_pattern)
     if isinstance(layers_to_transform, int):
         return index == layers_to_transform
     return index in layers_to_transform
 
 
-def _matches(name: str, modules: str | Collection[str]) -> bool:
+def matches(name: str, modules: str | Collection[str]) -> bool:
+    """Whether a regular expression matches the whole name, or one of several names is the name or its ending."""
     if isinstance(modules, str):
         return re.fullmatch(modules, name) is not None
     return name in modules or any(name.endswith(f".{ending}") for ending in modules)
 
 
-def _layer_index(name: str, layers_pattern: str | Sequence[str] | None) -> int | None:
+def layer_index(name: str, layers_pattern: str | Sequence[str] | None) -> int | None:
+    """The number in the name that ``layers_to_transform`` compares; None where it has none."""
     # The lazy .*? finds the first number: that of the layer, not that of an expert inside it.
     if not layers_pattern:
         patterns: Iterable[str] = (r".*?\.[^.]*",)
@@ -77,10 +79,18 @@ def _layer_index(name: str, layers_pattern: str | Sequence[str] | None) -> int |
 
 def first_match(patterns: Mapping[str, _Value], name: str, default: _Value) -> _Value:
     """The value of the first key that matches the end of the name, from a dot on: ``rank_pattern``'s rule."""
-    for key, value in patterns.items():
-        if re.match(rf"(.*\.)?({key})$", name):
-            return value
-    return default
+    key = first_key(patterns, name)
+    return default if key is None else patterns[key]
+
+
+def first_key(patterns: Iterable[str], name: str) -> str | None:
+    """The first key that matches the end of the name, from a dot on; None where none does."""
+    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Returns True for ``nn.Linear`` and ``Conv1D``, adapted or not, and their subclasses."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -97,7 +107,7 @@ def all_linear(model: nn.Module, task_type: str | None = None) -> list[str]:
         model: the whole model; one of transformers says itself which is its output embedding.
         task_type: PEFT's; with ``"SEQ_CLS"`` and no output embedding, the classifier's head is left out.
     """
-    names = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) or is_conv1d(module)}
+    names = {name for name, module in model.named_modules() if is_linear(module)}
     output = getattr(model, "get_output_embeddings", lambda: None)()
     if output is None and task_type == "SEQ_CLS" and hasattr(model, "get_output_embeddings"):
         heads = (getattr(model, head, None) for head in _CLASSIFIER_HEADS)

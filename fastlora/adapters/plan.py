@@ -10,12 +10,14 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ..text import shown, shown_names
+from ..text import shown
+from . import unmatched
 from .config import AdapterConfig
 from .layer import AdaptedConv1D, AdaptedLinear, features, obstacle
 from .matching import ALL_LINEAR, all_linear, is_conv1d
 from .model import state_of, unwrapped
 from .state import State
+from .unmatched import Unmatched
 
 # These read the weights of the named layers without calling them.
 _MAMBA_TYPES = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
@@ -47,6 +49,7 @@ class Plan:
     config: AdapterConfig
     layers: tuple[PlannedLayer, ...]
     refused: dict[str, str]
+    unmatched: tuple[Unmatched, ...]
 
 
 def plan(model: nn.Module, config: AdapterConfig, adapter_name: str, adapter_dtype: torch.dtype | None = None) -> Plan:
@@ -67,14 +70,12 @@ def plan(model: nn.Module, config: AdapterConfig, adapter_name: str, adapter_dty
         if not names:
             raise ValueError(f"target_modules={ALL_LINEAR!r} matches nothing: the model has no linear layer")
         config = replace(config, target_modules=names)
-    modules = {name: module for name, module in model.named_modules() if name and not _inside_adapter(name, model)}
+    modules = modules_of(model)
     matched = [name for name in modules if config.targets(name)]
     targets = shown(config.target_modules, most=200)
     if not matched:
-        raise ValueError(
-            f"target_modules={targets} matches none of the model's modules; its linear layers are "
-            f"{shown_names(all_linear(model)) or 'none'}"
-        )
+        remedy = unmatched.remedy(config, modules, all_linear(model))
+        raise ValueError(f"target_modules={targets} matches none of the model's modules{remedy}")
     places = Counter(id(child) for parent in model.modules() for child in parent._modules.values())
     refused = {name: reason for name in matched if (reason := _obstacle(model, name, modules, places)) is not None}
     layers = tuple(_planned(name, modules[name], config, adapter_dtype) for name in matched if name not in refused)
@@ -82,7 +83,13 @@ def plan(model: nn.Module, config: AdapterConfig, adapter_name: str, adapter_dty
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(refused.items())[:5])
         raise ValueError(f"target_modules={targets} matches nothing that can have one: {reasons}")
     turned = any(isinstance(layer.module, AdaptedConv1D) or is_conv1d(layer.module) for layer in layers)
-    return Plan(model, adapter_name, replace(config, fan_in_fan_out=turned), layers, refused)
+    idle = unmatched.find(config, modules, [layer.name for layer in layers])
+    return Plan(model, adapter_name, replace(config, fan_in_fan_out=turned), layers, refused, tuple(idle))
+
+
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a model by name, without the model itself and what its adapters are made of."""
+    return {name: module for name, module in model.named_modules() if name and not _inside_adapter(name, model)}
 
 
 def _planned(name: str, module: Any, config: AdapterConfig, dtype: torch.dtype | None) -> PlannedLayer:

@@ -19,12 +19,13 @@ from ..atomic import new_file, new_folder
 from ..siblings import Groups
 from ..text import shown_names
 from . import groups as grouping
+from . import unmatched
 from .config import AdapterConfig
 from .folder import CONFIG, WEIGHTS, Adapters, key_of, read_adapter, safetensors
 from .inject import InjectionReport, attach, report
 from .layer import features
 from .model import adapted_layers, adapted_model, checked_name, state_of
-from .plan import Plan, PlannedLayer, plan
+from .plan import Plan, PlannedLayer, modules_of, plan
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:
@@ -146,7 +147,9 @@ def load_adapter(
         found = grouping.find(model, groups, mlp)
         _replace_values(model, adapter_name, config, adapters, adapter_dtype, source)
         grouping.form(model, found)
-        return report(model, adapter_name, {}, found)
+        idle = [*unmatched.find(config, modules_of(model), list(adapters)), *found.unmatched]
+        unmatched.warn(adapter_name, idle)
+        return report(model, adapter_name, {}, found, idle)
     try:
         planned = plan(model, config, adapter_name, adapter_dtype)
     except ValueError as error:

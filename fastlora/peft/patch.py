@@ -134,7 +134,8 @@ def patch_peft(
         ImportError: peft is not installed.
 
     Warns:
-        UserWarning: no layer was patched, with the reasons counted; or a patched layer's base weight is trainable.
+        UserWarning: no layer was patched, with the reasons counted; a patched layer's base weight is trainable; or
+            ``mlp=True`` finds no gated MLP.
     """
     return _patch(model, strict_dtype, groups, mlp)[0]
 
@@ -242,6 +243,8 @@ def _patch(
         )
         # Inside of the try, because a user may have made warnings errors.
         _warn_of(report)
+        if mlp and not mlps:
+            _warn(f"mlp=True {gated.why_none(model)}")
     except BaseException:
         for layer, was in before.items():
             layer.__class__ = was

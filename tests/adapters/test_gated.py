@@ -103,7 +103,16 @@ def test_it_is_reported() -> None:
     assert report.mlps == ("mlp", "other")
     assert "  2 gated MLPs: mlp, other" in str(report)
     assert fastlora.inject(net(), "all-linear").mlps == ()
-    assert fastlora.inject(net(), ["gate_proj", "up_proj"], mlp=True).mlps == ()
+
+
+def test_where_none_is_found_it_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    report = fastlora.inject(net(), ["gate_proj", "up_proj"], mlp=True)
+    assert report.mlps == ()
+    assert report.unmatched == {"mlp": (True,)}
+    assert "mlp: True finds no gated MLP to run: mlp, other has a layer of its three that does not run" in caplog.text
+    caplog.clear()
+    fastlora.inject(nn.Sequential(nn.Linear(6, 4)), ["0"], mlp=True)
+    assert "mlp: True finds no module whose forward is down(act(gate(x)) * up(x))" in caplog.text
 
 
 def test_it_stays_for_other_adapters_and_goes_with_the_last(fused: list[str]) -> None:

@@ -197,6 +197,7 @@ def test_groups_by_name(names: tuple[str, ...]) -> None:
     [
         ("q_proj", TypeError, 'groups must be "auto", None, or tuples of names'),
         ([("wq", "wk")], ValueError, "that no two layers of one parent in model have"),
+        ([("q_proj", "v_prj")], ValueError, "'v_prj': did you mean v_proj"),
         ([("attn.q_proj", "mlp.up_proj")], ValueError, "two or more names of layers under one parent"),
     ],
 )

@@ -327,15 +327,6 @@ def test_layers_print_their_sizes_and_adapters() -> None:
     assert set(conv.__dict__) == before
 
 
-def test_patterns_that_match_nothing_are_said(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, logger="fastlora"):
-        fastlora.inject(toy(), ["up"], rank_pattern={"up": 2, "q_proj": 4}, alpha_pattern={"down": 3})
-    assert [record.getMessage() for record in caplog.records] == [
-        "adapter 'default': rank_pattern has keys that match none of its layers: ['q_proj']",
-        "adapter 'default': alpha_pattern has keys that match none of its layers: ['down']",
-    ]
-
-
 def test_starts() -> None:
     shapes = {}
     for init in (True, "gaussian", False):

@@ -149,7 +149,12 @@ def test_groups_by_name(names: tuple[str, ...]) -> None:
             ValueError,
             "('self_attn.q_proj', 'mlp.up_proj'): expected two or more",
         ),
-        ([("wq", "wk")], ValueError, "that no two layers of one parent in model have: [('wq', 'wk')]"),
+        ([("wq", "wk")], ValueError, "that no two layers of one parent in model have: [('wq', 'wk')]; 'wk': there are"),
+        (
+            [("q_proj", "v_prj")],
+            ValueError,
+            "one parent in model have: [('q_proj', 'v_prj')]; 'v_prj': did you mean v_proj",
+        ),
     ],
 )
 def test_groups_that_make_no_sense_are_refused_and_nothing_is_patched(
