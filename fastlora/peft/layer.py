@@ -25,6 +25,7 @@ from ..ops.group import Branch
 from ..ops.linear import lora_linear
 from ..text import dtype_name
 from . import calls
+from .named import PatchedLayer
 
 DISABLED = "the adapters are disabled"
 MERGED = "the adapter is merged into the base weight"
@@ -68,12 +69,12 @@ class Proven(NamedTuple):
 Reason: TypeAlias = str
 
 
-class FusedLoraLinear(lora.Linear):
+class FusedLoraLinear(PatchedLayer, lora.Linear):
     """``peft.tuners.lora.Linear`` whose forward is one :func:`fastlora.lora_linear` wherever that is proven right.
 
-    It adds no state: parameters, buffers, state dict, config and every method but ``forward`` are PEFT's. Instances are
-    made by :func:`fastlora.patch_peft` from PEFT's layers, never by the constructor. The name holds "Linear" because
-    PEFT's ``target_modules="all-linear"`` looks for it in a class name.
+    It adds no state: parameters, buffers, state dict, config and every method but ``forward`` and what prints are
+    PEFT's. Instances are made by :func:`fastlora.patch_peft` from PEFT's layers, never by the constructor. The name
+    holds "Linear" because PEFT's ``target_modules="all-linear"`` looks for it in a class name.
     """
 
     strict_dtype = False

@@ -275,13 +275,38 @@ def test_state_dict_isinstance_pickle_and_copies_are_unchanged() -> None:
     assert [id(parameter) for parameter in model.parameters()] == parameters
     assert isinstance(first(model), lora.Linear)
     assert "Linear" in type(first(model)).__name__
-    assert repr(first(model)).startswith("lora.FusedLoraLinear(")
     expected = model.eval()(tokens())
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert kinds(twin) == [FusedLoraLinear] * 2
         with count_calls() as calls:
             assert torch.equal(twin(tokens()), expected)
         assert calls.fast.total() == 2
+
+
+@pytest.mark.parametrize("strict_dtype", [False, True])
+def test_peft_s_own_tools_see_its_own_layers(strict_dtype: bool) -> None:
+    model = adapted()
+    layers, whole, printed = model.get_layer_status(), model.get_model_status(), str(model)
+    fastlora.patch_peft(model, strict_dtype=strict_dtype)
+    assert (model.get_layer_status(), model.get_model_status()) == (layers, whole)
+    assert {layer.module_type for layer in model.get_layer_status()} == {"lora.Linear"}
+    assert [line for line in str(model).splitlines() if "forward=fastlora" not in line] == printed.splitlines()
+    assert repr(first(model)).splitlines()[:2] == ["lora.Linear(", "  forward=fastlora"]
+    fastlora.unpatch_peft(model)
+    assert str(model) == printed
+
+
+def test_what_a_wrapper_writes_before_the_name_stays() -> None:
+    """fully_shard gives each module a class of its own, whose name is FSDP and the old one."""
+    model = adapted()
+    fastlora.patch_peft(model)
+    layer = first(model)
+    layer.__class__ = type(f"FSDP{type(layer).__name__}", (Wrapper, type(layer)), {})
+    assert repr(layer).startswith("lora.FSDPLinear(\n  forward=fastlora\n")
+
+
+class Wrapper:
+    """As torch's FSDPModule: the first base of the class that it makes."""
 
 
 @pytest.mark.small_calls
