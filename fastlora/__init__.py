@@ -6,6 +6,7 @@ from .adapters.model import delete_adapter, disable, enable, set_adapter, unload
 from .adapters.saving import load_adapter, save_adapter
 from .module import LoRALinear, LoRALinearGroup
 from .ops.base import StoredWeight
+from .ops.dora import dora_linear
 from .ops.group import Branch, lora_linear_group
 from .ops.linear import explain, lora_linear
 from .ops.mlp import lora_swiglu_mlp
@@ -23,6 +24,7 @@ __all__ = [
     "__version__",
     "delete_adapter",
     "disable",
+    "dora_linear",
     "enable",
     "explain",
     "inject",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .backends import reference
@@ -13,13 +14,16 @@ from .error_rule import MAX_FACTOR, RMS_FACTOR, Errors, assert_close_to_oracle, 
 __all__ = [
     "MAX_FACTOR",
     "RMS_FACTOR",
+    "DoraStep",
     "Errors",
     "MlpStep",
     "Step",
     "assert_close_to_oracle",
     "compare",
+    "oracle_dora_step",
     "oracle_mlp_step",
     "oracle_step",
+    "reference_dora_step",
     "reference_mlp_step",
     "reference_step",
 ]
@@ -89,3 +93,52 @@ def oracle_mlp_step(gate: Product, up: Product, down: Product, dy: Tensor, activ
     """:func:`reference_mlp_step` in float64 on the same rounded inputs: the oracle."""
     gate, up, down = (p.map(Tensor.double) for p in (gate, up, down))
     return reference_mlp_step(gate, up, down, dy.double(), activation)
+
+
+class DoraStep(NamedTuple):
+    """What one training step of a DoRA layer computes: y, dx, dw [N, K], da, db and dmagnitude [N]."""
+
+    y: Tensor
+    dx: Tensor
+    dw: Tensor
+    da: Tensor
+    db: Tensor
+    dmagnitude: Tensor
+
+
+def reference_dora_step(product: Product, magnitude: Tensor, dy: Tensor) -> DoraStep:
+    """Forward and backward of a DoRA layer with a dense b a, in the dtype of x: the baseline.
+
+    y = x wᵀ + bias + (g - 1) ⊙ D(x) wᵀ + g ⊙ z bᵀ, g = magnitude / ‖w + scale · b a‖ by rows, the norm a constant.
+
+    Args:
+        product: the forward, with x [M, K] and dropout, if any, on the input.
+        magnitude: [N].
+        dy: gradient of the output [M, N].
+    """
+    p, mask = product, product.mask_x
+    assert p.w is not None
+    x, w, dy = p.x.contiguous(), p.w, dy.contiguous()
+    dtype = x.dtype
+    a, b = p.a.to(dtype), p.b.to(dtype)
+    dropped = reference.dropped(x, mask)
+    z = p.scale * (dropped @ a.T)
+    norm = torch.linalg.vector_norm(w + p.scale * (b @ a), dim=1)
+    g = magnitude / norm
+    base, of_dropped, update = x @ w.T, dropped @ w.T, z @ b.T
+    y = (base + (g - 1) * of_dropped + g * update).to(dtype)
+    du, h = (g * dy).to(dtype), ((g - 1) * dy).to(dtype)
+    t = p.scale * (du @ b)
+    return DoraStep(
+        y if p.bias is None else y + p.bias,
+        dy @ w + reference.dropped(h @ w + t @ a, mask),
+        dy.T.contiguous() @ x + h.T.contiguous() @ dropped,
+        (t.T.contiguous() @ dropped).to(p.a.dtype),
+        (du.T.contiguous() @ z).to(p.b.dtype),
+        ((dy * (of_dropped + update)).sum(0) / norm).to(magnitude.dtype),
+    )
+
+
+def oracle_dora_step(product: Product, magnitude: Tensor, dy: Tensor) -> DoraStep:
+    """:func:`reference_dora_step` in float64 on the same rounded inputs: the oracle."""
+    return reference_dora_step(product.map(Tensor.double), magnitude.double(), dy.double())

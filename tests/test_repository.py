@@ -128,6 +128,7 @@ def test_public_names() -> None:
         "__version__",
         "delete_adapter",
         "disable",
+        "dora_linear",
         "enable",
         "explain",
         "inject",

@@ -1,4 +1,4 @@
-"""FLOPs of the two operators for ``torch.utils.flop_counter``, which imports Triton: never imported from here."""
+"""FLOPs of the operators for ``torch.utils.flop_counter``, which imports Triton: never imported from here."""
 
 from __future__ import annotations
 
@@ -23,6 +23,12 @@ def rank_grad_flops(p: Shape, q: Shape, *_: Any, **__: Any) -> int:
     return 2 * p[0] * p[1] * q[1]
 
 
+def row_norms_flops(w: Shape, a: Shape, *_: Any, **__: Any) -> int:
+    """2 N K R for w aᵀ, 2 K R² for a aᵀ, 2 N R² for b (a aᵀ); w [N, K], a [R, K]."""
+    (n, k), r = w, a[0]
+    return 2 * r * (n * k + k * r + n * r)
+
+
 def register() -> None:
     """Adds the formulas to the counter's registry, and to counters that are active and have copied it before."""
     module = sys.modules.get("torch.utils.flop_counter")
@@ -31,6 +37,7 @@ def register() -> None:
     formulas = {
         torch.ops.fastlora.lora_matmul: lora_matmul_flops,
         torch.ops.fastlora.rank_grad: rank_grad_flops,
+        torch.ops.fastlora.row_norms: row_norms_flops,
     }
     for operator, formula in formulas.items():
         if operator not in module.flop_registry:

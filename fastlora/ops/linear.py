@@ -129,9 +129,13 @@ def is_plain(x: Tensor, weight: Tensor | StoredWeight, lora_a: Tensor, lora_b: T
 def product_of(
     x: Tensor, weight: Any, lora_a: Tensor, lora_b: Tensor, scale: float, bias: Tensor | None, dropout_p: float
 ) -> Product:
-    """The call of plain tensors as a value, checked and cast as autocast asks; dropout is still without a seed."""
+    """The call as a value, checked and cast as autocast asks; dropout is still without a seed.
+
+    Eager calls of plain tensors are checked once for each of their signatures.
+    """
     operands = (x, weight, lora_a, lora_b, scale, bias, dropout_p)
-    known = None if isinstance(weight, StoredWeight) else _known(*operands)
+    plain = not isinstance(weight, StoredWeight) and is_eager() and is_plain(x, weight, lora_a, lora_b, bias)
+    known = _known(*operands) if plain else None
     return known or _checked(*operands)
 
 

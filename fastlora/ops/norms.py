@@ -1,0 +1,151 @@
+"""Row norms of a weight with a low-rank update, ``‖W + s B A‖``, without a dense B A.
+
+    ‖w_n + s Aᵀ b_n‖² = ‖w_n‖² + 2 s ⟨b_n, A w_n⟩ + s² ⟨b_n, A Aᵀ b_n⟩
+
+They take one read of W for the [N, R] product W Aᵀ and O(N R + R²) memory. ‖w_n‖² of a weight that asks for no
+gradient is made once and kept, as long as the weight lives and is not changed (:func:`forget_norms`). All sums are in
+float32, or in float64 for float64. Where an update takes away most of a row the difference would be rounding error: on
+a CPU such rows are made by their elements. Elsewhere finding them would make the host wait, so there the norm of a row
+of which the update leaves the share d has a relative error of about ε / d².
+
+Source of the norm: Liu et al., 2024, https://arxiv.org/abs/2402.09353, equation (5), its gradient left out as in 4.3.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..eager import is_eager
+
+_ops = torch.library.Library("fastlora", "FRAGMENT")
+_ops.define("row_norms(Tensor w, Tensor a, Tensor b, float scale) -> Tensor")
+
+# Elements of a weight that are widened at a time.
+_BLOCK = {"cpu": 1 << 20}
+_BLOCK_DEFAULT = 1 << 24
+
+# A row is made by its elements where less than this share of its squares is left: its own and those of the update.
+_LEFT = 1 / 16
+
+
+def wide_of(dtype: torch.dtype) -> torch.dtype:
+    """What sums are made in: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def row_norms(w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """‖W + scale · B A‖ of each row [N], without a gradient; w [N, K], a [R, K], b [N, R]."""
+    with torch.no_grad():
+        norms: Tensor = _row_norms(w, a, b, scale) if is_eager() else torch.ops.fastlora.row_norms(w, a, b, scale)
+    return norms
+
+
+def forget_norms(weight: Tensor) -> None:
+    """Lets the norms of a weight be made anew at its next call.
+
+    For whoever changes a weight behind torch's back: in-place changes of ``weight.data`` do not count in its version,
+    and a new ``weight.data`` may lie where an older one did. Other changes are noticed.
+
+    Args:
+        weight: a weight [N, K] that was given to :func:`fastlora.dora_linear`.
+    """
+    _kept.pop(id(weight), None)
+
+
+def _row_norms(w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    with torch.autocast(w.device.type, enabled=False):
+        wide = wide_of(w.dtype)
+        a, b = a.to(wide), b.to(wide)
+        of_weight = _squares_of(w)
+        of_update = (torch.mm(b, torch.mm(a, a.T)).mul_(b)).sum(1).mul_(scale * scale)
+        along = _times(w, a.T).mul_(b).sum(1).mul_(2 * scale)
+        whole = of_weight + of_update
+        squares = along.add_(whole)
+        if w.is_cpu:
+            _mend(squares, whole, w, a, b, scale)
+        return squares.clamp_min_(0).sqrt_()
+
+
+def _row_norms_fake(w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    return w.new_empty(w.shape[0], dtype=wide_of(w.dtype))
+
+
+_ops.impl("row_norms", _row_norms, "CompositeExplicitAutograd")
+torch.library.register_fake("fastlora::row_norms", _row_norms_fake, lib=_ops)
+
+
+def _times(w: Tensor, a_kr: Tensor) -> Tensor:
+    """W Aᵀ [N, R] in the dtype of ``a_kr``, W widened a few rows at a time."""
+    if w.dtype is a_kr.dtype:
+        return torch.mm(w, a_kr)
+    product = a_kr.new_empty(w.shape[0], a_kr.shape[1])
+    for rows in _blocks(w):
+        torch.mm(w[rows].to(a_kr.dtype), a_kr, out=product[rows])
+    return product
+
+
+def _squares(w: Tensor) -> Tensor:
+    """‖w_n‖² of each row [N]."""
+    wide = wide_of(w.dtype)
+    squares = w.new_empty(w.shape[0], dtype=wide)
+    # By blocks, since on a CPU a norm in a wider dtype first makes a copy.
+    for rows in _blocks(w):
+        torch.linalg.vector_norm(w[rows], dim=1, dtype=wide, out=squares[rows])
+    return squares.square_()
+
+
+def _mend(squares: Tensor, whole: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+    """Makes those ‖W + scale · B A‖² by their elements, in place, that are the small difference of large numbers."""
+    few = (squares < _LEFT * whole).nonzero().squeeze(1)
+    for rows in few.split(_rows_at_once(w)):
+        dense = torch.addmm(w[rows].to(a.dtype), b[rows], a, alpha=scale)
+        squares[rows] = dense.square_().sum(1)
+
+
+def _blocks(w: Tensor) -> list[slice]:
+    step = _rows_at_once(w)
+    return [slice(first, first + step) for first in range(0, w.shape[0], step)]
+
+
+def _rows_at_once(w: Tensor) -> int:
+    return max(1, _BLOCK.get(w.device.type, _BLOCK_DEFAULT) // max(w.shape[1], 1))
+
+
+class _Kept(NamedTuple):
+    """What is known of a weight, and what would be otherwise were it another or changed."""
+
+    weight: weakref.ref[Tensor]
+    state: tuple[Any, ...]
+    squares: Tensor
+
+
+_kept: dict[int, _Kept] = {}
+_MOST_KEPT = 4096
+
+
+def _squares_of(w: Tensor) -> Tensor:
+    """The squares of a weight's rows: those that are kept, or new ones."""
+    # A weight that trains changes at every step, under sharding behind its version. A CUDA graph must hold its own.
+    if w.requires_grad or w.is_inference() or (w.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return _squares(w)
+    key, state = id(w), (w.data_ptr(), w.shape, w.stride(), w.dtype, w.device, w._version)
+    kept = _kept.get(key)
+    if kept is not None and kept.state == state and kept.weight() is w:
+        return kept.squares
+    squares = _squares(w)
+    if len(_kept) >= _MOST_KEPT:
+        _kept.pop(next(iter(_kept)), None)
+    _kept[key] = _Kept(weakref.ref(w, functools.partial(_drop, key)), state, squares)
+    return squares
+
+
+def _drop(key: int, weight: weakref.ref[Tensor]) -> None:
+    """Forgets a weight that is gone, unless another has its place already."""
+    kept = _kept.get(key)
+    if kept is not None and kept.weight is weight:
+        del _kept[key]
