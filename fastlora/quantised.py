@@ -77,7 +77,7 @@ class FourBit(StoredWeight):
     """The weight of a ``Linear4bit``: packed, with the state that says how."""
 
     def __init__(self, weight: Tensor, quant_state: Any, dtype: torch.dtype | None) -> None:
-        self._packed, self._version = weight.data, weight._version
+        self.source, self._packed, self._version = weight, weight.data, weight._version
         self._quant_state, self._dtype = quant_state, dtype
         self.shape, self.device = torch.Size(quant_state.shape), weight.device
         # On a CPU bitsandbytes has no way to write into given memory.
@@ -136,6 +136,7 @@ class EightBit(StoredWeight):
 
     def __init__(self, layer: Any, rows: Tensor, factors: Tensor) -> None:
         self._layer, self._rows, self._factors = layer, rows, factors
+        self.source = rows
         self.shape, self.device = rows.shape, rows.device
         self.fills = True
 

@@ -35,11 +35,13 @@ class StoredWeight(ABC):
         shape: (N, K).
         device: where the dense matrix is made.
         fills: whether :meth:`dense` writes into memory that it is given.
+        source: a tensor that lives as long as the weight, by which others keep what they know of it; None for nothing.
     """
 
     shape: torch.Size
     device: torch.device
     fills = False
+    source: Tensor | None = None
 
     @abstractmethod
     def dense(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
@@ -117,7 +119,9 @@ def lora_matmul(p: Product, eager: bool = True) -> tuple[Tensor, Tensor]:
     """(y, z) of a product with x [M, K] whose w may be a stored weight."""
     run, _ = autograd.verbs(eager)
     w: Any = p.w
-    if isinstance(w, StoredWeight) and w.multiplies(p.x.shape[0]):
+    if not isinstance(w, StoredWeight):
+        return run(p)
+    if w.multiplies(p.x.shape[0]):
         y_mn = w.product(p.x, p.bias)
         _, z_mr = run(p._replace(w=None, bias=None))
         return y_mn.addmm_(z_mr.to(y_mn.dtype), p.b.T.to(y_mn.dtype)), z_mr

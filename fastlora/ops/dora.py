@@ -5,13 +5,16 @@ Its products and passes over [M, N] are in :mod:`fastlora.ops.dora_autograd`, it
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..backends.dropout import draw_seed
 from ..eager import is_eager
 from ..text import dtype_name
-from . import dora_autograd, dtensor, flops, linear
+from . import base, dora_autograd, dtensor, flops, linear
+from .base import StoredWeight
 from .norms import forget_norms, row_norms
 
 __all__ = ["dora_linear", "forget_norms"]
@@ -19,7 +22,7 @@ __all__ = ["dora_linear", "forget_norms"]
 
 def dora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | StoredWeight,
     lora_a: Tensor,
     lora_b: Tensor,
     magnitude: Tensor,
@@ -40,7 +43,7 @@ def dora_linear(
 
     Args:
         x: input [..., K], bfloat16, float16, float32 or float64; no DTensor, as all others.
-        weight: base weight [N, K], as ``nn.Linear`` stores it, in the dtype of x.
+        weight: base weight [N, K], as ``nn.Linear`` stores it, in the dtype of x; or a :class:`StoredWeight`.
         lora_a: down projection [R, K], in the dtype of x, or float32 on a half-precision base.
         lora_b: up projection [N, R], in the dtype of ``lora_a``.
         magnitude: the norm of each row [N], in the dtype of ``lora_a``.
@@ -67,12 +70,17 @@ def dora_linear(
         p = p._replace(seed=draw_seed(x.device))
     if not is_eager() and not torch.compiler.is_compiling():
         flops.register()
+    if isinstance(weight, StoredWeight):
+        with base.without_autocast(x.device.type):
+            w = base.opened(weight, p.x.dtype)
+            norm = row_norms(w, p.a, p.b, p.scale, weight.source)
+            return dora_autograd.multiply(p._replace(w=w), magnitude, norm, weight).to(x.dtype)
     # Of the weight itself: what autocast makes of it is new at every call, and rounded.
     norm = row_norms(weight, lora_a, lora_b, p.scale)
     return dora_autograd.multiply(p, magnitude, norm)
 
 
-def _refuse_sharded(**tensors: Tensor | None) -> None:
+def _refuse_sharded(**tensors: Any) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and dtensor.is_sharded(tensor):
             raise RuntimeError(
@@ -82,7 +90,7 @@ def _refuse_sharded(**tensors: Tensor | None) -> None:
             )
 
 
-def _check_magnitude(magnitude: Tensor, x: Tensor, weight: Tensor, lora_a: Tensor) -> None:
+def _check_magnitude(magnitude: Tensor, x: Tensor, weight: Tensor | StoredWeight, lora_a: Tensor) -> None:
     """Raises for a magnitude that does not fit to the others, which do."""
     if not isinstance(magnitude, Tensor):
         raise TypeError(f"magnitude must be a torch.Tensor, got {type(magnitude).__name__}")

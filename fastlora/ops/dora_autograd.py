@@ -30,7 +30,9 @@ from ..backends import dispatch, masks
 from ..backends.dropout import Dropout
 from ..backends.request import Product, whole_rows
 from ..eager import is_eager
+from . import base
 from .autograd import by_the_verbs, rows_of, unrows, verbs, without_zero_strides
+from .base import StoredWeight
 from .norms import wide_of
 
 _ops = torch.library.Library("fastlora", "FRAGMENT")
@@ -59,9 +61,18 @@ def _kept(x: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
     return kept
 
 
-def _forward(p: Product, g: Tensor, *, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """y [M, N], u [M, N] and z [M, R] of x [M, K]; u lacks dropout's factor, and is overwritten unless to ``keep``."""
-    lora_matmul, _ = verbs(is_eager())
+def _forward(p: Product, g: Tensor, stored: StoredWeight | None, *, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """y [M, N], u [M, N] and z [M, R] of x [M, K]; u lacks dropout's factor, and is overwritten unless to ``keep``.
+
+    The product's w is dense; a stored weight that has a product of its own for so many tokens runs that.
+    """
+    eager = is_eager()
+    if stored is not None and stored.multiplies(p.x.shape[0]):
+        p = p._replace(w=stored)  # type: ignore[arg-type]
+
+    def lora_matmul(p: Product) -> tuple[Tensor, Tensor]:
+        return base.lora_matmul(p, eager)
+
     if p.seed is None:
         u, z = lora_matmul(p._replace(bias=None))
         return _plus_scaled(p.bias, u, g, None if keep else u), u, z
@@ -99,11 +110,15 @@ def _blocks(t: Tensor) -> Iterator[slice]:
     return (slice(first, first + step) for first in range(0, m, step))
 
 
-def multiply(p: Product, magnitude: Tensor, norm: Tensor) -> Tensor:
-    """y [..., N] of a product of plain tensors whose x is [..., K]; magnitude and norm [N], norm without a gradient."""
+def multiply(p: Product, magnitude: Tensor, norm: Tensor, stored: StoredWeight | None = None) -> Tensor:
+    """y [..., N] of a product of plain tensors whose x is [..., K]; magnitude and norm [N], norm without a gradient.
+
+    ``stored`` is what the product's w was made of for this call, which makes it again in the backward.
+    """
     if not torch.is_grad_enabled():
-        return unrows(_forward(p._replace(x=rows_of(p.x)), magnitude / norm, keep=False)[0], p.x)
-    y: Tensor = _Dora.apply(p.x, p.w, p.a, p.b, p.bias, magnitude, norm, p.scale, p.dropout_p, p.seed)  # type: ignore[no-untyped-call]
+        return unrows(_forward(p._replace(x=rows_of(p.x)), magnitude / norm, stored, keep=False)[0], p.x)
+    constants = (norm, p.scale, p.dropout_p, p.seed, stored)
+    y: Tensor = _Dora.apply(p.x, p.w, p.a, p.b, p.bias, magnitude, *constants)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -146,11 +161,11 @@ class _Dora(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *operands: Any) -> Tensor:
-        x, w, a, b, bias, magnitude, norm, scale, dropout_p, seed = operands
+        x, w, a, b, bias, magnitude, norm, scale, dropout_p, seed, stored = operands
         need = _Needs(*ctx.needs_input_grad[:6])
         g = magnitude / norm
         p = Product(rows_of(x), w, a, b, scale, bias, dropout_p, seed)
-        y_mn, u_mn, z_mr = _forward(p, g, keep=need.magnitude)
+        y_mn, u_mn, z_mr = _forward(p, g, stored, keep=need.magnitude)
         turned = need.x or need.a
         saved = _Saved(
             x=x if need.a or need.w else None,
@@ -161,9 +176,10 @@ class _Dora(torch.autograd.Function):
             g=g if turned or need.w or need.b else None,
             u=u_mn if need.magnitude else None,
             norm=norm if need.magnitude else None,
-            w=w if need.x else None,
+            w=w if need.x and stored is None else None,
         )
         ctx.save_for_backward(*saved)
+        ctx.stored = stored
         ctx.constants = scale, dropout_p, a.dtype, x.shape
         return unrows(y_mn, x)
 
@@ -171,9 +187,11 @@ class _Dora(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         need, saved, c = _Needs(*ctx.needs_input_grad[:6]), _Saved(*ctx.saved_tensors), _Constants(*ctx.constants)
+        if need.x and ctx.stored is not None:
+            saved = saved._replace(w=base.opened(ctx.stored, dy.dtype))
         # The operands got their dtypes in the forward; autocast would change some of them and not others.
         with torch.autocast(dy.device.type, enabled=False):
-            return (*_gradients(need, saved, c, rows_of(dy)), None, None, None, None)
+            return (*_gradients(need, saved, c, rows_of(dy)), None, None, None, None, None)
 
 
 def _gradients(need: _Needs, saved: _Saved, c: _Constants, dy: Tensor) -> tuple[Tensor | None, ...]:

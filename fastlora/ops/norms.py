@@ -38,11 +38,16 @@ def wide_of(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def row_norms(w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """‖W + scale · B A‖ of each row [N], without a gradient; w [N, K], a [R, K], b [N, R]."""
+def row_norms(w: Tensor, a: Tensor, b: Tensor, scale: float, source: Tensor | None = None) -> Tensor:
+    """‖W + scale · B A‖ of each row [N], without a gradient; w [N, K], a [R, K], b [N, R].
+
+    ``source`` is the tensor that w was made of, by which ‖w_n‖² is kept; None where that is w itself.
+    """
     with torch.no_grad():
-        norms: Tensor = _row_norms(w, a, b, scale) if is_eager() else torch.ops.fastlora.row_norms(w, a, b, scale)
-    return norms
+        if not is_eager():
+            traced: Tensor = torch.ops.fastlora.row_norms(w, a, b, scale)
+            return traced
+        return _row_norms(w, a, b, scale, source)
 
 
 def forget_norms(weight: Tensor) -> None:
@@ -52,16 +57,16 @@ def forget_norms(weight: Tensor) -> None:
     and a new ``weight.data`` may lie where an older one did. Other changes are noticed.
 
     Args:
-        weight: a weight [N, K] that was given to :func:`fastlora.dora_linear`.
+        weight: a weight that was given to :func:`fastlora.dora_linear`, or the ``source`` of a stored one.
     """
     _kept.pop(id(weight), None)
 
 
-def _row_norms(w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+def _row_norms(w: Tensor, a: Tensor, b: Tensor, scale: float, source: Tensor | None = None) -> Tensor:
     with torch.autocast(w.device.type, enabled=False):
         wide = wide_of(w.dtype)
         a, b = a.to(wide), b.to(wide)
-        of_weight = _squares_of(w)
+        of_weight = _squares_of(w, w if source is None else source)
         of_update = (torch.mm(b, torch.mm(a, a.T)).mul_(b)).sum(1).mul_(scale * scale)
         along = _times(w, a.T).mul_(b).sum(1).mul_(2 * scale)
         whole = of_weight + of_update
@@ -128,19 +133,20 @@ _kept: dict[int, _Kept] = {}
 _MOST_KEPT = 4096
 
 
-def _squares_of(w: Tensor) -> Tensor:
-    """The squares of a weight's rows: those that are kept, or new ones."""
+def _squares_of(w: Tensor, source: Tensor) -> Tensor:
+    """The squares of a weight's rows: those that are kept for its source, or new ones."""
     # A weight that trains changes at every step, under sharding behind its version. A CUDA graph must hold its own.
-    if w.requires_grad or w.is_inference() or (w.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if source.requires_grad or source.is_inference() or (w.is_cuda and torch.cuda.is_current_stream_capturing()):
         return _squares(w)
-    key, state = id(w), (w.data_ptr(), w.shape, w.stride(), w.dtype, w.device, w._version)
+    key = id(source)
+    state = (source.data_ptr(), source.shape, source.stride(), source.dtype, w.dtype, source.device, source._version)
     kept = _kept.get(key)
-    if kept is not None and kept.state == state and kept.weight() is w:
+    if kept is not None and kept.state == state and kept.weight() is source:
         return kept.squares
     squares = _squares(w)
     if len(_kept) >= _MOST_KEPT:
         _kept.pop(next(iter(_kept)), None)
-    _kept[key] = _Kept(weakref.ref(w, functools.partial(_drop, key)), state, squares)
+    _kept[key] = _Kept(weakref.ref(source, functools.partial(_drop, key)), state, squares)
     return squares
 
 
