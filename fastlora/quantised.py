@@ -156,19 +156,21 @@ class EightBit(StoredWeight):
     def product(self, x_mk: Tensor, bias: Tensor | None) -> Tensor:
         """bitsandbytes' own product, with its treatment of outliers."""
         layer = self._layer
-        layer.state.is_training = layer.training
+        state = layer.state
+        state.is_training, state.CB, state.SCB = layer.training, self._rows, self._factors
         with torch.no_grad():
-            y: Tensor = sys.modules["bitsandbytes"].matmul(x_mk, layer.weight, bias=bias, state=layer.state)
+            y: Tensor = sys.modules["bitsandbytes"].matmul(x_mk, layer.weight, bias=bias, state=state)
         return y
 
 
 def _eight_bit(layer: Any) -> EightBit | Reason:
     if layer.state.has_fp16_weights:
         return "its 8-bit layer keeps 16-bit weights and trains them (has_fp16_weights=True): quantise it, with False"
-    weight = layer._parameters.get("weight")
-    if getattr(weight, "CB", None) is not None:
-        layer.init_8bit_state()
-    rows, factors = layer.state.CB, layer.state.SCB
+    weight, state = layer._parameters.get("weight"), layer.state
+    # Until its first call the layer has both on its weight; a weight that was moved since has no factors.
+    rows, factors = (
+        here if (here := getattr(weight, name, None)) is not None else getattr(state, name) for name in ("CB", "SCB")
+    )
     if rows is None or factors is None or rows.dtype is not torch.int8:
         return "its 8-bit weight has no quantisation state: move the layer to a device, or load it, first"
     if rows.device != factors.device:
