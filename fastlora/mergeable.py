@@ -152,6 +152,15 @@ def _check_finite(total: Tensor, name: str) -> None:
         )
 
 
+def owner_of(layer: nn.Module, tensor: Tensor) -> str | None:
+    """Names who else keeps a tensor of a layer, and may put another in its place; None where nobody does."""
+    if getattr(layer, "_is_fsdp_managed_module", False):  # FSDP's own mark, 1 and 2, gathered or not
+        return "FSDP, which keeps the weights itself"
+    if is_sharded(tensor):
+        return "a device mesh: it is a DTensor"
+    return "DeepSpeed ZeRO-3" if hasattr(tensor, "ds_id") else None
+
+
 def why_not_mergeable(layer: nn.Module) -> str | None:
     """Gives the reason why no sum can be stored in the weight of ``layer``, with the remedy; None where it can.
 
@@ -160,13 +169,7 @@ def why_not_mergeable(layer: nn.Module) -> str | None:
     weight: Any = layer.weight
     if is_parametrized(layer, "weight"):
         return "weight is parametrised: call torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') first"
-    owner = None
-    if getattr(layer, "_is_fsdp_managed_module", False):  # FSDP's own mark, 1 and 2, gathered or not
-        owner = "FSDP, which keeps the weights itself"
-    elif is_sharded(weight):
-        owner = "a device mesh: it is a DTensor"
-    elif hasattr(weight, "ds_id"):
-        owner = "DeepSpeed ZeRO-3"
+    owner = owner_of(layer, weight)
     if owner is None:
         return None
     return f"weight belongs to {owner}: gather the state dict, load it into an unsharded model and merge there"

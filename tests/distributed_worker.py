@@ -7,6 +7,7 @@ Every rank writes FOLDER/RANK.json: for each check "ok" or what went wrong.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import datetime
 import importlib.util
@@ -15,6 +16,7 @@ import logging
 import os
 import re
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,6 +43,8 @@ import fastlora  # noqa: E402
 import fastlora.loralib  # noqa: E402
 from fastlora import LoRALinear, lora_linear  # noqa: E402
 from fastlora.accuracy import assert_close_to_oracle  # noqa: E402
+from fastlora.adapters import folder as folders  # noqa: E402
+from fastlora.adapters import saving  # noqa: E402
 from fastlora.ops import dtensor  # noqa: E402
 from fastlora.parallel import ColwiseParallel, RowwiseParallel  # noqa: E402
 from tests.cases import OpLog, gradient_of  # noqa: E402
@@ -390,6 +394,148 @@ def gathered_state_dicts_load_into_one_process(mesh: DeviceMesh) -> None:
             assert all(torch.equal(state[name], expected[name]) for name in state)
 
 
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+@contextlib.contextmanager
+def shared_folder() -> Iterator[Path]:
+    """A new folder that all ranks know; a block ends on all of them before it is gone."""
+    with tempfile.TemporaryDirectory() as mine:
+        names = [mine]
+        dist.broadcast_object_list(names)
+        yield Path(names[0])
+        dist.barrier()
+
+
+def assert_same_files(one: Path, other: Path) -> None:
+    """The two files of an adapter are there, as soon as a rank returns, and equal to the byte."""
+    for name in FILES:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    dist.barrier()
+
+
+def one_step(model: nn.Module, tokens: Tensor) -> None:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    model(tokens).square().mean().backward()
+    torch.optim.SGD(parameters, lr=0.3).step()
+
+
+SHARDED = {
+    "fsdp2": fully_sharded,
+    "tp": tensor_parallel,
+    "fsdp2 in bf16": lambda model, mesh: fully_sharded(
+        model, mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    ),
+    "root alone": lambda model, mesh: fully_shard(model, mesh=mesh),
+    "fsdp2 over tp": lambda model, mesh: over_tp(model),
+}
+
+
+def over_tp(model: Decoder) -> Decoder:
+    grid = init_device_mesh("cpu", (1, RANKS), mesh_dim_names=("dp", "tp"))
+    return fully_sharded(tensor_parallel(model, grid["tp"]), grid["dp"])
+
+
+@check
+def a_sharded_adapter_is_saved_whole(mesh: DeviceMesh) -> None:
+    with shared_folder() as folder:
+        if dist.get_rank() == 0:
+            fastlora.save_adapter(decoder("injected"), folder / "alone")
+        for kind, wrap in SHARDED.items():
+            model = wrap(decoder("injected"), mesh)
+            fastlora.save_adapter(model, folder / kind)
+            assert_same_files(folder / kind, folder / "alone")
+            gradients = []
+            for name in ("", kind):
+                y = model(next(batches()))  # a root keeps its weights gathered, in the policy's dtype
+                if name:
+                    fastlora.save_adapter(model, folder / name)
+                    assert_same_files(folder / name, folder / "alone")
+                y.square().mean().backward()
+                gradients.append([whole(p.grad) for p in model.parameters() if p.requires_grad])
+                model.zero_grad()
+            assert all(map(torch.equal, *gradients))  # between forward and backward too
+
+            one_step(model, next(batches()))
+            expected = {name: whole(p.detach()) for name, p in model.named_parameters() if "lora_" in name}
+            fastlora.save_adapter(model, folder / kind)
+            assert (folder / kind / FILES[1]).read_bytes() != (folder / "alone" / FILES[1]).read_bytes()
+            alone = decoder("injected")
+            fastlora.load_adapter(alone, folder / kind)
+            found = {name: p for name, p in alone.named_parameters() if "lora_" in name}
+            assert set(found) == set(expected)
+            assert all(torch.equal(found[name], expected[name]) for name in found)
+            again = folder / f"{kind}, loaded by {dist.get_rank()}"
+            fastlora.save_adapter(alone, again)
+            assert_same_files(again, folder / kind)
+            one_step(model, next(batches()))  # training goes on
+
+
+@check
+def what_keeps_one_rank_from_saving_is_said_on_all(mesh: DeviceMesh) -> None:
+    rank, model = dist.get_rank(), fully_sharded(decoder("injected"), mesh)
+
+    def fails(path: Path, at: int, error: type[Exception], message: str) -> None:
+        expected: Any = (error, message) if rank == at else (RuntimeError, f"rank {at}: {error.__name__}: .*{message}")
+        with pytest.raises(expected[0], match=expected[1]):
+            fastlora.save_adapter(model, path)
+
+    with shared_folder() as folder:
+        fastlora.save_adapter(model, folder / "adapter")
+        before = (folder / "adapter" / FILES[1]).read_bytes()
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == 1:
+                patch.setattr(saving._Part, "whole", lambda part, tensor: 1 // 0)
+            fails(folder / "adapter", 1, ZeroDivisionError, "by zero")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(folders, "_replace_files", full_disk)
+            fails(folder / "adapter", 0, OSError, "No space left")
+        (folder / f"file{rank}").write_text("")
+        dist.barrier()
+        fails(folder / "file1", 0, NotADirectoryError, "got the file")
+
+        # One value on one rank: both have it in the whole tensor.
+        local = model.blocks[1].attention.k.lora_B["default"].detach().to_local()
+        kept = local.clone()
+        if rank == 1:
+            local[0, 0] = float("nan")
+        words = "blocks.1.attention.k.lora_B holds values that are not finite"
+        with pytest.raises(ValueError, match=words):
+            fastlora.save_adapter(model, folder / "adapter")
+        local.copy_(kept)
+        assert (folder / "adapter" / FILES[1]).read_bytes() == before
+        fastlora.save_adapter(model, folder / "other")
+        assert_same_files(folder / "adapter", folder / "other")
+
+
+def full_disk(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@check
+def nothing_is_loaded_into_a_sharded_model(mesh: DeviceMesh) -> None:
+    with shared_folder() as folder:
+        if dist.get_rank() == 0:
+            fastlora.save_adapter(decoder("injected"), folder)
+        dist.barrier()
+        for wrap, owner in (
+            (fully_sharded, "FSDP, which keeps the weights itself"),
+            (tensor_parallel, "a device mesh"),
+        ):
+            model = wrap(decoder("injected"), mesh)
+            raises(f"belongs to {owner}", lambda model=model: fastlora.load_adapter(model, folder))
+            for act in (
+                lambda m: fastlora.load_adapter(m, folder, "other"),
+                lambda m: fastlora.inject(m, ["q"], 2, adapter_name="other"),
+            ):
+                raises(f"its weight belongs to {owner}", lambda model=model, act=act: act(model))
+            assert list(model._fastlora.configs) == ["default"]
+    bare = nn.Sequential(nn.Linear(12, 10))
+    fully_shard(bare, mesh=mesh)
+    bare(torch.randn(3, 12))
+    raises("its weight belongs to FSDP", lambda: fastlora.inject(bare, ["0"]))
+
+
 # One layer
 
 
@@ -661,12 +807,15 @@ def both_styles_shard_every_linear_layer(mesh: DeviceMesh) -> None:
 @check
 def the_pages_code_runs(mesh: DeviceMesh) -> None:
     page = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
-    sharding, parallel, gathering = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    sharding, parallel, saving_it, gathering = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     torch.manual_seed(3)
     names: dict[str, Any] = {"torch": torch, "model": Decoder(SHAPE), "device_type": "cpu", "ranks": RANKS}
     exec(compile(sharding, "docs/distributed.md", "exec"), names)
     names["model"](next(batches())).sum().backward()
     names["optimizer"].step()
+    with shared_folder() as names["folder"]:
+        exec(compile(saving_it, "docs/distributed.md", "exec"), names)
+        assert all((names["folder"] / name).exists() for name in FILES)
     exec(compile(gathering, "docs/distributed.md", "exec"), names)
     if dist.get_rank() == 0:  # offloaded states are gathered there alone
         assert names["state"]["blocks.0.attention.q.lora_B.default"].ne(0).any()

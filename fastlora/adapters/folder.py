@@ -1,4 +1,4 @@
-"""Reads an adapter that PEFT or fastlora wrote: ``adapter_config.json`` and ``adapter_model.safetensors``.
+"""Reads and writes an adapter in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
 Tensors are named ``base_model.model.<layer>.lora_A.weight`` [R, K] and ``….lora_B.weight`` [N, R]. Only safetensors is
 read: a pickle (``adapter_model.bin``) can run any code when it is opened.
@@ -9,13 +9,15 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..atomic import new_file, new_folder
 from ..text import dtype_name
 from .config import AdapterConfig
 
@@ -102,6 +104,51 @@ def _sorted_into_layers(tensors: Mapping[str, Tensor], config: AdapterConfig, so
                 )
         adapters[layer] = {"lora_A": parts["lora_A"], "lora_B": parts["lora_B"]}
     return adapters
+
+
+def write_adapter(folder: Path, config: AdapterConfig, tensors: dict[str, Tensor]) -> None:
+    """Writes the two files of an adapter, so that at no moment one is new and the other old.
+
+    Raises:
+        ImportError: safetensors is not installed.
+        NotADirectoryError: ``folder`` is a file.
+    """
+    torch_files = safetensors("torch")
+    _replace_files(
+        folder, config.to_json(), lambda path: torch_files.save_file(tensors, path, metadata={"format": "pt"})
+    )
+
+
+def _replace_files(folder: Path, config: str, write_weights: Callable[[Path], object]) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"folder must be a folder, got the file {folder}")
+    old = folder / CONFIG
+    if folder.exists() and not old.exists():
+        # There is no old adapter to protect, and the new one counts from its config on.
+        with new_file(folder / WEIGHTS) as file:
+            write_weights(file)
+        with new_file(old) as file:
+            file.write_text(config, encoding="utf-8")
+    elif folder.exists() and old.read_bytes() == config.encode():
+        # The usual case while training goes on: one rename does it.
+        with new_file(folder / WEIGHTS) as file:
+            write_weights(file)
+    else:
+        with new_folder(folder) as temporary:
+            if folder.exists():
+                shutil.copytree(folder, temporary, symlinks=True, copy_function=_link, dirs_exist_ok=True)
+            for name in (CONFIG, WEIGHTS):
+                (temporary / name).unlink(missing_ok=True)  # a link to the old content, not to be written into
+            write_weights(temporary / WEIGHTS)
+            (temporary / CONFIG).write_text(config, encoding="utf-8")
+
+
+def _link(source: str, destination: str) -> str:
+    try:
+        os.link(source, destination, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, destination, follow_symlinks=False)
+    return destination
 
 
 def safetensors(part: str | None = None) -> Any:

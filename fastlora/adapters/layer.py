@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import siblings
-from ..mergeable import Mergeable, Update, parameter_of
+from ..mergeable import Mergeable, Update, owner_of, parameter_of
 from ..ops.group import Branch
 from ..ops.linear import lora_linear
 from ..text import dtype_name
@@ -131,8 +131,9 @@ def obstacle(module: nn.Module, parent: nn.Module | None = None) -> str | None:
         parent: the module that holds it.
     """
     kind = type(module).__name__
+    weight: Any = module._parameters.get("weight")
     if isinstance(module, AdaptedLinear):
-        return None
+        return _owned(module, weight)
     if isinstance(parent, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads its weight without calling it"
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
@@ -146,15 +147,20 @@ def obstacle(module: nn.Module, parent: nn.Module | None = None) -> str | None:
         return f"{kind} is no linear layer: fastlora adapts nn.Linear and transformers' Conv1D"
     if "forward" in module.__dict__:
         return "its forward was replaced (by accelerate's hooks, for one): inject before that"
-    weight = module._parameters.get("weight")
+    if (reason := _owned(module, weight)) is not None:
+        return reason
     if weight is None:
         return "its weight is no Parameter of its own (weight_norm computes it, for one): remove that first"
-    if type(weight) is not nn.Parameter or type(weight.data) is not Tensor or hasattr(weight, "ds_id"):
-        held = "partitioned by ZeRO-3" if hasattr(weight, "ds_id") else type(weight.data).__name__
-        return f"its weight is {held}, not a plain tensor: dequantise it, or inject before it is sharded"
+    if type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
+        return f"its weight is {type(weight.data).__name__}, not a plain tensor: dequantise it first"
     if weight.dtype not in _BASE_DTYPES:
         return f"its weight is {dtype_name(weight.dtype)}: fastlora adapts floating-point weights"
     return None
+
+
+def _owned(layer: nn.Module, weight: Tensor) -> str | None:
+    owner = owner_of(layer, weight)
+    return None if owner is None else f"its weight belongs to {owner}: inject before the model is sharded"
 
 
 def add_adapter(

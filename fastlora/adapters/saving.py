@@ -6,33 +6,36 @@ Source: PEFT 0.21.2, ``save_pretrained`` and ``get_peft_model_state_dict``.
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..atomic import new_file, new_folder
+from ..mergeable import owner_of
 from ..siblings import Groups
 from ..text import shown_names
 from . import groups as grouping
-from . import unmatched
+from . import sharded, unmatched
 from .config import AdapterConfig
-from .folder import CONFIG, WEIGHTS, Adapters, key_of, read_adapter, safetensors
+from .folder import WEIGHTS, Adapters, key_of, read_adapter, write_adapter
 from .inject import InjectionReport, attach, report
 from .layer import features
 from .model import adapted_layers, adapted_model, checked_name, state_of
 from .plan import Plan, PlannedLayer, modules_of, plan
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:
     """Writes an adapter as PEFT does: ``PeftModel.from_pretrained(base, folder)`` and :func:`load_adapter` read it.
 
     A process that is killed at any moment leaves the old adapter whole. Other files in the folder stay. Where several
-    processes hold the model, one of them saves.
+    processes hold the model whole, one of them saves. Where it is sharded (``fully_shard``, ``fastlora.parallel``), all
+    ranks of its mesh call this: the tensors are gathered one by one, the first rank writes them, and the others wait.
 
     Args:
         model: a model with adapters of :func:`fastlora.inject`'s, in torch.compile's or DDP's wrapper too.
@@ -43,67 +46,72 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
         ImportError: safetensors is not installed.
         ValueError: the model has no such adapter, it is a PEFT model, or the adapter is not finite or not whole.
         NotADirectoryError: ``folder`` is a file.
+        RuntimeError: the adapter is sharded, and another rank could not check or write it; the message quotes it.
     """
-    torch_files = safetensors("torch")
     model, state = adapted_model(model)
     config = checked_name(state, adapter_name)
-    tensors: dict[str, Tensor] = {}
-    for name, layer in adapted_layers(model, adapter_name):
-        k, n = features(layer)
-        r = config.rank(name)
-        for part, parameter, shape in (
-            ("lora_A", layer.lora_A[adapter_name], (r, k)),
-            ("lora_B", layer.lora_B[adapter_name], (n, r)),
-        ):
-            _check_writable(f"{name}.{part}", parameter, shape)
-            tensors[key_of(name, part)] = parameter.detach().contiguous()
+    sharded.reshard(model)
+    parts = list(_parts(model, config, adapter_name))
     base = getattr(model, "name_or_path", None)
     if base and "base_model_name_or_path" not in config.notes:
         config = replace(config, notes=config.notes | {"base_model_name_or_path": base})
-    _write(Path(folder), config.to_json(), lambda path: torch_files.save_file(tensors, path, metadata={"format": "pt"}))
-
-
-def _check_writable(name: str, parameter: Tensor, shape: tuple[int, int]) -> None:
-    if parameter.device.type == "meta" or tuple(parameter.shape) != shape or type(parameter.data) is not Tensor:
-        raise ValueError(
-            f"{name} is no whole tensor {list(shape)} here, but {type(parameter.data).__name__} "
-            f"{list(parameter.shape)} on {parameter.device}: gather the shards first"
-        )
-    if not parameter.isfinite().all():
-        raise ValueError(f"{name} holds values that are not finite: the training diverged; nothing was written")
-
-
-def _write(folder: Path, config: str, write_weights: Any) -> None:
-    """Replaces two files that belong together, so that at no moment one is new and the other old."""
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"folder must be a folder, got the file {folder}")
-    old = folder / CONFIG
-    if folder.exists() and not old.exists():
-        # There is no old adapter to protect, and the new one counts from its config on.
-        with new_file(folder / WEIGHTS) as file:
-            write_weights(file)
-        with new_file(old) as file:
-            file.write_text(config, encoding="utf-8")
-    elif folder.exists() and old.read_bytes() == config.encode():
-        # The usual case while training goes on: one rename does it.
-        with new_file(folder / WEIGHTS) as file:
-            write_weights(file)
+    mesh = sharded.mesh_of(part.parameter for part in parts)
+    if mesh is None:
+        write_adapter(Path(folder), config, {part.key: part.whole(part.parameter.detach()) for part in parts})
     else:
-        with new_folder(folder) as temporary:
-            if folder.exists():
-                shutil.copytree(folder, temporary, symlinks=True, copy_function=_link, dirs_exist_ok=True)
-            for name in (CONFIG, WEIGHTS):
-                (temporary / name).unlink(missing_ok=True)  # a link to the old content, not to be written into
-            write_weights(temporary / WEIGHTS)
-            (temporary / CONFIG).write_text(config, encoding="utf-8")
+        _save_together(Path(folder), config, parts, mesh)
 
 
-def _link(source: str, destination: str) -> str:
+class _Part(NamedTuple):
+    """One tensor of the file: its key, its name in messages, and the Parameter and the shape that it has whole."""
+
+    key: str
+    name: str
+    parameter: Tensor
+    shape: tuple[int, int]
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """The tensor as it is written; raises ValueError where it is not whole or not finite."""
+        if tensor.device.type == "meta" or tuple(tensor.shape) != self.shape or type(tensor) is not Tensor:
+            raise ValueError(
+                f"{self.name} is no whole tensor {list(self.shape)} here, but {type(tensor).__name__} "
+                f"{list(tensor.shape)} on {tensor.device}: gather the shards first"
+            )
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{self.name} holds values that are not finite: the training diverged; nothing was written"
+            )
+        return tensor.contiguous()
+
+
+def _save_together(folder: Path, config: AdapterConfig, parts: Sequence[_Part], mesh: DeviceMesh) -> None:
+    """Gathers the parts on all ranks of the mesh, and writes them on the first; an error is raised on all."""
+    is_first = sharded.is_first(mesh)
+    tensors: dict[str, Tensor] = {}
+    error: Exception | None = None
+    for part in parts:
+        tensor = sharded.gathered(part.parameter)
+        try:
+            tensor = part.whole(tensor)
+            if is_first:
+                tensors[part.key] = tensor.cpu()
+        except Exception as failure:
+            error = error or failure
+    sharded.agree(mesh, error)
     try:
-        os.link(source, destination, follow_symlinks=False)
-    except OSError:
-        shutil.copy2(source, destination, follow_symlinks=False)
-    return destination
+        if is_first:
+            write_adapter(folder, config, tensors)
+    except Exception as failure:
+        error = failure
+    sharded.agree(mesh, error)
+
+
+def _parts(model: nn.Module, config: AdapterConfig, adapter_name: str) -> Iterator[_Part]:
+    for name, layer in adapted_layers(model, adapter_name):
+        k, n = features(layer)
+        r = config.rank(name)
+        yield _Part(key_of(name, "lora_A"), f"{name}.lora_A", layer.lora_A[adapter_name], (r, k))
+        yield _Part(key_of(name, "lora_B"), f"{name}.lora_B", layer.lora_B[adapter_name], (n, r))
 
 
 def load_adapter(
@@ -137,7 +145,7 @@ def load_adapter(
         ImportError: safetensors is not installed.
         FileNotFoundError: the folder or one of its two files is missing.
         ValueError: a file is damaged or no adapter's; an option is not supported; the adapter belongs to another model;
-            it is not finite; or ``groups`` is refused.
+            it is not finite; the model is sharded; or ``groups`` is refused.
         TypeError: ``groups`` is neither "auto", None, nor tuples of names.
     """
     config, adapters = read_adapter(folder)
@@ -180,6 +188,9 @@ def _replace_values(
         raise ValueError(f"adapter_dtype: the model has an adapter {name!r} already, whose dtype stays: leave it out")
     if any(layer.merged and layer.active_adapter == name for layer in layers.values()):
         raise ValueError(f"adapter {name!r} is merged into the base: call fastlora.unmerge_adapter first")
+    for key, layer in layers.items():
+        if (owner := owner_of(layer, layer.lora_A[name]) or owner_of(layer, layer.lora_B[name])) is not None:
+            raise ValueError(f"adapter {name!r} in {key} belongs to {owner}: load it before the model is sharded")
     shapes = {
         key: {"lora_A": tuple(layer.lora_A[name].shape), "lora_B": tuple(layer.lora_B[name].shape)}
         for key, layer in layers.items()

@@ -815,7 +815,7 @@ def _odd_layers() -> dict[str, tuple[nn.Module, str]]:
         "computed": (old_norm, "its weight is no Parameter of its own"),
         "replaced": (replaced, "its forward was replaced"),
         "packed": (packed, "its weight is Packed, not a plain tensor|its weight is Tensor"),
-        "partitioned": (partitioned, "its weight is partitioned by ZeRO-3"),
+        "partitioned": (partitioned, "its weight belongs to DeepSpeed ZeRO-3: inject before"),
         "integer": (integer, "its weight is int8"),
         "conv": (nn.Conv1d(4, 3, 1), "Conv1d is no linear layer"),
         "lora": (fastlora.LoRALinear(4, 3), "LoRALinear is no linear layer"),
