@@ -22,7 +22,8 @@ from torch.autograd.function import once_differentiable
 from ..backends import dispatch
 from ..backends.request import Product
 from ..eager import is_eager
-from . import autograd
+from ..text import dtype_name
+from . import autograd, flops
 
 
 class StoredWeight(ABC):
@@ -65,8 +66,8 @@ class StoredWeight(ABC):
         raise NotImplementedError
 
     def dim(self) -> int:
-        """Two, as a matrix says."""
-        return 2
+        """How many dimensions :attr:`shape` has, as a matrix says: two."""
+        return len(self.shape)
 
 
 class _Workspaces(threading.local):
@@ -91,10 +92,19 @@ def opened(w: Any, dtype: torch.dtype, place: int = 0) -> Any:
         w: matrix, stored weight, or None.
         dtype: of the dense matrix.
         place: which of the workspaces of this shape; products that are made together need one each.
+
+    Raises:
+        RuntimeError: the stored weight gave something else than it says of itself; kernels would read past its end.
     """
     if not isinstance(w, StoredWeight):
         return w
-    return w.dense(dtype, _workspace(w, dtype, place) if w.fills else None)
+    dense = w.dense(dtype, _workspace(w, dtype, place) if w.fills else None)
+    if dense.shape != w.shape or dense.dtype is not dtype:
+        raise RuntimeError(
+            f"{type(w).__name__}.dense gave {list(dense.shape)} in {dtype_name(dense.dtype)}: expected "
+            f"{list(w.shape)}, its shape, in {dtype_name(dtype)}, the dtype that it was asked for"
+        )
+    return dense
 
 
 def _workspace(w: StoredWeight, dtype: torch.dtype, place: int) -> Tensor | None:
@@ -124,7 +134,7 @@ def lora_matmul(p: Product, eager: bool = True) -> tuple[Tensor, Tensor]:
     if w.multiplies(p.x.shape[0]):
         y_mn = w.product(p.x, p.bias)
         _, z_mr = run(p._replace(w=None, bias=None))
-        return y_mn.addmm_(z_mr.to(y_mn.dtype), p.b.T.to(y_mn.dtype)), z_mr
+        return torch.addmm(y_mn, z_mr.to(y_mn.dtype), p.b.T.to(y_mn.dtype), out=y_mn), z_mr
     return run(p._replace(w=opened(w, p.x.dtype)))
 
 
@@ -139,7 +149,9 @@ def lora_matmul_group(products: Sequence[Product]) -> tuple[list[Tensor], list[T
 
 
 def common_dtype(x: Tensor, weights: Sequence[Tensor | StoredWeight]) -> torch.dtype | None:
-    """The one dtype in which all of these compute with x; None where they differ, or some are matrices."""
+    """The one dtype in which all compute with x; None where they differ, some are matrices, or x is no float."""
+    if not x.is_floating_point():
+        return None
     dtypes = {w.compute_dtype(x) if isinstance(w, StoredWeight) else None for w in weights}
     return dtypes.pop() if len(dtypes) == 1 else None
 
@@ -151,6 +163,8 @@ def kept(w: Any) -> tuple[Tensor | None, StoredWeight | None]:
 
 def multiply(p: Product, eager: bool, dtype: torch.dtype) -> Tensor:
     """y [..., N] of a product whose w is a stored weight, in ``dtype``; ``eager`` where :func:`is_eager` holds."""
+    if not eager and not torch.compiler.is_compiling():
+        flops.register()
     with without_autocast(p.x.device.type):
         if torch.is_grad_enabled():
             y: Tensor = _Stored.apply(p.x, None, p.a, p.b, p.bias, p, eager)  # type: ignore[no-untyped-call]
@@ -181,5 +195,6 @@ class _Stored(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, _, a, b, z_mr, seed = ctx.saved_tensors
-        w = opened(ctx.base, dy.dtype) if ctx.needs_input_grad[0] else None
-        return (*autograd.gradients(ctx, dy, (x, w, a, b, z_mr, seed)), None)
+        with without_autocast(dy.device.type):
+            w = opened(ctx.base, dy.dtype) if ctx.needs_input_grad[0] else None
+            return (*autograd.gradients(ctx, dy, (x, w, a, b, z_mr, seed)), None)

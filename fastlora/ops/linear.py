@@ -48,7 +48,7 @@ def lora_linear(
         training: False switches dropout off.
 
     Returns:
-        y [..., N] in the dtype of x (of autocast where that is on).
+        y [..., N] in the dtype of x (of autocast where that is on, but with a stored weight).
 
     Raises:
         TypeError: an argument is of the wrong kind.
@@ -251,8 +251,12 @@ def _autocast(p: Product) -> Product:
 def _for_stored(p: Product, weight: StoredWeight) -> Product:
     """The product in the dtype that a stored weight computes in; adapters that are narrower are widened to it."""
     dtype = weight.compute_dtype(p.x)
-    a, b = (t.to(dtype) if torch.promote_types(t.dtype, dtype) is dtype else t for t in (p.a, p.b))
-    return p._replace(x=p.x.to(dtype), a=a, b=b, bias=None if p.bias is None else p.bias.to(dtype))
+
+    def cast(t: Tensor) -> Tensor:
+        return t.to(dtype) if t.is_floating_point() else t
+
+    a, b = (cast(t) if torch.promote_types(t.dtype, dtype) is dtype else t for t in (p.a, p.b))
+    return p._replace(x=cast(p.x), a=a, b=b, bias=None if p.bias is None else cast(p.bias))
 
 
 def _castable(t: Tensor) -> bool:
