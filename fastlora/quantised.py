@@ -136,7 +136,9 @@ class EightBit(StoredWeight):
 
     def __init__(self, layer: Any, rows: Tensor, factors: Tensor) -> None:
         self._layer, self._rows, self._factors = layer, rows, factors
-        self.source = rows
+        self.source = layer.weight
+        # The parameter shares the memory of the rows, but not their version.
+        self._state = tuple((t.data_ptr(), t._version) for t in (layer.weight, rows, factors))
         self.shape, self.device = rows.shape, rows.device
         self.fills = True
 
@@ -147,7 +149,7 @@ class EightBit(StoredWeight):
 
     def state(self) -> Hashable:
         """The int8 tensor and its factors, with their versions."""
-        return tuple((t.data_ptr(), t._version) for t in (self._rows, self._factors))
+        return self._state
 
     def multiplies(self, m: int) -> bool:
         """Always: another product would be another layer."""
@@ -167,7 +169,8 @@ def _eight_bit(layer: Any) -> EightBit | Reason:
     if layer.state.has_fp16_weights:
         return "its 8-bit layer keeps 16-bit weights and trains them (has_fp16_weights=True): quantise it, with False"
     weight, state = layer._parameters.get("weight"), layer.state
-    # Until its first call the layer has both on its weight; a weight that was moved since has no factors.
+    # Until its first call the layer has both on its weight; a weight that was moved since has no factors. They stay
+    # there: once bitsandbytes has moved them into its state, it can no longer load a state dict.
     rows, factors = (
         here if (here := getattr(weight, name, None)) is not None else getattr(state, name) for name in ("CB", "SCB")
     )
