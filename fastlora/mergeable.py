@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from .text import dtype_name
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+# Where a base waits while its weight holds a sum: on its device, beside the sum, or in CPU memory.
+Keep: TypeAlias = Literal["device", "cpu"]
 
 
 class Update(NamedTuple):
@@ -175,6 +178,45 @@ def why_not_mergeable(layer: nn.Module) -> str | None:
     return f"weight belongs to {owner}: gather the state dict, load it into an unsharded model and merge there"
 
 
+def check_untied(model: nn.Module, holders: Mapping[str, nn.Module]) -> None:
+    """Looks for the weights in which sums are to be stored in the rest of the model.
+
+    Args:
+        model: the model.
+        holders: the name of each module whose weight is to hold a sum → the module.
+
+    Raises:
+        ValueError: another module has such a weight too.
+    """
+    places: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for last, parameter in module._parameters.items():
+            places.setdefault(id(parameter), []).append(f"{name}.{last}")
+    for name, holder in holders.items():
+        others = [place for place in places.get(id(holder.weight), ()) if place != f"{name}.weight"]
+        if others:
+            raise ValueError(
+                f"{name}.weight is tied to {others[0]}, where a merge would show too: untie it first (give {name} its "
+                "own Parameter, and set tie_word_embeddings=False in a transformers config)"
+            )
+
+
+def kept(parameter: Tensor, keep: Keep) -> Tensor:
+    """What a parameter holds, to be given back: its own tensor, or a copy in CPU memory."""
+    data = parameter.data
+    if keep == "device":
+        return data
+    return torch.empty_like(data, device="cpu", pin_memory=data.is_cuda).copy_(data)
+
+
+def give(parameter: Tensor, values: Tensor, keep: Keep) -> None:
+    """Makes a parameter hold these values: the tensor itself, or a copy in the memory that it has."""
+    if keep == "device":
+        parameter.data = values
+    else:
+        parameter.data.copy_(values)
+
+
 def base_weight(layer: nn.Module) -> Tensor:
     """The base weight of a layer as a dense matrix: its own, or made of a quantised one.
 
@@ -218,6 +260,8 @@ class Mergeable(nn.Module):
     fan_in_fan_out = False
     # The child that has the weight, or "" for the layer itself.
     _holder_name = ""
+    # Where the base waits while merged.
+    _keep: Keep = "device"
     _base_weight: Tensor | None
     _base_bias: Tensor | None
     _merged_weight: Tensor | None
@@ -239,6 +283,7 @@ class Mergeable(nn.Module):
     def _become_plain(self) -> None:
         """Takes buffers and hooks away again; weight and bias stay as they are."""
         del self.merged, self._base_weight, self._base_bias, self._merged_weight
+        self.__dict__.pop("_keep", None)
         _remove_hook(self._state_dict_hooks, _save_base)
         _remove_hook(self._load_state_dict_post_hooks, _merge_loaded)
 
@@ -246,8 +291,17 @@ class Mergeable(nn.Module):
     def _holder(self) -> Any:
         return self.get_submodule(self._holder_name)
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @property
+    def _has_update(self) -> bool:
+        """Whether the layer, unmerged, adds an update to its base."""
+        return True
+
+    @property
+    def _unmerged_weight(self) -> Tensor:
+        """The weight without the update, merged or not, on the device of the layer."""
+        weight: Tensor = self._holder.weight
+        return weight if self._base_weight is None else self._base_weight.to(weight.device)
+
     def merge(self) -> Self:
         """Adds the update to ``weight``: W + scale · B A, computed in float32 and rounded once. Merged already: no-op.
 
@@ -259,36 +313,52 @@ class Mergeable(nn.Module):
             ValueError: the sum is not finite; the layer is then as it was.
         """
         if not self.merged:
-            holder = self._holder
-            if (reason := why_not_mergeable(holder)) is not None:
+            if (reason := why_not_mergeable(self._holder)) is not None:
                 raise RuntimeError(f"no sum can be stored in the weight: {reason}")
-            update, kind = self._update(), type(self).__name__
-            weight = folded(base_weight(holder), update, f"the weight of a {kind}")
-            bias = folded_bias(holder.bias, update, f"the bias of a {kind}") if update.bias is not None else None
+            self._fold_in(f"a {type(self).__name__}", "device")
+        return self
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _fold_in(self, name: str, keep: Keep) -> None:
+        """Merges a layer that is not merged and whose weight can hold the sum.
+
+        Args:
+            name: what a message calls the layer.
+            keep: where the base waits; ``"cpu"`` writes the sum into the storage of the weight.
+        """
+        holder, update = self._holder, self._update()
+        weight = folded(base_weight(holder), update, f"the weight of {name}")
+        bias = folded_bias(holder.bias, update, f"the bias of {name}") if update.bias is not None else None
+        self.merged, self._keep = True, keep
+        try:
             if is_quantised(holder):
                 self._merged_weight = weight
             else:
-                self._base_weight, holder.weight.data = holder.weight.data, weight
+                self._base_weight = kept(holder.weight, keep)
+                give(holder.weight, weight, keep)
             if bias is not None:
-                self._base_bias, holder.bias.data = holder.bias.data, bias
-            self.merged = True
-        return self
+                self._base_bias = kept(holder.bias, keep)
+                give(holder.bias, bias, keep)
+        except BaseException:  # no memory for a copy, or interrupted
+            self.unmerge()
+            raise
 
     def unmerge(self) -> Self:
         """Puts the base weight and bias back, bit for bit. Not merged: no-op."""
         if self.merged:
             if self._base_weight is not None:
-                self._holder.weight.data, self._base_weight = self._base_weight, None
+                give(self._holder.weight, self._base_weight, self._keep)
             if self._base_bias is not None:
-                self._holder.bias.data, self._base_bias = self._base_bias, None
-            self._merged_weight = None
+                give(self._holder.bias, self._base_bias, self._keep)
+            self._base_weight = self._base_bias = self._merged_weight = None
             self.merged = False
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         # The state dict holds a base weight. Children are loaded after this call, so the hook merges again.
         if self.merged:
-            self._merge_after_load = True
+            self._merge_after_load = self._keep
             self.unmerge()
         super()._load_from_state_dict(*args, **kwargs)
 
@@ -302,8 +372,11 @@ def _save_base(layer: nn.Module, state_dict: dict[str, Any], prefix: str, local_
 
 def _merge_loaded(layer: nn.Module, incompatible_keys: Any) -> None:
     assert isinstance(layer, Mergeable)
-    if layer.__dict__.pop("_merge_after_load", False):
+    keep = layer.__dict__.pop("_merge_after_load", None)
+    if keep == "device":
         layer.merge()
+    elif keep is not None:
+        layer._fold_in(f"a {type(layer).__name__}", keep)
 
 
 def _remove_hook(hooks: dict[int, Any], hook: Any) -> None:

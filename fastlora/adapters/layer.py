@@ -52,8 +52,7 @@ class AdaptedLinear(Mergeable, nn.Linear):
         state = self._state
         name: Any = state.active
         if state.disabled or name not in self.scale:
-            base: Any = self._base_weight if self.merged else self.weight
-            return self._base(x, base)
+            return self._base(x, self._unmerged_weight if self.merged else self.weight)
         if self.merged:
             return self._base(x, self.weight)
         branch = self._branch(name)
@@ -80,6 +79,10 @@ class AdaptedLinear(Mergeable, nn.Linear):
             parameter_of(self, "bias"),
             self.lora_dropout[name] if self.training else 0.0,
         )
+
+    @property
+    def _has_update(self) -> bool:
+        return not self._state.disabled and self._state.active in self.scale
 
     def _base(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight, self.bias)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..mergeable import Update, folded
+from ..mergeable import Update, check_untied, folded
 from ..text import dtype_name
 from .layer import AdaptedLinear, restore
 from .model import adapted_layers, adapted_model, injected_models, unload
@@ -145,8 +145,7 @@ def _measured(layers: list[tuple[str, AdaptedLinear]]) -> MergeReport:
     """Measures all layers before the first is changed, so that an error leaves the model as it was."""
     reports = []
     for name, layer in layers:
-        base = layer.weight if layer._base_weight is None else layer._base_weight
-        reports.append(fold_and_measure(name, base, layer._update())[1])
+        reports.append(fold_and_measure(name, layer._unmerged_weight, layer._update())[1])
     return MergeReport(tuple(reports))
 
 
@@ -158,15 +157,5 @@ def _to_merge(model: nn.Module) -> tuple[nn.Module, list[tuple[str, AdaptedLinea
     if any(state.disabled for _, state in injected_models(model)):
         raise RuntimeError("the adapters are switched off: call fastlora.enable(model) first, or unload(model)")
     layers = list(adapted_layers(model, active))
-    holders: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for last, parameter in module._parameters.items():
-            holders.setdefault(id(parameter), []).append(f"{name}.{last}")
-    for name, layer in layers:
-        others = [holder for holder in holders[id(layer.weight)] if holder != f"{name}.weight"]
-        if others:
-            raise ValueError(
-                f"{name}.weight is tied to {others[0]}, where a merge would show too: untie it first (give {name} its "
-                "own Parameter, and set tie_word_embeddings=False in a transformers config)"
-            )
+    check_untied(model, dict(layers))
     return model, layers

@@ -66,6 +66,10 @@ class MergingLayer(LoRALayer, Mergeable):
         return "lora_A" in self._parameters
 
     @property
+    def _has_update(self) -> bool:
+        return self._adapted
+
+    @property
     def _dropout_p(self) -> float:
         """The dropout probability in force: 0 in eval mode."""
         dropout = self.lora_dropout
