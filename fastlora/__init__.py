@@ -12,6 +12,7 @@ from .ops.linear import explain, lora_linear
 from .ops.mlp import lora_swiglu_mlp
 from .peft import PatchReport, patch_peft, patched_peft, unpatch_peft
 from .tune import tune_model
+from .while_merged import merged
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ __all__ = [
     "lora_swiglu_mlp",
     "merge_adapter",
     "merge_and_unload",
+    "merged",
     "patch_peft",
     "patched_peft",
     "save_adapter",
