@@ -4,7 +4,8 @@ from .adapters.inject import inject
 from .adapters.merging import merge_adapter, merge_and_unload, unmerge_adapter
 from .adapters.model import delete_adapter, disable, enable, set_adapter, unload
 from .adapters.saving import load_adapter, save_adapter
-from .module import LoRALinear, LoRALinearGroup
+from .module import LoRALinear
+from .module_group import LoRALinearGroup
 from .ops.base import StoredWeight
 from .ops.dora import dora_linear
 from .ops.group import Branch, lora_linear_group

@@ -1,19 +1,16 @@
-"""``LoRALinear``: a frozen linear layer with a trainable low-rank update; ``LoRALinearGroup``: several of one input."""
+"""``LoRALinear``: a frozen linear layer with a trainable low-rank update; the same on a quantised base."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
-from .gated import is_watched
+from . import quantised
 from .mergeable import Mergeable, Update, check_rank_and_dropout, parameters_of, scale_of, start_adapter, start_linear
 from .ops import dtensor
-from .ops.group import lora_linear_group
 from .ops.linear import lora_linear
 
 
@@ -58,13 +55,7 @@ class LoRALinear(Mergeable):
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_rank_and_dropout(r, lora_dropout)
-        self.in_features = in_features
-        self.out_features = out_features
-        self.r = r
-        self.lora_alpha = lora_alpha
-        self.lora_dropout = lora_dropout
-        self.use_rslora = use_rslora
+        self._set_options(in_features, out_features, r, lora_alpha, lora_dropout, use_rslora)
         weight = torch.empty(out_features, in_features, device=device, dtype=dtype)
         adapter_dtype = weight.dtype if adapter_dtype is None else adapter_dtype
         self.weight = nn.Parameter(weight, requires_grad=False)
@@ -76,6 +67,17 @@ class LoRALinear(Mergeable):
         self.lora_B = nn.Parameter(weight.new_empty(out_features, r, dtype=adapter_dtype))
         self._become_mergeable()
         self.reset_parameters()
+
+    def _set_options(
+        self, in_features: int, out_features: int, r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool
+    ) -> None:
+        check_rank_and_dropout(r, lora_dropout)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.r = r
+        self.lora_alpha = lora_alpha
+        self.lora_dropout = lora_dropout
+        self.use_rslora = use_rslora
 
     @classmethod
     def from_linear(
@@ -89,12 +91,17 @@ class LoRALinear(Mergeable):
     ) -> LoRALinear:
         """Wraps an ``nn.Linear``: shares the storage of its weight and bias, and leaves the layer itself untouched.
 
-        Hooks on the layer stay with it.
+        Hooks on the layer stay with it. A ``Linear4bit`` or ``Linear8bitLt`` of bitsandbytes becomes a part of a
+        :class:`QuantisedLoRALinear`, whose adapter is float32 by default.
 
         Raises:
-            TypeError: ``linear`` is no ``nn.Linear`` (a quantised subclass stores something else as its weight).
-            RuntimeError: its weight is a DTensor.
+            ValueError: as the constructor.
+            TypeError: ``linear`` is no ``nn.Linear`` (another subclass stores something else as its weight).
+            RuntimeError: its weight is a DTensor; or it is quantised, and its weight cannot be used: it has no state of
+                quantisation yet, is trained in 16 bits, or is of a bitsandbytes that is too old.
         """
+        if quantised.is_quantised(linear) and not hasattr(linear, "base_kind"):
+            return QuantisedLoRALinear(linear, r, lora_alpha, lora_dropout, use_rslora, adapter_dtype)
         if type(linear) is not nn.Linear:
             raise TypeError(
                 f"linear must be an nn.Linear itself, got {type(linear).__name__}: dequantise it or remove its "
@@ -145,8 +152,8 @@ class LoRALinear(Mergeable):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> y [..., out_features]; merged, exactly one GEMM and no gradient to A and B."""
         if self.merged:
-            return F.linear(x, self.weight, self.bias)
-        weight, a, b, bias = parameters_of(self, ("weight", "lora_A", "lora_B", "bias"))
+            return self._forward_merged(x)
+        weight, a, b, bias = self._operands(x)
         return lora_linear(
             x,
             weight,
@@ -157,6 +164,14 @@ class LoRALinear(Mergeable):
             dropout_p=self.lora_dropout,
             training=self.training,
         )
+
+    def _forward_merged(self, x: Tensor) -> Tensor:
+        """The plain GEMM of a merged layer."""
+        return F.linear(x, self.weight, self.bias)
+
+    def _operands(self, x: Tensor) -> tuple[Any, ...]:
+        """Weight, A, B and bias for a product with x."""
+        return parameters_of(self, ("weight", "lora_A", "lora_B", "bias"))
 
     def _update(self) -> Update:
         return Update.of(self.lora_A, self.lora_B, self.scale)
@@ -170,119 +185,89 @@ class LoRALinear(Mergeable):
         return text + (", use_rslora=True" if self.use_rslora else "") + (", merged=True" if self.merged else "")
 
 
-class LoRALinearGroup(nn.Module):
-    """Several :class:`LoRALinear` of one input, such as q, k and v, or gate and up, computed together.
+class QuantisedLoRALinear(LoRALinear):
+    """A :class:`LoRALinear` whose base is a quantised layer of bitsandbytes, as ``LoRALinear.from_linear`` makes it.
 
-    ``yᵢ = x Wᵢᵀ + scaleᵢ · Dᵢ(x) Aᵢᵀ Bᵢᵀ + biasᵢ``, by :func:`fastlora.lora_linear_group`: fewer passes over x and over
-    its gradient. A branch is a layer as any other: ``group.layers[0].merge()``, its state dict under ``layers.0``. One
-    that is merged is one plain GEMM; one that has hooks, or a class or forward of its own, is called by itself.
+    ``y = x Wᵀ + scale · D(x) Aᵀ Bᵀ + bias``, as :func:`fastlora.lora_linear` computes it of a stored weight: in the
+    compute dtype of a 4-bit layer, and with bitsandbytes' own product of an 8-bit one. The layer is kept as the child
+    ``base``, so that what bitsandbytes does when it is moved, saved and loaded still happens; its own forward is not
+    called, nor are hooks on it. ``weight`` and ``bias`` are those of ``base``: ``weight`` is the packed one.
+
+    Merged, the sum lies dense beside the packed weight, in the dtype in which the layer computes (float16 with 8 bits),
+    and is what x is multiplied by; ``unmerge`` frees it.
 
     Args:
-        layers: the branches, in order, of one in_features; held as ``layers``, an ``nn.ModuleList``.
+        base: a ``Linear4bit``, ``LinearNF4``, ``LinearFP4`` or ``Linear8bitLt`` that has been quantised; its bias is
+            frozen.
+        r: rank, at least 1.
+        lora_alpha: numerator of the scale.
+        lora_dropout: probability of dropout on the adapter's input, 0 <= p < 1.
+        use_rslora: as in LoRALinear.
+        adapter_dtype: dtype of A and B: float32 by default, in which optimisers lose nothing, and since a 4-bit layer
+            may settle its compute dtype only at its first call.
 
     Raises:
-        TypeError: a branch is no LoRALinear.
-        ValueError: there is no branch, or their in_features differ.
+        ValueError: as LoRALinear.
+        RuntimeError: the weight has no state of quantisation or is trained in 16 bits; or bitsandbytes is too old.
 
-    Source: Hu et al., 2021, https://arxiv.org/abs/2106.09685, equation (3).
+    Source: Dettmers et al., 2023, https://arxiv.org/abs/2305.14314, equation (5).
     """
 
-    def __init__(self, layers: Sequence[LoRALinear]) -> None:
-        super().__init__()
-        for i, layer in enumerate(layers):
-            if not isinstance(layer, LoRALinear):
-                raise TypeError(
-                    f"branch {i} must be a LoRALinear, got {type(layer).__name__}: LoRALinearGroup.from_linears wraps "
-                    "nn.Linear"
-                )
-        _check_one_input(layers)
-        self.layers = nn.ModuleList(layers)
+    _holder_name = "base"
 
-    @classmethod
-    def from_linears(
-        cls,
-        linears: Sequence[nn.Linear],
-        r: int | Sequence[int] = 8,
-        lora_alpha: float | Sequence[float] = 8,
-        lora_dropout: float | Sequence[float] = 0.0,
+    def __init__(
+        self,
+        base: nn.Module,
+        r: int = 8,
+        lora_alpha: float = 8,
+        lora_dropout: float = 0.0,
         use_rslora: bool = False,
         adapter_dtype: torch.dtype | None = None,
-    ) -> LoRALinearGroup:
-        """Wraps each ``nn.Linear`` as :meth:`LoRALinear.from_linear` does; nothing is copied.
+    ) -> None:
+        nn.Module.__init__(self)
+        layer: Any = base
+        n, k = layer.out_features, layer.in_features
+        self._set_options(k, n, r, lora_alpha, lora_dropout, use_rslora)
+        _stored(layer, None)
+        self.base = base.requires_grad_(False)
+        options = {"device": layer.weight.device, "dtype": adapter_dtype or torch.float32}
+        self.lora_A = nn.Parameter(torch.empty(r, k, **options))
+        self.lora_B = nn.Parameter(torch.empty(n, r, **options))
+        self._become_mergeable()
+        self.reset_adapter()
+        self.train(base.training)
 
-        Args:
-            linears: layers of one in_features.
-            r: rank of all branches, or of each.
-            lora_alpha: numerator of the scale of all branches, or of each.
-            lora_dropout: probability of dropout on the input of all adapters, or of each; each has its own mask.
-            use_rslora: as in LoRALinear.
-            adapter_dtype: as in LoRALinear.
+    @property
+    def weight(self) -> Any:  # type: ignore[override]
+        """The packed weight of ``base``; ``fastlora.quantised.dense_weight(layer.base)`` makes it dense."""
+        return self.base.weight
 
-        Raises:
-            ValueError: there is no layer, their in_features differ, or an option has another number of values; or as
-                ``from_linear``.
-            TypeError, RuntimeError: as ``from_linear``; the message begins with the number of the branch.
-        """
-        linears = list(linears)
-        for i, linear in enumerate(linears):
-            if not isinstance(linear, nn.Linear):
-                raise TypeError(f"branch {i}: linear must be an nn.Linear itself, got {type(linear).__name__}")
-        _check_one_input(linears)
-        count = len(linears)
-        options = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
-        rs, alphas, dropouts = (_one_each(name, value, count) for name, value in options.items())
-        layers = []
-        for i, linear in enumerate(linears):
-            try:
-                layers.append(LoRALinear.from_linear(linear, rs[i], alphas[i], dropouts[i], use_rslora, adapter_dtype))
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise type(error)(f"branch {i}: {error}") from error
-        return cls(layers)
+    @property
+    def bias(self) -> Any:  # type: ignore[override]
+        """The bias of ``base``, or None."""
+        return self.base.bias
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """x [..., in_features] -> y [..., out_features] of each branch, in order."""
-        # A global hook would miss the calls of layers that are only read.
-        together = [] if _has_any_global_hook() else [i for i, layer in enumerate(self.layers) if _is_read(layer)]
-        ys = {}
-        if len(together) > 1:
-            layers: list[Any] = [self.layers[i] for i in together]
-            weights, lora_as, lora_bs, biases = zip(
-                *(parameters_of(layer, ("weight", "lora_A", "lora_B", "bias")) for layer in layers), strict=True
-            )
-            found = lora_linear_group(
-                x,
-                weights,
-                lora_as,
-                lora_bs,
-                scales=[layer.scale for layer in layers],
-                biases=biases,
-                dropout_ps=[layer.lora_dropout if layer.training else 0.0 for layer in layers],
-            )
-            ys = dict(zip(together, found, strict=True))
-        return tuple(ys[i] if i in ys else layer(x) for i, layer in enumerate(self.layers))
+    def reset_parameters(self) -> None:
+        """Raises RuntimeError: a quantised base cannot be started anew; :meth:`reset_adapter` starts the adapter."""
+        raise RuntimeError("the base is quantised and cannot be started anew: reset_adapter starts the adapter alone")
+
+    def _forward_merged(self, x: Tensor) -> Tensor:
+        weight, bias = self._merged_weight, self.bias
+        assert weight is not None
+        return F.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)).to(x.dtype)
+
+    def _operands(self, x: Tensor) -> tuple[Any, ...]:
+        return _stored(self.base, x), *parameters_of(self, ("lora_A", "lora_B")), self.bias
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        quantised.before_loading(self.base, state_dict, prefix + "base.")
 
 
-def _is_read(layer: nn.Module) -> bool:
-    """Whether a branch's parameters are all that its call needs: nobody else would see that it was called."""
-    return type(layer) is LoRALinear and not layer.merged and not is_watched(layer)
-
-
-def _check_one_input(layers: Sequence[LoRALinear | nn.Linear]) -> None:
-    """Raises ValueError where there is no layer, or one of another in_features than the first."""
-    if not layers:
-        raise ValueError("expected at least one branch, got none")
-    k = layers[0].in_features
-    for i, layer in enumerate(layers):
-        if layer.in_features != k:
-            raise ValueError(
-                f"branch {i} has in_features {layer.in_features} and branch 0 {k}: all branches read one input"
-            )
-
-
-def _one_each(name: str, value: Any, count: int) -> list[Any]:
-    """An option's value for each branch."""
-    if not isinstance(value, (list, tuple)):
-        return [value] * count
-    if len(value) != count:
-        raise ValueError(f"{name} has {len(value)} values for {count} branches: pass one each, or one for all")
-    return list(value)
+def _stored(layer: nn.Module, x: Any) -> Any:
+    """The stored weight of a quantised layer, for a call with x where that is a tensor of floats."""
+    floats = isinstance(x, Tensor) and x.is_floating_point()
+    stored = quantised.stored_weight(layer, x if floats else None)
+    if isinstance(stored, str):
+        raise RuntimeError(f"the {type(layer).__name__} cannot be the base of an adapter: {stored}")
+    return stored

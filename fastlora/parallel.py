@@ -21,6 +21,7 @@ from torch.distributed.tensor import parallel as torch_parallel
 
 from .mergeable import Mergeable
 from .module import LoRALinear
+from .quantised import is_quantised
 
 __all__ = ["ColwiseParallel", "RowwiseParallel"]
 
@@ -37,7 +38,7 @@ class ColwiseParallel(torch_parallel.ColwiseParallel):
         use_local_output: True (default) for a plain tensor as output.
 
     Raises:
-        RuntimeError: the layer is merged.
+        RuntimeError: the layer is merged, or its base quantised.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -55,7 +56,7 @@ class RowwiseParallel(torch_parallel.RowwiseParallel):
         use_local_output: True (default) for a plain tensor as output.
 
     Raises:
-        RuntimeError: the layer is merged.
+        RuntimeError: the layer is merged, or its base quantised.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -73,6 +74,8 @@ def _sharded(style: Any, layer: Any, mesh: DeviceMesh, dim: int) -> nn.Module:
     """Shards the weight [N, K] on ``dim``, and with it the tensors that have this dimension; the others stay whole."""
     if layer.merged:
         raise RuntimeError(f"the {type(layer).__name__} is merged: unmerge it before it is sharded")
+    if is_quantised(layer._holder):
+        raise RuntimeError(f"the base of the {type(layer).__name__} is quantised: packed weights cannot be sharded")
 
     def placement(name: str) -> Placement:
         if name not in _WITH[dim]:

@@ -73,6 +73,33 @@ def dense_dtype(layer: Any) -> torch.dtype:
     return dtype
 
 
+def before_loading(layer: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """Prepares a quantised layer for torch to load its part of a state dict into it, which bitsandbytes does half.
+
+    Torch copies the packed weight alone. Of 4 bits, its state is taken out of ``state_dict`` and put in the old one's
+    place, where both fit; what does not fit is left for torch to refuse. Of 8 bits, the factors are laid where
+    bitsandbytes looks for them, also after the layer's first call.
+    """
+    held: Any = layer
+    weight = held._parameters["weight"]
+    if _kind_of(layer) not in _kinds(four=True):
+        factors = held.state.SCB if getattr(weight, "SCB", None) is None else weight.SCB
+        if weight.dtype is torch.int8 and factors is not None and prefix + "SCB" in state_dict:
+            weight.CB, weight.SCB = weight.data, factors
+            held.state.CB = held.state.SCB = None
+        return
+    packed = state_dict.get(prefix + "weight")
+    names = [name for name in state_dict if name.startswith(prefix + "weight.")]
+    if packed is None or not names or (packed.shape, packed.dtype) != (weight.shape, weight.dtype):
+        return
+    found = {name.removeprefix(prefix + "weight."): state_dict[name] for name in names}
+    quant_state = sys.modules["bitsandbytes"].functional.QuantState.from_dict(found, device=weight.device)
+    if tuple(quant_state.shape) == (held.out_features, held.in_features):
+        for name in names:
+            del state_dict[name]
+        weight.quant_state = held.quant_state = quant_state
+
+
 class FourBit(StoredWeight):
     """The weight of a ``Linear4bit``: packed, with the state that says how."""
 

@@ -483,7 +483,7 @@ def widths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen.append(len(weights))
         return lora_linear_group(x, weights, *arguments, **options)
 
-    monkeypatch.setattr("fastlora.module.lora_linear_group", watched)
+    monkeypatch.setattr("fastlora.module_group.lora_linear_group", watched)
     return seen
 
 

@@ -24,7 +24,7 @@ LEDGER = ROOT / "benchmarks" / "HARDWARE.md"
 
 # Top to bottom: a file imports from its own folder and from lower floors, and wings never name each other.
 FLOORS: tuple[set[str], ...] = (
-    {"info", "merge", "parallel", "tune", "while_merged"},
+    {"info", "merge", "module_group", "parallel", "tune", "while_merged"},
     {"module", "adapters", "peft", "loralib"},
     {"gated"},
     {"mergeable", "accuracy", "siblings"},
