@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -170,6 +171,22 @@ def test_an_adapter_that_is_not_finite_is_named_and_changes_nothing(keep: Any) -
     ):
         raise AssertionError("the block ran")
     before.check()
+
+
+def test_with_cpu_one_sum_at_a_time_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, alive, sums = mixed(), [], []
+    real = mergeable.folded
+
+    def watched(*args: Any) -> Tensor:
+        alive.append(sum(each() is not None for each in sums))
+        total = real(*args)
+        sums.append(ref(total))
+        return total
+
+    monkeypatch.setattr(mergeable, "folded", watched)
+    with fastlora.merged(model, keep="cpu"):
+        assert alive == [0, 0, 0]
+        assert all(each() is None for each in sums)
 
 
 @each_keep

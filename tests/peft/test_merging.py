@@ -248,6 +248,12 @@ def parametrised() -> nn.Module:
     return model
 
 
+def partitioned() -> nn.Module:
+    model = adapted()
+    first(model).base_layer.weight.ds_id = 1
+    return model
+
+
 def offloaded() -> nn.Module:
     model = adapted()
     first(model).base_layer.to("meta")
@@ -268,6 +274,7 @@ def offloaded() -> nn.Module:
         (dora_among_several, r"adapters \['default', 'dora'\] are active together and one is DoRA"),
         (replaced_forward, "its forward was replaced on the instance"),
         (parametrised, "first cannot be merged: weight is parametrised"),
+        (partitioned, "first cannot be merged: weight belongs to DeepSpeed ZeRO-3"),
         (offloaded, "first cannot be merged: its weight is on the meta device"),
     ],
 )
@@ -364,6 +371,13 @@ def test_the_dense_sum_is_that_of_the_dequantised_weight(bits: int) -> None:
     model = quantised(bits)
     layer = first(model)
     update = Update.of(layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"])
-    expected = folded(dense_weight(layer.base_layer), update)
-    with fastlora.merged(model):
-        assert torch.equal(layer.base_layer.weight, expected)
+    dense = dense_weight(layer.base_layer)
+    expected, x = folded(dense, update), torch.randn(7, 64).to(dense.dtype)
+    exact = dense.double() + update.scale * update.left.double() @ update.right.double()
+    oracle = nn.functional.linear(x.double(), exact, layer.base_layer.bias.double())
+    with torch.no_grad():
+        unmerged = layer(x)
+        with fastlora.merged(model):
+            assert torch.equal(layer.base_layer.weight, expected)
+            assert_close_to_oracle(layer(x), oracle=oracle, baseline=unmerged, name="y")
+        assert torch.equal(layer(x), unmerged)
