@@ -39,7 +39,7 @@ _ops = torch.library.Library("fastlora", "FRAGMENT")
 _ops.define("kept(Tensor x, float dropout_p, Tensor seed) -> Tensor")
 
 # Elements of [M, N] that are widened at a time.
-_BLOCK = {"cpu": 1 << 18}
+_BLOCK = {"cpu": 1 << 16}
 _BLOCK_DEFAULT = 1 << 24
 
 

@@ -266,8 +266,22 @@ def test_keeps_nothing_and_gives_the_same_without_grad() -> None:
             y = given(dropout_p=p)
         assert y.grad_fn is None
         assert torch.equal(y, expected)
+
+
+def test_a_weight_first_used_in_inference_mode_trains() -> None:
+    given = call(dtype=F64).leaves(*FROZEN)
     with torch.inference_mode():
-        assert torch.equal(given(), given().clone())
+        y = given()
+    assert torch.equal(y, given())
+    given().backward(dy := gradient_of(y))
+    assert_right(given.gradients(), given, dy)
+
+
+def test_a_weight_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        given = call(dtype=F64)
+        for _ in range(2):
+            assert_right({"y": (y := given())}, given, gradient_of(y))
 
 
 def test_eval_switches_dropout_off() -> None:
@@ -309,6 +323,28 @@ def norm_error_rule(weight: Tensor, a: Tensor, b: Tensor) -> None:
 def test_norm_of_a_small_and_a_large_update(dtypes: tuple[torch.dtype, torch.dtype], factor: float) -> None:
     _, weight, a, b, _ = make(dtype=dtypes[0], adapter_dtype=dtypes[1])
     norm_error_rule(weight, a, b * factor)
+
+
+@pytest.mark.skipif(not norms._has_tiles(), reason="needs a CPU with AMX")
+@pytest.mark.parametrize("factor", [1e-3, 1.0, 1e3])
+def test_product_by_tiles_has_sixteen_bits(factor: float) -> None:
+    """The oracle's yardstick: the same product of operands that are rounded to 16 bits."""
+    _, weight, a, _, _ = make(k=256, dtype=torch.bfloat16, adapter_dtype=torch.float32)
+    a = a * factor
+    exact = weight.double() @ a.double().T
+    rounded = (exact.float().view(torch.int32) + (1 << 7) & ~0xFF).view(torch.float32)
+    assert_close_to_oracle(norms._times_by_tiles(weight, a.T), oracle=exact, baseline=rounded, name="w aᵀ")
+
+
+@pytest.mark.parametrize("tiles", [False, True], ids=["widened", "tiles"])
+def test_norm_of_bfloat16_by_either_way(tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if tiles and not norms._has_tiles():
+        pytest.skip("needs a CPU with AMX")
+    monkeypatch.setattr(norms, "_has_tiles", lambda: tiles)
+    _, weight, a, b, _ = make(dtype=torch.bfloat16, adapter_dtype=torch.float32)
+    norm_error_rule(weight, a, b)
+    # Half of what a row has lies along the update: none is made by its elements.
+    norm_error_rule(weight - (0.5 * SCALE * b @ a).bfloat16(), a, b)
 
 
 @pytest.mark.parametrize("left", [0.5, 0.1, 1e-3])
