@@ -123,17 +123,17 @@ def multiply(p: Product, magnitude: Tensor, norm: Tensor, stored: StoredWeight |
 
 
 class _Saved(NamedTuple):
-    """What the backward has, as far as it needs it: x [..., K], z [M, R], u [M, N], g and norm [N]."""
+    """What the backward has: x [..., K], z [M, R], u [M, N], g and norm [N]; None for what it does not need."""
 
-    x: Tensor | None
-    a: Tensor | None
-    b: Tensor | None
-    z: Tensor | None
-    seed: Tensor | None
-    g: Tensor | None
-    u: Tensor | None
-    norm: Tensor | None
-    w: Tensor | None
+    x: Any
+    a: Any
+    b: Any
+    z: Any
+    seed: Any
+    g: Any
+    u: Any
+    norm: Any
+    w: Any
 
 
 class _Needs(NamedTuple):
@@ -208,7 +208,7 @@ def _gradients(need: _Needs, saved: _Saved, c: _Constants, dy: Tensor) -> tuple[
         through = _through_product if seed is None else _through_dropout
         gradients = through(need, saved, c, dy, scaled)
     dmagnitude = None
-    if sums is not None and saved.norm is not None:
+    if sums is not None:
         rescale = 1.0 if seed is None else _rescale(c.dropout_p)
         dmagnitude = (sums * rescale / saved.norm).to(c.adapter_dtype)
     return *gradients, dy.sum(0) if need.bias else None, dmagnitude
@@ -232,27 +232,21 @@ def _scaled_and_sums(dy: Tensor, factor: Tensor | None, u: Tensor | None) -> tup
     return scaled, sums
 
 
-def _through_product(
-    need: _Needs, saved: _Saved, c: _Constants, dy: Tensor, du: Tensor | None
-) -> tuple[Tensor | None, ...]:
+def _through_product(need: _Needs, saved: _Saved, c: _Constants, dy: Tensor, du: Any) -> tuple[Tensor | None, ...]:
     """dx, dw, da and db without dropout: those of the product, of which du is the incoming gradient."""
-    assert du is not None
     x, w, a, b, z = saved.x, saved.w, saved.a, saved.b, saved.z
     eager = is_eager()
     if eager and need[:4] == (True, False, True, True):
-        p = Product(rows_of(x), w, a, b, c.scale)  # type: ignore[arg-type]
+        p = Product(rows_of(x), w, a, b, c.scale)
         if (gradients := dispatch.gradients_of(p, du)) is not None:
-            dx, da, db = gradients(p, du, z)  # type: ignore[arg-type]
+            dx, da, db = gradients(p, du, z)
             return dx.view(c.x_shape), None, da, db
     return by_the_verbs((x, w, a, b, z, None), c, (*need[:4], False), du, eager)[:4]
 
 
-def _through_dropout(
-    need: _Needs, saved: _Saved, c: _Constants, dy: Tensor, h: Tensor | None
-) -> tuple[Tensor | None, ...]:
+def _through_dropout(need: _Needs, saved: _Saved, c: _Constants, dy: Tensor, h: Any) -> tuple[Tensor | None, ...]:
     """dx, dw, da and db with dropout, h = (g - 1) ⊙ dy; the g of du = g ⊙ dy is applied to the rows of b and db."""
-    x, a, b, z, seed, g, _, _, w = (t if t is not None else dy.new_empty(0) for t in saved)
-    h = dy if h is None else h
+    x, a, b, z, seed, g, _, _, w = saved
     lora_matmul, rank_grad = verbs(is_eager())
     rescale, g_n1 = _rescale(c.dropout_p), g.unsqueeze(1)
     dx = dw = da = db = None
@@ -271,6 +265,6 @@ def _through_dropout(
     return dx, dw, da, db
 
 
-def _plus_product(c: Tensor, p: Tensor, q: Tensor, alpha: float = 1.0) -> Tensor:
+def _plus_product(c: Tensor, p: Any, q: Tensor, alpha: float = 1.0) -> Tensor:
     """c + alpha · p q, in the memory of c for eager code; counters of FLOPs know only the other form."""
     return c.addmm_(p, q, alpha=alpha) if is_eager() else torch.addmm(c, p, q, alpha=alpha)
