@@ -253,18 +253,21 @@ def _through_dropout(need: _Needs, saved: _Saved, c: _Constants, dy: Tensor, h: 
     if need.x or need.a:
         t = lora_matmul(Product(dy, None, (b * g_n1).to(c.adapter_dtype).T, a.T, c.scale))[1]
     if need.x:
-        dropped = _plus_product(torch.mm(t, a.to(t.dtype)), h, w)
-        dx = torch.mm(whole_rows(dy), w).add_(_kept(dropped, c.dropout_p, seed), alpha=rescale).view(c.x_shape)
+        kept = _kept(_plus_product(torch.mm(t, a.to(t.dtype)), h, w), c.dropout_p, seed)
+        # The factor is the product's: of add(mm, kept, alpha=factor) torch 2.13's inductor makes an addmm without it.
+        dx = _plus_product(kept, whole_rows(dy), w, beta=rescale).view(c.x_shape)
     if need.a:
         da = rank_grad(t, rows_of(x), c.adapter_dtype, c.dropout_p, seed)
     if need.b:
         db = (rank_grad(dy, z, g.dtype, 0.0, None) * g_n1).to(c.adapter_dtype)
     if need.w:
         x_mk = rows_of(x)
-        dw = _plus_product(torch.mm(dy.T, x_mk), h.T, _kept(x_mk, c.dropout_p, seed), rescale)
+        dw = _plus_product(torch.mm(dy.T, x_mk), h.T, _kept(x_mk, c.dropout_p, seed), alpha=rescale)
     return dx, dw, da, db
 
 
-def _plus_product(c: Tensor, p: Any, q: Tensor, alpha: float = 1.0) -> Tensor:
-    """c + alpha · p q, in the memory of c for eager code; counters of FLOPs know only the other form."""
-    return c.addmm_(p, q, alpha=alpha) if is_eager() else torch.addmm(c, p, q, alpha=alpha)
+def _plus_product(c: Tensor, p: Any, q: Tensor, *, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
+    """beta · c + alpha · p q, in the memory of c for eager code; counters of FLOPs know only the other form."""
+    if is_eager():
+        return c.addmm_(p, q, alpha=alpha, beta=beta)
+    return torch.addmm(c, p, q, alpha=alpha, beta=beta)

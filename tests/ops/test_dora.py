@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fastlora import dora_linear
@@ -506,6 +507,28 @@ def test_compiled_is_eager_code(p: float) -> None:
     given = call()
     assert_same_bits(step(given, p, function), step(given, p))
     torch._dynamo.reset()
+
+
+class Alphas(TorchDispatchMode):
+    """The factors of sums."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[float] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name in ("aten::add", "aten::add_", "aten::sub", "aten::sub_"):
+            self.seen.append((kwargs or {}).get("alpha", 1))
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_sum_has_a_factor_that_inductor_would_lose() -> None:
+    """torch 2.13's inductor makes add(mm(p, q), c, alpha=factor) an addmm without the factor: dx would be wrong."""
+    given = call().leaves()
+    with Alphas() as alphas:
+        given(dropout_p=0.3).sum().backward()
+    assert alphas.seen
+    assert set(alphas.seen) == {1}
 
 
 @DROPOUT
