@@ -1,4 +1,4 @@
-"""``LoRALinear``: a frozen linear layer with a trainable low-rank update; the same on a quantised base."""
+"""``LoRALinear``: a frozen linear layer with a trainable low-rank update, DoRA too; the same on a quantised base."""
 
 from __future__ import annotations
 
@@ -9,8 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import quantised
-from .mergeable import Mergeable, Update, check_rank_and_dropout, parameters_of, scale_of, start_adapter, start_linear
+from .mergeable import (
+    Mergeable,
+    Update,
+    base_weight,
+    check_rank_and_dropout,
+    parameter_of,
+    parameters_of,
+    scale_of,
+    start_adapter,
+    start_linear,
+)
 from .ops import dtensor
+from .ops.dora import dora_linear, forget_norms
 from .ops.linear import lora_linear
 
 
@@ -19,6 +30,10 @@ class LoRALinear(Mergeable):
 
     ``y = x Wᵀ + scale · D(x) Aᵀ Bᵀ + bias``, scale = lora_alpha / r, or lora_alpha / sqrt(r) with ``use_rslora``. The
     update starts at zero: A is Kaiming-uniform and B zero.
+
+    With ``use_dora`` each row of W + scale · B A has a length that trains, ``lora_magnitude`` m [N], starting as
+    that of W: ``y = x Wᵀ + bias + (g - 1) ⊙ D(x) Wᵀ + g · scale ⊙ D(x) Aᵀ Bᵀ``, g = m / ‖W + scale · B A‖ by rows
+    (:func:`fastlora.dora_linear`). Where a new base is loaded without a magnitude, ``reset_adapter`` starts it anew.
 
     Args:
         in_features: width of the input, K.
@@ -31,11 +46,12 @@ class LoRALinear(Mergeable):
         device: device of the parameters.
         dtype: dtype of the base.
         adapter_dtype: dtype of A and B: that of the base (default), or float32 on a half-precision base.
+        use_dora: weight-decomposed adaptation.
 
     Raises:
         ValueError: r is below 1 or ``lora_dropout`` outside [0, 1).
 
-    Source: Hu et al., 2021, https://arxiv.org/abs/2106.09685.
+    Source: Hu et al., 2021, https://arxiv.org/abs/2106.09685; DoRA: Liu et al., 2024, https://arxiv.org/abs/2402.09353.
     """
 
     weight: nn.Parameter
@@ -53,9 +69,10 @@ class LoRALinear(Mergeable):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         adapter_dtype: torch.dtype | None = None,
+        use_dora: bool = False,
     ) -> None:
         super().__init__()
-        self._set_options(in_features, out_features, r, lora_alpha, lora_dropout, use_rslora)
+        self._set_options(in_features, out_features, r, lora_alpha, lora_dropout, use_rslora, use_dora)
         weight = torch.empty(out_features, in_features, device=device, dtype=dtype)
         adapter_dtype = weight.dtype if adapter_dtype is None else adapter_dtype
         self.weight = nn.Parameter(weight, requires_grad=False)
@@ -63,13 +80,19 @@ class LoRALinear(Mergeable):
             self.bias = nn.Parameter(weight.new_empty(out_features), requires_grad=False)
         else:
             self.register_parameter("bias", None)
-        self.lora_A = nn.Parameter(weight.new_empty(r, in_features, dtype=adapter_dtype))
-        self.lora_B = nn.Parameter(weight.new_empty(out_features, r, dtype=adapter_dtype))
+        self._make_adapter(weight.device, adapter_dtype)
         self._become_mergeable()
         self.reset_parameters()
 
     def _set_options(
-        self, in_features: int, out_features: int, r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool
+        self,
+        in_features: int,
+        out_features: int,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float,
+        use_rslora: bool,
+        use_dora: bool,
     ) -> None:
         check_rank_and_dropout(r, lora_dropout)
         self.in_features = in_features
@@ -78,6 +101,15 @@ class LoRALinear(Mergeable):
         self.lora_alpha = lora_alpha
         self.lora_dropout = lora_dropout
         self.use_rslora = use_rslora
+        self.use_dora = use_dora
+
+    def _make_adapter(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Adds the adapter's parameters, or puts others in their place; :meth:`reset_adapter` fills them."""
+        n, k, r = self.out_features, self.in_features, self.r
+        self.lora_A = nn.Parameter(torch.empty(r, k, device=device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.empty(n, r, device=device, dtype=dtype))
+        if self.use_dora:
+            self.lora_magnitude = nn.Parameter(torch.empty(n, device=device, dtype=dtype))
 
     @classmethod
     def from_linear(
@@ -88,6 +120,7 @@ class LoRALinear(Mergeable):
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
         adapter_dtype: torch.dtype | None = None,
+        use_dora: bool = False,
     ) -> LoRALinear:
         """Wraps an ``nn.Linear``: shares the storage of its weight and bias, and leaves the layer itself untouched.
 
@@ -95,13 +128,13 @@ class LoRALinear(Mergeable):
         :class:`QuantisedLoRALinear`, whose adapter is float32 by default.
 
         Raises:
-            ValueError: as the constructor.
+            ValueError: as the constructor; or, with ``use_dora``, a row of the weight is zero.
             TypeError: ``linear`` is no ``nn.Linear`` (another subclass stores something else as its weight).
             RuntimeError: its weight is a DTensor; or it is quantised, and its weight cannot be used: it has no state of
                 quantisation yet, is trained in 16 bits, or is of a bitsandbytes that is too old.
         """
         if quantised.is_quantised(linear) and not hasattr(linear, "base_kind"):
-            return QuantisedLoRALinear(linear, r, lora_alpha, lora_dropout, use_rslora, adapter_dtype)
+            return QuantisedLoRALinear(linear, r, lora_alpha, lora_dropout, use_rslora, adapter_dtype, use_dora)
         if type(linear) is not nn.Linear:
             raise TypeError(
                 f"linear must be an nn.Linear itself, got {type(linear).__name__}: dequantise it or remove its "
@@ -123,13 +156,12 @@ class LoRALinear(Mergeable):
             device="meta",
             dtype=linear.weight.dtype,
             adapter_dtype=adapter_dtype,
+            use_dora=use_dora,
         )
         layer.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
         if linear.bias is not None:
             layer.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
-        device = linear.weight.device
-        layer.lora_A = nn.Parameter(torch.empty_like(layer.lora_A, device=device))
-        layer.lora_B = nn.Parameter(torch.empty_like(layer.lora_B, device=device))
+        layer._make_adapter(linear.weight.device, layer.lora_A.dtype)
         layer.reset_adapter()
         return layer.train(linear.training)
 
@@ -140,9 +172,17 @@ class LoRALinear(Mergeable):
         self.reset_adapter()
 
     def reset_adapter(self) -> None:
-        """Starts the adapter anew: A Kaiming-uniform, B zero; a merged layer is unmerged first."""
+        """Starts the adapter anew: A Kaiming-uniform, B zero, DoRA's magnitude ‖W‖; a merged layer is unmerged first.
+
+        Raises:
+            ValueError: with ``use_dora``, a row of the weight is zero; the adapter is then as it was.
+        """
         self.unmerge()
+        magnitude = self._start_of_magnitude() if self.use_dora else None
         start_adapter(self.lora_A, self.lora_B)
+        if magnitude is not None:
+            with torch.no_grad():
+                self.lora_magnitude.copy_(magnitude)
 
     @property
     def scale(self) -> float:
@@ -154,6 +194,18 @@ class LoRALinear(Mergeable):
         if self.merged:
             return self._forward_merged(x)
         weight, a, b, bias = self._operands(x)
+        if self.use_dora:
+            return dora_linear(
+                x,
+                weight,
+                a,
+                b,
+                parameter_of(self, "lora_magnitude"),
+                scale=self.scale,
+                bias=bias,
+                dropout_p=self.lora_dropout,
+                training=self.training,
+            )
         return lora_linear(
             x,
             weight,
@@ -174,7 +226,32 @@ class LoRALinear(Mergeable):
         return parameters_of(self, ("weight", "lora_A", "lora_B", "bias"))
 
     def _update(self) -> Update:
-        return Update.of(self.lora_A, self.lora_B, self.scale)
+        magnitude = self.lora_magnitude if self.use_dora else None
+        return Update.of(self.lora_A, self.lora_B, self.scale, magnitude=magnitude)
+
+    @torch.no_grad()
+    def _start_of_magnitude(self) -> Tensor:
+        """‖W‖ of each row [N]."""
+        self._forget_norms()
+        weight = base_weight(self._holder)
+        norms: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=torch.promote_types(weight.dtype, torch.float32))
+        if not weight.is_meta and not norms.all():
+            row = int((norms == 0).nonzero()[0])
+            raise ValueError(
+                f"row {row} of the weight of a {type(self).__name__} is zero: DoRA divides by the length of each row, "
+                "so leave use_dora out for this layer"
+            )
+        # As the product makes it of its square: m / ‖W‖ starts at 1 in every bit.
+        return norms.square().sqrt()
+
+    def _forget_norms(self) -> None:
+        if self.use_dora:
+            forget_norms(self.weight)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # A new memory of the weight may lie where an older one did, and wears the same version.
+        self._forget_norms()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         """The line inside ``LoRALinear(...)`` when printed."""
@@ -182,7 +259,8 @@ class LoRALinear(Mergeable):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"
         )
-        return text + (", use_rslora=True" if self.use_rslora else "") + (", merged=True" if self.merged else "")
+        flags = [name for name in ("use_rslora", "use_dora", "merged") if getattr(self, name)]
+        return text + "".join(f", {name}=True" for name in flags)
 
 
 class QuantisedLoRALinear(LoRALinear):
@@ -205,9 +283,10 @@ class QuantisedLoRALinear(LoRALinear):
         use_rslora: as in LoRALinear.
         adapter_dtype: dtype of A and B: float32 by default, in which optimisers lose nothing, and since a 4-bit layer
             may settle its compute dtype only at its first call.
+        use_dora: as in LoRALinear, with the norms of the dequantised W.
 
     Raises:
-        ValueError: as LoRALinear.
+        ValueError: as ``LoRALinear.from_linear``.
         RuntimeError: the weight has no state of quantisation or is trained in 16 bits; or bitsandbytes is too old.
 
     Source: Dettmers et al., 2023, https://arxiv.org/abs/2305.14314, equation (5).
@@ -223,18 +302,18 @@ class QuantisedLoRALinear(LoRALinear):
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
         adapter_dtype: torch.dtype | None = None,
+        use_dora: bool = False,
     ) -> None:
         nn.Module.__init__(self)
         layer: Any = base
         n, k = layer.out_features, layer.in_features
-        self._set_options(k, n, r, lora_alpha, lora_dropout, use_rslora)
+        self._set_options(k, n, r, lora_alpha, lora_dropout, use_rslora, use_dora)
         _stored(layer, None)
-        self.base = base.requires_grad_(False)
-        options = {"device": layer.weight.device, "dtype": adapter_dtype or torch.float32}
-        self.lora_A = nn.Parameter(torch.empty(r, k, **options))
-        self.lora_B = nn.Parameter(torch.empty(n, r, **options))
+        self.base = base
+        self._make_adapter(layer.weight.device, adapter_dtype or torch.float32)
         self._become_mergeable()
         self.reset_adapter()
+        base.requires_grad_(False)
         self.train(base.training)
 
     @property
@@ -261,6 +340,7 @@ class QuantisedLoRALinear(LoRALinear):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._forget_norms()
         quantised.before_loading(self.base, state_dict, prefix + "base.")
 
 

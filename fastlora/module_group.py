@@ -19,7 +19,7 @@ class LoRALinearGroup(nn.Module):
 
     ``yᵢ = x Wᵢᵀ + scaleᵢ · Dᵢ(x) Aᵢᵀ Bᵢᵀ + biasᵢ``, by :func:`fastlora.lora_linear_group`: fewer passes over x and over
     its gradient. A branch is a layer as any other: ``group.layers[0].merge()``, its state dict under ``layers.0``. One
-    that is merged is one plain GEMM; one that has hooks, or a class or forward of its own, is called by itself.
+    that is merged is one plain GEMM; one with DoRA, hooks, or a class or forward of its own is called by itself.
 
     Args:
         layers: the branches, in order, of one in_features; held as ``layers``, an ``nn.ModuleList``.
@@ -106,7 +106,9 @@ class LoRALinearGroup(nn.Module):
 
 def _is_read(layer: nn.Module) -> bool:
     """Whether a branch's parameters are all that its call needs: nobody else would see that it was called."""
-    return type(layer) in (LoRALinear, QuantisedLoRALinear) and not layer.merged and not is_watched(layer)
+    if type(layer) not in (LoRALinear, QuantisedLoRALinear):
+        return False
+    return not (layer.merged or layer.use_dora or is_watched(layer))
 
 
 def _check_one_input(layers: Sequence[LoRALinear | nn.Linear]) -> None:

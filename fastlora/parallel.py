@@ -38,7 +38,7 @@ class ColwiseParallel(torch_parallel.ColwiseParallel):
         use_local_output: True (default) for a plain tensor as output.
 
     Raises:
-        RuntimeError: the layer is merged, or its base quantised.
+        RuntimeError: the layer is merged or has DoRA, or its base is quantised.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -56,7 +56,7 @@ class RowwiseParallel(torch_parallel.RowwiseParallel):
         use_local_output: True (default) for a plain tensor as output.
 
     Raises:
-        RuntimeError: the layer is merged, or its base quantised.
+        RuntimeError: the layer is merged or has DoRA, or its base is quantised.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -74,6 +74,8 @@ def _sharded(style: Any, layer: Any, mesh: DeviceMesh, dim: int) -> nn.Module:
     """Shards the weight [N, K] on ``dim``, and with it the tensors that have this dimension; the others stay whole."""
     if layer.merged:
         raise RuntimeError(f"the {type(layer).__name__} is merged: unmerge it before it is sharded")
+    if getattr(layer, "use_dora", False):
+        raise RuntimeError(f"the {type(layer).__name__} has use_dora: the norms of DoRA are of whole rows on one rank")
     if is_quantised(layer._holder):
         raise RuntimeError(f"the base of the {type(layer).__name__} is quantised: packed weights cannot be sharded")
 

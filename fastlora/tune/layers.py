@@ -104,7 +104,11 @@ def _layers(module: nn.Module) -> Iterator[Layer | str]:
     if lora is not None and isinstance(module, lora.LoraLayer):
         yield _of_peft(module)
     elif isinstance(module, LoRALinear):
-        yield _layer(module, module.out_features, [module.lora_A], module.lora_dropout > 0)
+        yield (
+            "it has use_dora"
+            if module.use_dora
+            else _layer(module, module.out_features, [module.lora_A], module.lora_dropout > 0)
+        )
     elif isinstance(module, AdaptedLinear):
         active = module.active_adapter
         for name, a in module.lora_A.items():
