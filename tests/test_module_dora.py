@@ -319,14 +319,21 @@ def test_the_tuner_leaves_it_out() -> None:
         of_model(nn.Sequential(trained()))
 
 
-def test_compiled_is_eager_code() -> None:
+@ALL_BASES
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_compiled_is_eager_code(base: Callable[..., Any], use_dora: bool) -> None:
     torch._dynamo.reset()
-    layer = trained(lora_dropout=0.3)
+    layer = trained(base(), lora_dropout=0.3, use_dora=use_dora)
+    trains = [p for p in layer.parameters() if p.requires_grad]
+    layer(inputs())  # a 4-bit layer settles its dtype
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    torch.manual_seed(5)
-    y = compiled(inputs())
-    torch.manual_seed(5)
-    torch.testing.assert_close(y, layer(inputs()))
+    steps = []
+    for function in (compiled, layer):
+        torch.manual_seed(5)
+        y = function(inputs())
+        steps.append([y, *torch.autograd.grad(y, trains, gradient_of(y))])
+    for found, expected in zip(*steps, strict=True):
+        torch.testing.assert_close(found, expected)
     torch._dynamo.reset()
 
 

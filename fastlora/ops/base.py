@@ -134,7 +134,9 @@ def lora_matmul(p: Product, eager: bool = True) -> tuple[Tensor, Tensor]:
     if w.multiplies(p.x.shape[0]):
         y_mn = w.product(p.x, p.bias)
         _, z_mr = run(p._replace(w=None, bias=None))
-        return torch.addmm(y_mn, z_mr.to(y_mn.dtype), p.b.T.to(y_mn.dtype), out=y_mn), z_mr
+        # In place, but for compilers, which refuse an output that lies in what came before it.
+        out = y_mn if eager else None
+        return torch.addmm(y_mn, z_mr.to(y_mn.dtype), p.b.T.to(y_mn.dtype), out=out), z_mr
     return run(p._replace(w=opened(w, p.x.dtype)))
 
 
