@@ -24,6 +24,8 @@ from .ops import dtensor
 from .ops.dora import dora_linear, forget_norms
 from .ops.linear import lora_linear
 
+_OPERANDS = ("weight", "lora_A", "lora_B", "bias")
+
 
 class LoRALinear(Mergeable):
     """A drop-in for ``nn.Linear`` whose weight is frozen and whose update has rank r.
@@ -192,20 +194,11 @@ class LoRALinear(Mergeable):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> y [..., out_features]; merged, exactly one GEMM and no gradient to A and B."""
         if self.merged:
-            return self._forward_merged(x)
-        weight, a, b, bias = self._operands(x)
+            return F.linear(x, self.weight, self.bias)
+        # Not through _multiply: with few tokens a call of a function shows.
+        weight, a, b, bias = parameters_of(self, _OPERANDS)
         if self.use_dora:
-            return dora_linear(
-                x,
-                weight,
-                a,
-                b,
-                parameter_of(self, "lora_magnitude"),
-                scale=self.scale,
-                bias=bias,
-                dropout_p=self.lora_dropout,
-                training=self.training,
-            )
+            return self._multiply(x, weight, a, b, bias)
         return lora_linear(
             x,
             weight,
@@ -217,13 +210,16 @@ class LoRALinear(Mergeable):
             training=self.training,
         )
 
-    def _forward_merged(self, x: Tensor) -> Tensor:
-        """The plain GEMM of a merged layer."""
-        return F.linear(x, self.weight, self.bias)
-
     def _operands(self, x: Tensor) -> tuple[Any, ...]:
         """Weight, A, B and bias for a product with x."""
-        return parameters_of(self, ("weight", "lora_A", "lora_B", "bias"))
+        return parameters_of(self, _OPERANDS)
+
+    def _multiply(self, x: Tensor, weight: Any, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+        """The product of these operands, DoRA's or LoRA's."""
+        options: Any = dict(scale=self.scale, bias=bias, dropout_p=self.lora_dropout, training=self.training)
+        if self.use_dora:
+            return dora_linear(x, weight, a, b, parameter_of(self, "lora_magnitude"), **options)
+        return lora_linear(x, weight, a, b, **options)
 
     def _update(self) -> Update:
         magnitude = self.lora_magnitude if self.use_dora else None
@@ -330,7 +326,10 @@ class QuantisedLoRALinear(LoRALinear):
         """Raises RuntimeError: a quantised base cannot be started anew; :meth:`reset_adapter` starts the adapter."""
         raise RuntimeError("the base is quantised and cannot be started anew: reset_adapter starts the adapter alone")
 
-    def _forward_merged(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> y [..., out_features]; merged, exactly one GEMM and no gradient to A and B."""
+        if not self.merged:
+            return self._multiply(x, *self._operands(x))
         weight, bias = self._merged_weight, self.bias
         assert weight is not None
         return F.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)).to(x.dtype)
