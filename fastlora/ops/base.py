@@ -99,7 +99,8 @@ def opened(w: Any, dtype: torch.dtype, place: int = 0) -> Any:
     if not isinstance(w, StoredWeight):
         return w
     dense = w.dense(dtype, _workspace(w, dtype, place) if w.fills else None)
-    if dense.shape != w.shape or dense.dtype is not dtype:
+    # A trace is told of every size that is looked at.
+    if torch._C._get_tracing_state() is None and (dense.shape != w.shape or dense.dtype is not dtype):
         raise RuntimeError(
             f"{type(w).__name__}.dense gave {list(dense.shape)} in {dtype_name(dense.dtype)}: expected "
             f"{list(w.shape)}, its shape, in {dtype_name(dtype)}, the dtype that it was asked for"

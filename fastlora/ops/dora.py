@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ..backends.dropout import draw_seed
+from ..backends.request import Product
 from ..eager import is_eager
 from ..text import dtype_name
-from . import base, dora_autograd, dtensor, flops, linear
+from . import base, dora_autograd, dtensor, flops, linear, plain
 from .base import StoredWeight
 from .norms import forget_norms, row_norms
 
@@ -63,6 +64,9 @@ def dora_linear(
 
     Source: Liu et al., 2024, https://arxiv.org/abs/2402.09353, equation (5) and section 4.3.
     """
+    if plain.is_traced():
+        product = Product(x, weight, lora_a, lora_b, scale, bias, dropout_p)  # type: ignore[arg-type]
+        return plain.multiply(product, training, magnitude)
     _refuse_sharded(x=x, weight=weight, lora_a=lora_a, lora_b=lora_b, magnitude=magnitude, bias=bias)
     p = linear.product_of(x, weight, lora_a, lora_b, scale, bias, dropout_p)
     _check_magnitude(magnitude, x, weight, lora_a)

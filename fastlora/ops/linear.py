@@ -14,7 +14,7 @@ from ..backends.dropout import draw_seed
 from ..backends.request import Product
 from ..eager import is_eager
 from ..text import dtype_name
-from . import autograd, base, dtensor, small
+from . import autograd, base, dtensor, plain, small
 from .base import StoredWeight
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -72,6 +72,8 @@ def lora_linear(
         if y is not None:
             return y
         product = _known(x, weight, lora_a, lora_b, scale, bias, dropout_p)
+    elif not eager and plain.is_traced():
+        return plain.multiply(Product(x, weight, lora_a, lora_b, scale, bias, dropout_p), training)  # type: ignore[arg-type]
     known = product is not None
     if product is None:
         product = _checked(x, weight, lora_a, lora_b, scale, bias, dropout_p)

@@ -21,7 +21,7 @@ from ..backends import dispatch, reference, swiglu
 from ..backends.dropout import draw_seed
 from ..backends.request import Product
 from ..eager import is_eager
-from . import base, group, linear
+from . import base, group, linear, plain
 from .autograd import rows_of, unrows, verbs, without_zero_strides
 from .base import StoredWeight
 from .group import Branch
@@ -62,8 +62,8 @@ def lora_swiglu_mlp(
     """
     branches = {"gate": gate, "up": up, "down": down}
     _check(branches, activation)
-    plain = all(linear.is_plain(x, b.weight, b.lora_a, b.lora_b, b.bias) for b in branches.values())
-    if not (plain and is_eager()):
+    tensors = all(linear.is_plain(x, b.weight, b.lora_a, b.lora_b, b.bias) for b in branches.values())
+    if not (tensors and is_eager()):
         return _layer_by_layer(x, branches, activation, training)
     if any(branch.is_stored for branch in branches.values()):
         dtype = base.common_dtype(x, [branch.weight for branch in branches.values()])
@@ -104,8 +104,8 @@ def _check(branches: dict[str, Branch], activation: str) -> None:
                 f"{type(branch).__name__}"
             )
     gate, up, down = (branch.weight for branch in branches.values())
-    # What is no matrix is put into words by its layer.
-    if not all(isinstance(w, (Tensor, StoredWeight)) and w.dim() == 2 for w in (gate, up, down)):
+    # What is no matrix is put into words by its layer; a trace is told of every size that is looked at.
+    if plain.is_traced() or not all(isinstance(w, (Tensor, StoredWeight)) and w.dim() == 2 for w in (gate, up, down)):
         return
     (n, k), found = gate.shape, up.shape
     if found != gate.shape:
