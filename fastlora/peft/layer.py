@@ -32,7 +32,6 @@ MERGED = "the adapter is merged into the base weight"
 ARGUMENTS = "forward got more than x (adapter_names of a mixed batch, or offsets of a variant)"
 NO_ADAPTER = "none of the active adapters is in this layer"
 MASKS = "several adapters are active with dropout: each has a mask of its own, so they are no single product"
-LORA_BIAS = "lora_B has a bias (lora_bias=True)"
 STRICT = "strict_dtype keeps PEFT's float32 branch for float32 adapters on a half-precision base"
 
 # States that a user chose: no warning.
@@ -50,12 +49,16 @@ def _log_while_compiling(reason: str) -> None:
 
 
 class Adapter(NamedTuple):
-    """One low-rank product: a [R, K], b [N, R], the factor on it and the dropout probability in force."""
+    """One low-rank product: a [R, K], b [N, R], the factor on it and the dropout probability in force.
+
+    ``bias`` is what the adapter adds to the base's: scale · lora_B's bias [N], in float32 or float64; or None.
+    """
 
     a: Tensor
     b: Tensor
     scale: float
     dropout_p: float
+    bias: Tensor | None = None
 
 
 class Proven(NamedTuple):
@@ -82,8 +85,11 @@ class FusedLoraLinear(PatchedLayer, lora.Linear):
     def lora_branch(self, x: Tensor) -> Branch | None:
         """What the layer would pass to ``lora_linear`` in a call with x; None where PEFT's forward would run."""
         proof = _usual(self, x) or prove(self, x)
-        # Several adapters are joined for one call alone: no later one can prove that they are the same.
-        return None if isinstance(proof, str) or type(proof.adapter.a) is not nn.Parameter else _branch(proof)
+        if isinstance(proof, str) or type(proof.adapter.a) is not nn.Parameter or proof.adapter.bias is not None:
+            # Several adapters, and biases, are joined for one call alone: no later one can prove that they are equal.
+            return None
+        weight, bias, (a, b, scale, p, _) = proof
+        return Branch(weight, a, b, scale, bias, p)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., K] → y [..., N], as ``peft.tuners.lora.Linear.forward``."""
@@ -97,15 +103,19 @@ class FusedLoraLinear(PatchedLayer, lora.Linear):
             return y
         if calls.counters and not torch.compiler.is_compiling():
             calls.count_fast(self)
-        weight, bias, (a, b, scale, p) = proof
-        if siblings.formed and type(a) is nn.Parameter:
+        weight, bias, (a, b, scale, p, update_bias) = proof
+        if update_bias is not None:
+            bias = _joined(bias, update_bias, x)
+        elif siblings.formed and type(a) is nn.Parameter:
             return siblings.multiply(self, x, Branch(weight, a, b, scale, bias, p))
         return lora_linear(x, weight, a, b, scale=scale, bias=bias, dropout_p=p)
 
 
-def _branch(proof: Proven) -> Branch:
-    weight, bias, (a, b, scale, p) = proof
-    return Branch(weight, a, b, scale, bias, p)
+def _joined(bias: Tensor | None, update_bias: Tensor, x: Tensor) -> Tensor:
+    """The base's bias and the adapter's as one, rounded once: here, or by autocast where that is on."""
+    if bias is not None:
+        update_bias = bias.to(update_bias.dtype) + update_bias
+    return update_bias if torch.is_autocast_enabled(x.device.type) else update_bias.to(x.dtype)
 
 
 class StrictLoraLinear(FusedLoraLinear):
@@ -238,8 +248,11 @@ def _adapter(layer: FusedLoraLinear, name: str) -> Adapter | Reason:
         return exotic("lora_A", a)
     if is_exotic(b):
         return exotic("lora_B", b)
-    if up._parameters.get("bias") is not None or down._parameters.get("bias") is not None:
-        return LORA_BIAS
+    if down._parameters.get("bias") is not None:
+        return "lora_A has a bias"
+    own: Any = up._parameters.get("bias")
+    if own is not None and (is_exotic(own) or own.dtype is not b.dtype):
+        return exotic("lora_B", own) if is_exotic(own) else f"lora_B's bias is {dtype_name(own.dtype)}"
 
     p = 0.0
     if type(dropout) is nn.Dropout:
@@ -252,7 +265,9 @@ def _adapter(layer: FusedLoraLinear, name: str) -> Adapter | Reason:
     scale = layer.scaling[name]
     if type(scale) is not float and type(scale) is not int:
         return f"the scaling is a {type(scale).__name__} (prepare_model_for_compiled_hotswap), not a float"
-    return Adapter(a, b, scale, p)
+    if own is None:
+        return Adapter(a, b, scale, p)
+    return Adapter(a, b, scale, p, scale * own.to(torch.promote_types(own.dtype, torch.float32)))
 
 
 def _fold(layer: FusedLoraLinear, names: list[str]) -> Adapter | Reason:
@@ -269,9 +284,11 @@ def _fold(layer: FusedLoraLinear, names: list[str]) -> Adapter | Reason:
     if any(t.dtype is not first.a.dtype for adapter in adapters for t in adapter[:2]):
         return "the active adapters differ in dtype"
     a = torch.cat([adapter.a for adapter in adapters])
+    biases = [adapter.bias for adapter in adapters if adapter.bias is not None]
+    bias = torch.stack(biases).sum(0) if biases else None
     if all(adapter.scale == first.scale for adapter in adapters):
-        return Adapter(a, torch.cat([adapter.b for adapter in adapters], dim=1), first.scale, 0.0)
-    return Adapter(a, torch.cat([adapter.b * adapter.scale for adapter in adapters], dim=1), 1.0, 0.0)
+        return Adapter(a, torch.cat([adapter.b for adapter in adapters], dim=1), first.scale, 0.0, bias)
+    return Adapter(a, torch.cat([adapter.b * adapter.scale for adapter in adapters], dim=1), 1.0, 0.0, bias)
 
 
 def _context() -> Reason | None:

@@ -267,14 +267,18 @@ def _unfit(layer: nn.Module) -> str | None:
     """Why a layer can be in no group, or None."""
     from .layer import FusedLoraLinear
 
-    return None if isinstance(layer, FusedLoraLinear) else "it does not run on fastlora"
+    if not isinstance(layer, FusedLoraLinear):
+        return "it does not run on fastlora"
+    if len(layer.lora_B) and all(up.bias is not None for up in layer.lora_B.values()):
+        return "lora_B has a bias, which is joined with the base's in each call"
+    return None
 
 
 def refusal(layer: Any) -> str | None:
     """Gives the reason why an adapter layer of peft can never run on fastlora, as it was built; None where it can."""
     from peft.tuners import lora
 
-    from .layer import LORA_BIAS, Conv1D, base_refusal, exotic, is_exotic, variant
+    from .layer import Conv1D, base_refusal, exotic, is_exotic, variant
 
     kind = type(layer)
     if kind is not lora.Linear:
@@ -292,8 +296,6 @@ def refusal(layer: Any) -> str | None:
     names = list(layer.lora_A)
     if names and all(name in layer.lora_variant for name in names):
         return variant(layer, names[0])
-    if names and all(layer.lora_B[name].bias is not None for name in names):
-        return LORA_BIAS
     return None
 
 

@@ -119,7 +119,7 @@ def _layers(module: nn.Module) -> Iterator[Layer | str]:
 
 
 def _of_peft(layer: Any) -> Layer | str:
-    from ..peft.layer import LORA_BIAS, NO_ADAPTER, FusedLoraLinear, variant
+    from ..peft.layer import NO_ADAPTER, FusedLoraLinear, variant
     from ..peft.patch import refusal
 
     if not isinstance(layer, FusedLoraLinear) and (reason := refusal(layer)) is not None:
@@ -132,11 +132,11 @@ def _of_peft(layer: Any) -> Layer | str:
     for name in names:
         if name in layer.lora_variant:
             return variant(layer, name)
-        if layer.lora_B[name].bias is not None:
-            return LORA_BIAS
     # Active ones that drop have a mask each, and PEFT runs those itself: what is ours is one product without dropout.
     drops = len(names) == 1 and _drops(layer.lora_dropout[names[0]])
-    return _layer(layer.base_layer, layer.out_features, [layer.lora_A[name].weight for name in names], drops)
+    found = _layer(layer.base_layer, layer.out_features, [layer.lora_A[name].weight for name in names], drops)
+    biased = any(layer.lora_B[name].bias is not None for name in names)
+    return found._replace(bias=True) if biased and isinstance(found, Layer) else found
 
 
 def _drops(dropout: object) -> bool:

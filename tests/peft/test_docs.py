@@ -19,6 +19,7 @@ HELD_BY: dict[str, list[str]] = {
         "fast_path[rank_pattern]",
         "scaling_is_read",
     ],
+    "`lora_bias=True`": ["lora_bias_joins_the_base_bias", "lora_bias_is_in_no_group"],
     "float32, bfloat16, float16 or float64 throughout": ["fast_path[bf16]", "fast_path[fp16]", "fast_path[float64]"],
     "float32 adapters on a bfloat16 or float16 base": ["fast_path[bf16 base, fp32 adapters]"],
     "`torch.autocast`": ["autocast"],
@@ -33,7 +34,6 @@ HELD_BY: dict[str, list[str]] = {
     "mixed batches (`adapter_names`)": ["mixed_batch_falls_back"],
     "several active adapters with dropout": ["several_active_adapters_are_one_product"],
     "DoRA and the other variants": ["bit_for_bit[DoRA, added later]", "what_no_call_could_run[use_dora]"],
-    "`lora_bias=True`": ["bit_for_bit[lora_bias, added later]", "what_no_call_could_run[lora_bias]"],
     "quantised, parametrised or subclassed base layers": [
         "bit_for_bit[parametrised base]",
         "bit_for_bit[weight_norm of old]",

@@ -277,7 +277,6 @@ FALLBACK: dict[str, tuple[Callable[[Any], Any], str, dict[str, Any]]] = {
         {},
     ),
     "DoRA, added later": (second_adapter(use_dora=True), "variant of LoRA (DoraLinearVariant)", {}),
-    "lora_bias, added later": (second_adapter(lora_bias=True), "lora_bias=True", {}),
     "tensor-valued scaling": (tensor_scaling, "scaling is a Tensor", {}),
     "dropout of everything": (
         of_first(lambda layer: setattr(layer.lora_dropout["default"], "p", 1.0)),
@@ -335,7 +334,7 @@ FALLBACK: dict[str, tuple[Callable[[Any], Any], str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:Already unmerged", "ignore:.lora_bias=True.")
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:Already unmerged")
 @pytest.mark.parametrize("case", FALLBACK)
 def test_falls_back_to_peft_bit_for_bit(case: str) -> None:
     """The state comes after patching, so that the call itself must notice it."""

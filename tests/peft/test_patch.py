@@ -102,10 +102,7 @@ def test_report_names_what_a_table_takes(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize(
     ("options", "reason"),
-    [
-        ({"use_dora": True}, "the adapter is a variant of LoRA (DoraLinearVariant)"),
-        ({"lora_bias": True}, "lora_B has a bias (lora_bias=True)"),
-    ],
+    [({"use_dora": True}, "the adapter is a variant of LoRA (DoraLinearVariant)")],
 )
 def test_what_no_call_could_run_is_skipped_and_untouched(options: dict[str, Any], reason: str) -> None:
     model = adapted(**options)

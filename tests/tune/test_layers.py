@@ -191,10 +191,7 @@ def test_merged_layers_of_peft_are_left_out(patch: bool) -> None:
 
 @pytest.mark.parametrize(
     ("options", "reason"),
-    [
-        ({"use_dora": True}, r"2 × the adapter is a variant of LoRA \(DoraLinearVariant\)"),
-        ({"lora_bias": True}, "2 × lora_B has a bias"),
-    ],
+    [({"use_dora": True}, r"2 × the adapter is a variant of LoRA \(DoraLinearVariant\)")],
 )
 def test_what_peft_runs_itself_is_left_out(options: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
