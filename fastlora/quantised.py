@@ -1,6 +1,7 @@
 """The weights of bitsandbytes' layers as stored weights: ``Linear4bit`` in 4 bits, ``Linear8bitLt`` in 8.
 
 4 bits: W is made dense by bitsandbytes, bit for bit, in the dtype in which the layer computes, and the product is ours.
+The layer's own forward is not called, so that a CPU's packing of its own, in calls without gradients, does not happen.
 On a GPU, few tokens take bitsandbytes' own kernel, which reads the packed weight.
 
 8 bits: the product is always bitsandbytes' own, which on GPUs, and on CPUs in evaluation, rounds the input to int8 too
@@ -12,6 +13,7 @@ bitsandbytes is never imported here: where nobody has, no layer is of these kind
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Hashable
 from typing import Any, TypeAlias
@@ -28,6 +30,9 @@ OLDEST = (0, 49)
 
 # Up to so many tokens bitsandbytes has a GPU kernel that reads the packed weight; beyond, it makes it dense itself.
 _FEW = 1536
+
+# What it makes dense weights of 4 bits in.
+_MADE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def is_quantised(layer: nn.Module) -> bool:
@@ -105,23 +110,30 @@ class FourBit(StoredWeight):
 
     def __init__(self, weight: Tensor, quant_state: Any, dtype: torch.dtype | None) -> None:
         self.source, self._packed, self._version = weight, weight.data, weight._version
-        self._quant_state, self._dtype = quant_state, dtype
+        self._said, self._dtype = id(quant_state), dtype
+        # On a CPU a later call without gradients may pack the weight anew, and changes its state in place.
+        self._quant_state = copy.copy(quant_state) if weight.device.type == "cpu" else quant_state
         self.shape, self.device = torch.Size(quant_state.shape), weight.device
         # On a CPU bitsandbytes has no way to write into given memory.
         self.fills = weight.device.type == "cuda"
 
     def dense(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """W [N, K], as bitsandbytes makes it."""
-        functional = sys.modules["bitsandbytes"].functional
-        made = functional.dequantize_4bit(self._packed, self._quant_state, out=_out_of(out, self._quant_state.dtype))
-        if made.dtype is dtype:
-            dense: Tensor = made
-            return dense
+        quant_state = self._quant_state
+        wanted = dtype if dtype in _MADE else torch.float32
+        if quant_state.dtype is not wanted:
+            # That in which it was packed, which may be coarser than that in which the layer computes.
+            quant_state = copy.copy(quant_state)
+            quant_state.dtype = wanted
+        into = out if out is not None and out.dtype is wanted else None
+        made: Tensor = sys.modules["bitsandbytes"].functional.dequantize_4bit(self._packed, quant_state, out=into)
+        if wanted is dtype:
+            return made
         return made.to(dtype) if out is None else out.copy_(made)
 
     def state(self) -> Hashable:
         """The packed tensor and its version, and the state that says how."""
-        return self._packed.data_ptr(), self._version, id(self._quant_state)
+        return self._packed.data_ptr(), self._version, self._said
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """The layer's own, whatever autocast says; that of x where the layer has none."""
@@ -138,18 +150,18 @@ class FourBit(StoredWeight):
         return y
 
 
-def _out_of(out: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Memory in which bitsandbytes may write a weight of this dtype."""
-    return out if out is not None and out.dtype is dtype else None
-
-
 def _four_bit(layer: Any, x: Tensor | None) -> FourBit | Reason:
     weight = layer._parameters.get("weight")
     quant_state = getattr(weight, "quant_state", None)
+    if hasattr(weight, "ds_id"):
+        return "its 4-bit weight is partitioned by DeepSpeed's ZeRO-3"
     if quant_state is None:
         return "its 4-bit weight has no quantisation state: move the layer to a device, or load it, first"
     if getattr(quant_state, "packing_format_for_cpu", False):
-        return "its 4-bit weight was packed anew for this CPU, by a call of its own in eval mode without gradients"
+        return (
+            "its 4-bit weight was packed anew for this CPU, by a call of its own in eval mode without gradients, from "
+            "which bitsandbytes cannot train: load it again to train it"
+        )
     if tuple(quant_state.shape) != (layer.out_features, layer.in_features):
         return f"its 4-bit weight was packed as {list(quant_state.shape)}, not [out_features, in_features]"
     if x is not None and not layer.compute_type_is_set:
@@ -177,6 +189,10 @@ class EightBit(StoredWeight):
     def state(self) -> Hashable:
         """The int8 tensor and its factors, with their versions."""
         return self._state
+
+    def compute_dtype(self, x: Tensor) -> torch.dtype:
+        """That of x, whatever autocast says, as bitsandbytes' product has it."""
+        return x.dtype
 
     def multiplies(self, m: int) -> bool:
         """Always: another product would be another layer."""
