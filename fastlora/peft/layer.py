@@ -1,5 +1,7 @@
 """``FusedLoraLinear``: PEFT's LoRA layer, on fastlora in the calls that are proven to compute the same.
 
+:class:`Fused` is what it has in common with the layers of :mod:`fastlora.peft.quantised`.
+
 Imports peft, so ``fastlora.peft`` imports this file inside its functions: ``import fastlora`` must not need peft.
 
 Every call is proven again, because the state that decides can change at any time (``merge_adapter``, hooks, ``to``).
@@ -21,6 +23,7 @@ from transformers.pytorch_utils import Conv1D as Conv1D
 from .. import siblings
 from ..eager import is_eager
 from ..gated import is_watched
+from ..ops.base import StoredWeight
 from ..ops.group import Branch
 from ..ops.linear import lora_linear
 from ..text import dtype_name
@@ -61,10 +64,17 @@ class Adapter(NamedTuple):
     bias: Tensor | None = None
 
 
+class Base(NamedTuple):
+    """The frozen half of a layer: weight [N, K], bias [N] or None."""
+
+    weight: Tensor | StoredWeight
+    bias: Tensor | None
+
+
 class Proven(NamedTuple):
     """The operands of ``lora_linear`` in a call for which PEFT's forward would compute nothing else."""
 
-    weight: Tensor
+    weight: Tensor | StoredWeight
     bias: Tensor | None
     adapter: Adapter
 
@@ -72,19 +82,46 @@ class Proven(NamedTuple):
 Reason: TypeAlias = str
 
 
-class FusedLoraLinear(PatchedLayer, lora.Linear):
-    """``peft.tuners.lora.Linear`` whose forward is one :func:`fastlora.lora_linear` wherever that is proven right.
+class Fused(PatchedLayer):
+    """A layer of PEFT whose forward is one :func:`fastlora.lora_linear` wherever that is proven right.
 
     It adds no state: parameters, buffers, state dict, config and every method but ``forward`` and what prints are
-    PEFT's. Instances are made by :func:`fastlora.patch_peft` from PEFT's layers, never by the constructor. The name
-    holds "Linear" because PEFT's ``target_modules="all-linear"`` looks for it in a class name.
+    PEFT's. Instances are made by :func:`fastlora.patch_peft` from PEFT's layers, never by the constructor.
     """
 
     strict_dtype = False
 
+    def usual(self, x: Tensor) -> Proven | None:
+        """What :func:`prove` returns for calls of the most usual kind, in less time; None for all else."""
+        return None
+
+    @staticmethod
+    def base_refusal(base: Any) -> Reason | None:
+        """The reason why a base can never run on fastlora as it is, or None."""
+        raise NotImplementedError
+
+    @staticmethod
+    def base_dtype(base: Any) -> torch.dtype:
+        """The dtype of the products with a base."""
+        dtype: torch.dtype = base.weight.dtype
+        return dtype
+
+    @staticmethod
+    def base_words(base: Any) -> str | None:
+        """What a report says of a base, if anything."""
+        return None
+
+    def base_in_call(self, x: Tensor) -> Base | Reason:
+        """The base in a call with x, or the reason why PEFT's own forward must run."""
+        raise NotImplementedError
+
+    def dtype_refusal(self, x: Tensor, base: Base, a: Tensor, b: Tensor) -> Reason | None:
+        """The reason if ``lora_linear`` takes not these dtypes, or its result would have another than PEFT's."""
+        raise NotImplementedError
+
     def lora_branch(self, x: Tensor) -> Branch | None:
         """What the layer would pass to ``lora_linear`` in a call with x; None where PEFT's forward would run."""
-        proof = _usual(self, x) or prove(self, x)
+        proof = self.usual(x) or prove(self, x)
         if isinstance(proof, str) or type(proof.adapter.a) is not nn.Parameter or proof.adapter.bias is not None:
             # Several adapters, and biases, are joined for one call alone: no later one can prove that they are equal.
             return None
@@ -92,8 +129,8 @@ class FusedLoraLinear(PatchedLayer, lora.Linear):
         return Branch(weight, a, b, scale, bias, p)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x [..., K] → y [..., N], as ``peft.tuners.lora.Linear.forward``."""
-        proof = ARGUMENTS if args or kwargs else _usual(self, x) or prove(self, x)
+        """x [..., K] → y [..., N], as PEFT's own."""
+        proof = ARGUMENTS if args or kwargs else self.usual(x) or prove(self, x)
         if isinstance(proof, str):
             if torch.compiler.is_compiling():
                 _log_while_compiling(proof)
@@ -105,26 +142,21 @@ class FusedLoraLinear(PatchedLayer, lora.Linear):
             calls.count_fast(self)
         weight, bias, (a, b, scale, p, update_bias) = proof
         if update_bias is not None:
-            bias = _joined(bias, update_bias, x)
+            bias = _joined(bias, update_bias, x, weight)
         elif siblings.formed and type(a) is nn.Parameter:
             return siblings.multiply(self, x, Branch(weight, a, b, scale, bias, p))
         return lora_linear(x, weight, a, b, scale=scale, bias=bias, dropout_p=p)
 
 
-def _joined(bias: Tensor | None, update_bias: Tensor, x: Tensor) -> Tensor:
-    """The base's bias and the adapter's as one, rounded once: here, or by autocast where that is on."""
+def _joined(bias: Tensor | None, update_bias: Tensor, x: Tensor, weight: Tensor | StoredWeight) -> Tensor:
+    """The base's bias and the adapter's as one, rounded once: here, or where autocast or a stored weight casts all."""
     if bias is not None:
         update_bias = bias.to(update_bias.dtype) + update_bias
-    return update_bias if torch.is_autocast_enabled(x.device.type) else update_bias.to(x.dtype)
+    cast = isinstance(weight, StoredWeight) or torch.is_autocast_enabled(x.device.type)
+    return update_bias if cast else update_bias.to(x.dtype)
 
 
-class StrictLoraLinear(FusedLoraLinear):
-    """:class:`FusedLoraLinear` that leaves float32 adapters on a half-precision base to PEFT, outside of autocast."""
-
-    strict_dtype = True
-
-
-def _usual(layer: FusedLoraLinear, x: Tensor) -> Proven | None:
+def _usual(layer: Any, x: Tensor) -> Proven | None:
     """What :func:`prove` returns for one plain adapter, eager and without autocast; None for all else.
 
     It looks at all that ``prove`` looks at, in one piece: a fifth of its time, and an eighth of a small step.
@@ -191,7 +223,52 @@ def _usual(layer: FusedLoraLinear, x: Tensor) -> Proven | None:
     return Proven(weight, bias, Adapter(a, b, scale, p))
 
 
-def prove(layer: FusedLoraLinear, x: Tensor) -> Proven | Reason:
+class FusedLoraLinear(Fused, lora.Linear):
+    """:class:`Fused` for ``peft.tuners.lora.Linear``.
+
+    The name holds "Linear" because PEFT's ``target_modules="all-linear"`` looks for it in a class name.
+    """
+
+    usual = _usual
+
+    @staticmethod
+    def base_refusal(base: Any) -> Reason | None:
+        """The reason for leaving another layer than nn.Linear or Conv1D itself, or another weight, to PEFT."""
+        if type(base) is not nn.Linear and type(base) is not Conv1D:
+            kind = type(base).__name__
+            return f"base_layer is a {kind}, not nn.Linear or Conv1D itself (quantised, parametrised or wrapped)"
+        weight = base._parameters.get("weight")
+        return exotic("base_layer", weight) if is_exotic(weight) else None
+
+    def base_in_call(self, x: Tensor) -> Base | Reason:
+        """The weights of an nn.Linear or a Conv1D, as they are."""
+        base: Any = self._modules["base_layer"]
+        kind = type(base)
+        if (kind is nn.Linear or kind is Conv1D) and is_watched(base):
+            return WATCHED["base_layer"]
+        if reason := self.base_refusal(base):
+            return reason
+        weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
+        if bias is not None and is_exotic(bias):
+            return exotic("base_layer", bias)
+        return Base(weight.T if kind is Conv1D else weight, bias)
+
+    def dtype_refusal(self, x: Tensor, base: Base, a: Tensor, b: Tensor) -> Reason | None:
+        """One dtype throughout, or float32 adapters on half precision; whatever autocast brings to that."""
+        return _dtypes(self.strict_dtype, x, *base, a, b)
+
+
+class StrictLoraLinear(FusedLoraLinear):
+    """:class:`FusedLoraLinear` that leaves float32 adapters on a half-precision base to PEFT, outside of autocast."""
+
+    strict_dtype = True
+
+
+# PEFT's class → ours, and ours for strict_dtype. The file for bitsandbytes adds its own.
+KINDS: dict[type, tuple[type[Fused], type[Fused]]] = {lora.Linear: (FusedLoraLinear, StrictLoraLinear)}
+
+
+def prove(layer: Any, x: Tensor) -> Proven | Reason:
     """Returns the operands of this call, or the reason why PEFT's own forward must run."""
     if layer.disable_adapters:
         return DISABLED
@@ -202,18 +279,11 @@ def prove(layer: FusedLoraLinear, x: Tensor) -> Proven | Reason:
     if reason := _context():
         return reason
 
-    modules = layer._modules
-    base: Any = modules["base_layer"]
-    kind = type(base)
-    if kind is not nn.Linear and kind is not Conv1D:
-        return base_refusal(base)
-    if is_watched(base):
-        return _WATCHED["base_layer"]
-    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
-    if is_exotic(weight) or (bias is not None and is_exotic(bias)):
-        return exotic("base_layer", weight if is_exotic(weight) else bias)
+    base: Base | Reason = layer.base_in_call(x)
+    if isinstance(base, str):
+        return base
 
-    downs: Any = modules["lora_A"]
+    downs: Any = layer._modules["lora_A"]
     names = [name for name in layer.active_adapters if name in downs._modules]
     if not names:
         return NO_ADAPTER
@@ -223,13 +293,12 @@ def prove(layer: FusedLoraLinear, x: Tensor) -> Proven | Reason:
     if isinstance(adapter, str):
         return adapter
 
-    reason = _input(x) or _dtypes(layer.strict_dtype, x, weight, bias, adapter.a, adapter.b)
-    if reason:
+    if reason := refused_input(x) or layer.dtype_refusal(x, base, adapter.a, adapter.b):
         return reason
-    return Proven(weight.T if kind is Conv1D else weight, bias, adapter)
+    return Proven(*base, adapter)
 
 
-def _adapter(layer: FusedLoraLinear, name: str) -> Adapter | Reason:
+def _adapter(layer: Any, name: str) -> Adapter | Reason:
     if name in layer.lora_variant:
         return variant(layer, name)
     modules: Any = layer._modules
@@ -237,11 +306,11 @@ def _adapter(layer: FusedLoraLinear, name: str) -> Adapter | Reason:
     up: Any = modules["lora_B"]._modules[name]
     dropout: Any = modules["lora_dropout"]._modules[name]
     if type(down) is not nn.Linear or is_watched(down):
-        return _WATCHED["lora_A"]
+        return WATCHED["lora_A"]
     if type(up) is not nn.Linear or is_watched(up):
-        return _WATCHED["lora_B"]
+        return WATCHED["lora_B"]
     if is_watched(dropout):
-        return _WATCHED["lora_dropout"]
+        return WATCHED["lora_dropout"]
     a: Any = down._parameters.get("weight")
     b: Any = up._parameters.get("weight")
     if is_exotic(a):
@@ -270,7 +339,7 @@ def _adapter(layer: FusedLoraLinear, name: str) -> Adapter | Reason:
     return Adapter(a, b, scale, p, scale * own.to(torch.promote_types(own.dtype, torch.float32)))
 
 
-def _fold(layer: FusedLoraLinear, names: list[str]) -> Adapter | Reason:
+def _fold(layer: Any, names: list[str]) -> Adapter | Reason:
     """Joins several adapters into one of the summed rank: Σ sᵢ · x aᵢᵀ bᵢᵀ = x [a₁; a₂; …]ᵀ [s₁ b₁, s₂ b₂, …]ᵀ."""
     adapters: list[Adapter] = []
     for name in names:
@@ -304,7 +373,7 @@ def _context() -> Reason | None:
     return None
 
 
-_WATCHED = {
+WATCHED = {
     name: f"{name} has hooks, a forward or a class of its own, which reading its weight would skip"
     for name in ("base_layer", "lora_A", "lora_B", "lora_dropout")
 }
@@ -327,17 +396,13 @@ def exotic(name: str, weight: Any) -> Reason:
     return f"a weight of {name} is a {type(weight).__name__}, not a plain dense Parameter"
 
 
-def base_refusal(base: Any) -> Reason:
-    """Gives the reason for leaving a base layer that is neither nn.Linear nor Conv1D itself to PEFT."""
-    return f"base_layer is a {type(base).__name__}, not nn.Linear or Conv1D itself (quantised, parametrised or wrapped)"
-
-
 def variant(layer: Any, name: str) -> Reason:
     """Gives the reason for leaving an adapter that is no plain LoRA to PEFT."""
     return f"the adapter is a variant of LoRA ({type(layer.lora_variant[name]).__name__})"
 
 
-def _input(x: Any) -> Reason | None:
+def refused_input(x: Any) -> Reason | None:
+    """Gives the reason for leaving an x to PEFT."""
     if type(x) not in _TENSORS or x.layout is not torch.strided or x.is_nested or x.is_meta:
         return "x is no plain dense tensor with data"
     return None

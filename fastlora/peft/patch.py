@@ -1,7 +1,8 @@
 """PEFT models on fastlora in one line: ``fastlora.patch_peft(model)``.
 
-Each layer that is exactly ``peft.tuners.lora.Linear`` gets the class of :mod:`fastlora.peft.layer`, which has no state
-of its own; nothing is wrapped, moved or renamed, so checkpoints, ``isinstance`` and optimisers see no difference, and
+Each layer that is exactly ``peft.tuners.lora.Linear`` gets the class of :mod:`fastlora.peft.layer`, and each that is
+exactly PEFT's layer on one of bitsandbytes that of :mod:`fastlora.peft.quantised`. Neither has state of its own;
+nothing is wrapped, moved or renamed, so checkpoints, ``isinstance`` and optimisers see no difference, and
 ``unpatch_peft`` puts the class back. peft is imported in functions only.
 """
 
@@ -26,7 +27,7 @@ from ..text import listed
 from . import calls
 
 if TYPE_CHECKING:
-    from .layer import FusedLoraLinear
+    from .layer import Fused
 
 # The attributes of a layer that the fast path reads; a version of PEFT without one of them is not supported.
 READ = (
@@ -63,6 +64,7 @@ class PatchReport:
         mlps: names of the gated MLPs that run as one product.
         requests: what the layers that run on fastlora ask of a kernel, at TOKENS tokens and without dropout; how many
             layers ask it.
+        bases: what their quantised bases are, and what is done with them; how many layers have such a one.
     """
 
     patched: tuple[str, ...]
@@ -73,6 +75,7 @@ class PatchReport:
     ungrouped: dict[str, str] = field(default_factory=dict)
     mlps: tuple[str, ...] = ()
     requests: Counter[Request] = field(default_factory=Counter, repr=False)
+    bases: Counter[str] = field(default_factory=Counter)
 
     @property
     def reasons(self) -> Counter[str]:
@@ -91,6 +94,7 @@ class PatchReport:
         lines += gated.report(self.groups, self.mlps, self.ungrouped)
         for (kernel, why), count in self._kernels().most_common():
             lines.append(f"  {count} run {kernel} at {TOKENS} tokens, {why}")
+        lines += [f"  {count} with {base}" for base, count in self.bases.most_common()]
         return "\n".join(lines)
 
     def _kernels(self) -> Counter[tuple[str, str]]:
@@ -107,11 +111,12 @@ def patch_peft(
 ) -> PatchReport:
     """Runs the LoRA layers of a PEFT model on :func:`fastlora.lora_linear` wherever a call proves that it may.
 
-    ``y = x Wᵀ + scale · D(x) Aᵀ Bᵀ + bias``, for every layer whose class is ``peft.tuners.lora.Linear`` itself. Each
-    call looks at the layer's state; where anything but this formula would run (merged, disabled, DoRA, hooks, quantised
-    weights, ...: docs/peft.md has the table), PEFT's own forward does, and the first time its reason is logged by
-    ``logging.getLogger("fastlora")``. Patch once the model has its adapters and before DDP, FSDP or an engine wraps it;
-    layers that get their first adapter later need another call. Tested with peft 0.21.2.
+    ``y = x Wᵀ + scale · D(x) Aᵀ Bᵀ + bias``, for every layer whose class is ``peft.tuners.lora.Linear`` itself, or
+    PEFT's ``Linear4bit`` or ``Linear8bitLt`` on a layer of bitsandbytes (QLoRA). Each call looks at the layer's state;
+    where anything but this formula would run (merged, disabled, DoRA, hooks, ...: docs/peft.md has the table), PEFT's
+    own forward does, and the first time its reason is logged by ``logging.getLogger("fastlora")``. Patch once the model
+    has its adapters and before DDP, FSDP or an engine wraps it; layers that get their first adapter later need another
+    call. Tested with peft 0.21.2 and bitsandbytes 0.50.2.
 
     Args:
         model: what ``get_peft_model`` returned, or any module that holds PEFT's layers.
@@ -158,13 +163,14 @@ def unpatch_peft(model: nn.Module) -> int:
     # Not imported here: where nobody has, no layer has the class, and peft may be missing.
     ours = sys.modules.get(f"{__package__}.layer")
     if ours is not None:
+        back = {fused: kind for kind, both in ours.KINDS.items() for fused in both}
         for name, layer in model.named_modules():
             gated.restore(layer)
-            if type(layer) in (ours.FusedLoraLinear, ours.StrictLoraLinear):
+            if type(layer) in back:
                 siblings.dissolve(layer)
-                layer.__class__ = ours.lora.Linear
+                layer.__class__ = back[type(layer)]
                 count += 1
-            elif isinstance(layer, ours.FusedLoraLinear):
+            elif isinstance(layer, ours.Fused):
                 wrapped.append(name)
     if wrapped:
         _warn(
@@ -207,17 +213,18 @@ def _patch(
     _check_module(model)
     if importlib.util.find_spec("peft") is None:
         raise ImportError("patch_peft needs peft, which is not installed: pip install peft")
-    from peft.tuners import lora
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    from .layer import FusedLoraLinear, StrictLoraLinear
+    from .layer import Fused
 
-    kind: type[FusedLoraLinear] = StrictLoraLinear if strict_dtype else FusedLoraLinear
+    wanted: dict[type, type[Fused]] = {}
+    for kind, (fused, strict) in kinds().items():
+        wanted |= dict.fromkeys((kind, fused, strict), strict if strict_dtype else fused)
     patched: dict[str, Any] = {}
     already: dict[str, Any] = {}
     skipped: dict[str, str] = {}
     for name, layer in model.named_modules():
-        if isinstance(layer, FusedLoraLinear):
+        if isinstance(layer, Fused):
             already[name] = layer
         elif isinstance(layer, BaseTunerLayer):
             reason = refusal(layer)
@@ -229,17 +236,27 @@ def _patch(
     before: dict[nn.Module, type] = {}
     try:
         for name, layer in (patched | already).items():
-            if type(layer) in (lora.Linear, FusedLoraLinear, StrictLoraLinear) and type(layer) is not kind:
+            if wanted.get(type(layer), type(layer)) is not type(layer):
                 before[layer] = type(layer)
-                layer.__class__ = kind
+                layer.__class__ = wanted[type(layer)]
                 calls.name_layer(layer, name)
         calls.forget_warnings()
         chosen = siblings.choose(model, groups, _unfit)
         trainable = tuple(name for name, layer in patched.items() if _base_weight(layer).requires_grad)
-        requests = Counter(request for layer in (patched | already).values() if (request := _request(layer)))
+        running = (patched | already).values()
+        requests = Counter(request for layer in running if (request := _request(layer)))
+        bases = Counter(words for layer in running if (words := layer.base_words(layer.base_layer)))
         mlps = gated.find(model, _unfit) if mlp else {}
         report = PatchReport(
-            tuple(patched), tuple(already), skipped, trainable, chosen.names, chosen.refused, tuple(mlps), requests
+            tuple(patched),
+            tuple(already),
+            skipped,
+            trainable,
+            chosen.names,
+            chosen.refused,
+            tuple(mlps),
+            requests,
+            bases,
         )
         # Inside of the try, because a user may have made warnings errors.
         _warn_of(report)
@@ -263,50 +280,56 @@ def _patch(
     return report, before
 
 
-def _unfit(layer: nn.Module) -> str | None:
+def _unfit(layer: Any) -> str | None:
     """Why a layer can be in no group, or None."""
-    from .layer import FusedLoraLinear
+    from .layer import Fused
 
-    if not isinstance(layer, FusedLoraLinear):
+    if not isinstance(layer, Fused):
         return "it does not run on fastlora"
-    if len(layer.lora_B) and all(up.bias is not None for up in layer.lora_B.values()):
+    ups: Any = layer._modules["lora_B"]
+    if len(ups) and all(up.bias is not None for up in ups.values()):
         return "lora_B has a bias, which is joined with the base's in each call"
     return None
 
 
+def kinds() -> dict[type, tuple[type[Fused], type[Fused]]]:
+    """PEFT's classes → ours, and ours for ``strict_dtype``; those for bitsandbytes where PEFT has imported its own."""
+    from .layer import KINDS
+
+    if "peft.tuners.lora.bnb" in sys.modules:
+        from . import quantised  # noqa: F401
+    return KINDS
+
+
 def refusal(layer: Any) -> str | None:
     """Gives the reason why an adapter layer of peft can never run on fastlora, as it was built; None where it can."""
-    from peft.tuners import lora
-
-    from .layer import Conv1D, base_refusal, exotic, is_exotic, variant
+    from .layer import variant
 
     kind = type(layer)
-    if kind is not lora.Linear:
+    if kind not in kinds():
         return f"a {kind.__module__}.{kind.__name__} is not peft.tuners.lora.Linear itself"
     missing = [attribute for attribute in READ if not hasattr(layer, attribute)]
     if missing:
         return f"this version of peft has no {', '.join(missing)} in its LoRA layers: install one docs/peft.md names"
     if "forward" in layer.__dict__:
         return "its forward was replaced on the instance (X-LoRA and accelerate's hooks do so)"
-    base = layer.base_layer
-    if type(base) not in (nn.Linear, Conv1D):
-        return base_refusal(base)
-    if is_exotic(base._parameters.get("weight")):
-        return exotic("base_layer", base._parameters.get("weight"))
+    if reason := kinds()[kind][0].base_refusal(layer.base_layer):
+        return reason
     names = list(layer.lora_A)
     if names and all(name in layer.lora_variant for name in names):
         return variant(layer, names[0])
     return None
 
 
-def _request(layer: Any) -> Request | None:
+def _request(layer: Fused) -> Request | None:
     """What a layer asks of a kernel with the first of its active adapters; None where it has none, or no data."""
-    weight = _base_weight(layer)
-    name = next((name for name in layer.active_adapters if name in layer.lora_A), None)
-    if name is None or weight.device.type == "meta":
+    peft: Any = layer
+    base = peft.base_layer
+    name = next((name for name in peft.active_adapters if name in peft.lora_A), None)
+    if name is None or base.weight.device.type == "meta":
         return None
-    a, n = layer.lora_A[name].weight, layer.out_features
-    return Request("lora_matmul", weight.device, weight.dtype, a.dtype, TOKENS, a.shape[1], n, a.shape[0], False)
+    a, n, dtype = peft.lora_A[name].weight, peft.out_features, layer.base_dtype(base)
+    return Request("lora_matmul", base.weight.device, dtype, a.dtype, TOKENS, a.shape[1], n, a.shape[0], False)
 
 
 def _base_weight(layer: Any) -> Any:

@@ -20,6 +20,7 @@ from ..adapters.plan import plan
 from ..loralib import Linear, MergedLinear
 from ..mergeable import Mergeable
 from ..module import LoRALinear
+from ..quantised import EightBit, is_quantised, stored_weight
 from ..text import dtype_name, listed, shown
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -119,10 +120,10 @@ def _layers(module: nn.Module) -> Iterator[Layer | str]:
 
 
 def _of_peft(layer: Any) -> Layer | str:
-    from ..peft.layer import NO_ADAPTER, FusedLoraLinear, variant
-    from ..peft.patch import refusal
+    from ..peft.layer import NO_ADAPTER, Fused, variant
+    from ..peft.patch import kinds, refusal
 
-    if not isinstance(layer, FusedLoraLinear) and (reason := refusal(layer)) is not None:
+    if not isinstance(layer, Fused) and (reason := refusal(layer)) is not None:
         return reason
     if layer.merged:
         return _MERGED
@@ -134,9 +135,15 @@ def _of_peft(layer: Any) -> Layer | str:
             return variant(layer, name)
     # Active ones that drop have a mask each, and PEFT runs those itself: what is ours is one product without dropout.
     drops = len(names) == 1 and _drops(layer.lora_dropout[names[0]])
-    found = _layer(layer.base_layer, layer.out_features, [layer.lora_A[name].weight for name in names], drops)
+    base = layer.base_layer
+    if is_quantised(base) and isinstance(stored_weight(base), EightBit):
+        return "the product with an 8-bit base is bitsandbytes' own"
+    found = _layer(base, layer.out_features, [layer.lora_A[name].weight for name in names], drops)
+    if isinstance(found, str):
+        return found
+    kind = type(layer) if isinstance(layer, Fused) else kinds()[type(layer)][0]
     biased = any(layer.lora_B[name].bias is not None for name in names)
-    return found._replace(bias=True) if biased and isinstance(found, Layer) else found
+    return found._replace(dtype=kind.base_dtype(base), bias=found.bias or biased)
 
 
 def _drops(dropout: object) -> bool:

@@ -13,6 +13,12 @@ PAGE = (TESTS.parents[1] / "docs" / "peft.md").read_text(encoding="utf-8")
 HELD_BY: dict[str, list[str]] = {
     "`nn.Linear`, with or without bias": ["fast_path[plain]", "fast_path[no base bias]", "whole_model[bias_trains]"],
     "`Conv1D` of transformers (GPT-2)": ["fast_path[Conv1D]", "fast_path[Conv1D, bf16 base, fp32 adapters]"],
+    "`Linear4bit` of bitsandbytes (QLoRA)": [
+        "quantised_bases[nf4]",
+        "quantised_bases[no double quantisation]",
+        "no_dense_weight_is_kept_for_the_backward",
+    ],
+    "`Linear8bitLt` of bitsandbytes": ["quantised_bases[8 bits, outliers]", "quantised_bases[8 bits, autocast]"],
     "dropout": ["fast_path[dropout]", "eval_switches_dropout_off", "dropout_trains"],
     "`use_rslora`, `rank_pattern`, `alpha_pattern`": [
         "fast_path[rsLoRA]",
@@ -34,11 +40,19 @@ HELD_BY: dict[str, list[str]] = {
     "mixed batches (`adapter_names`)": ["mixed_batch_falls_back"],
     "several active adapters with dropout": ["several_active_adapters_are_one_product"],
     "DoRA and the other variants": ["bit_for_bit[DoRA, added later]", "what_no_call_could_run[use_dora]"],
-    "quantised, parametrised or subclassed base layers": [
+    "other quantised, parametrised or subclassed base layers": [
+        "layers_on_other_quantised_bases_are_skipped_by_name",
         "bit_for_bit[parametrised base]",
         "bit_for_bit[weight_norm of old]",
         "bit_for_bit[base swapped for a quantised one]",
         "report_names_every_layer_and_why",
+    ],
+    "a quantised base without its state, or that a CPU has packed anew": [
+        "layers_without_a_state_are_skipped",
+        "a_weight_that_a_cpu_packed_anew_is_left_to_peft",
+    ],
+    "a quantised base whose dtypes make PEFT's result finer, or of another dtype": [
+        "every_result_has_the_dtype_that_peft_gives_it"
     ],
     "embeddings, convolutions, experts, other tuners": ["report_names_every_layer_and_why"],
     "hooks or a forward of its own on `base_layer`, `lora_A`, `lora_B` or the dropout": [

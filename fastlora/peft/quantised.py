@@ -1,0 +1,132 @@
+"""``FusedLinear4bit``, ``FusedLinear8bitLt``: PEFT's layers on bitsandbytes' ones, on fastlora where that is proven.
+
+The base's own forward is not called: what it would settle at its first call is settled here, and what it does besides,
+such as packing its weight anew for a CPU in calls without gradients, is not done.
+
+Imports peft's file for bitsandbytes, which exists where bitsandbytes does; imported inside functions only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import bnb
+from torch import Tensor
+
+from ..gated import is_watched
+from ..quantised import EightBit, dense_dtype, is_quantised, stored_weight
+from ..text import dtype_name
+from .layer import KINDS, STRICT, WATCHED, Base, Fused, Reason, exotic, is_exotic, refused_input
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+class Quantised(Fused):
+    """:class:`Fused` on a layer of bitsandbytes, whose weight is asked of it in each call."""
+
+    @staticmethod
+    def base_refusal(base: Any) -> Reason | None:
+        """The reason for leaving a layer that is none of bitsandbytes' itself, or has no state yet, to PEFT."""
+        if not is_quantised(base):
+            return _another(base)
+        weight = stored_weight(base)
+        return weight if isinstance(weight, str) else None
+
+    @staticmethod
+    def base_dtype(base: Any) -> torch.dtype:
+        """That in which the layer computes."""
+        return dense_dtype(base)
+
+    @staticmethod
+    def base_words(base: Any) -> str | None:
+        """How it is quantised, and what is done with it."""
+        if isinstance(stored_weight(base), EightBit):
+            return "an 8-bit base, multiplied by bitsandbytes, dequantised in the backward"
+        return f"a 4-bit base ({base.weight.quant_type}), dequantised for each product"
+
+    def base_in_call(self, x: Tensor) -> Base | Reason:
+        """The stored weight and the bias, in whichever dtype that is."""
+        base: Any = self._modules["base_layer"]
+        # First, because a weight that has no dtype to compute in yet takes that of x.
+        if reason := refused_input(x):
+            return reason
+        if is_watched(base):
+            return WATCHED["base_layer"]
+        if not is_quantised(base):
+            return _another(base)
+        weight, bias = stored_weight(base, x), base._parameters.get("bias")
+        if isinstance(weight, str):
+            return weight
+        return exotic("base_layer", bias) if bias is not None and is_exotic(bias) else Base(weight, bias)
+
+    def dtype_refusal(self, x: Tensor, base: Base, a: Tensor, b: Tensor) -> Reason | None:
+        """The weight's own dtype for the products, that of x for the result."""
+        weight: Any = base.weight
+        compute, adapter = weight.compute_dtype(x), a.dtype
+        if adapter is not b.dtype:
+            return f"lora_A is {dtype_name(adapter)} and lora_B {dtype_name(b.dtype)}"
+        for name, dtype in (("x", x.dtype), ("the dtype in which base_layer computes", compute), ("lora_A", adapter)):
+            if dtype is not torch.float32 and dtype not in _HALF:
+                return f"{name} is {dtype_name(dtype)}"
+        if adapter in _HALF and compute in _HALF and adapter is not compute:
+            return (
+                f"lora_A is {dtype_name(adapter)}, which {dtype_name(compute)}, in which the base computes, cannot hold"
+            )
+        if torch.is_autocast_enabled(x.device.type):
+            return self._autocast_refusal(x, compute)
+        if torch.is_autocast_enabled() and x.device.type != "cuda":
+            return "autocast is on for a GPU and x is on another device"
+        if adapter is torch.float32 and compute in _HALF:
+            if x.dtype is torch.float32:
+                return f"x and lora_A are float32 and the base computes in {dtype_name(compute)}, without autocast"
+            return STRICT if self.strict_dtype else None
+        return None
+
+    def _autocast_refusal(self, x: Tensor, compute: torch.dtype) -> Reason | None:
+        """The reason if the base's dtypes and autocast's are such that PEFT's result is more precise, or another."""
+        autocast = torch.get_autocast_dtype(x.device.type)
+        words = f"under autocast in {dtype_name(autocast)}"
+        if self._casts_as_autocast_does(x) and x.dtype is not autocast:
+            return f"{words} an 8-bit base on a {x.device.type} in training gives that, not {dtype_name(x.dtype)}"
+        if compute in _HALF and compute is not autocast:
+            return f"{words} the base computes in {dtype_name(compute)}, and the adapter would not"
+        if x.device.type == "cuda" and x.dtype in _HALF and x.dtype is not autocast:
+            return f"{words} the result for {dtype_name(x.dtype)} is float32"
+        return None
+
+    def _casts_as_autocast_does(self, x: Tensor) -> bool:
+        """Whether the base's product is one of torch's own, which autocast knows."""
+        return False
+
+
+def _another(base: Any) -> Reason:
+    return f"base_layer is a {type(base).__name__}, not Linear4bit or Linear8bitLt of bitsandbytes itself"
+
+
+class FusedLinear4bit(Quantised, bnb.Linear4bit):
+    """:class:`Quantised` for ``peft.tuners.lora.bnb.Linear4bit``."""
+
+
+class StrictLinear4bit(FusedLinear4bit):
+    """:class:`FusedLinear4bit` that leaves float32 adapters on a half-precision base to PEFT, outside of autocast."""
+
+    strict_dtype = True
+
+
+class FusedLinear8bitLt(Quantised, bnb.Linear8bitLt):
+    """:class:`Quantised` for ``peft.tuners.lora.bnb.Linear8bitLt``."""
+
+    def _casts_as_autocast_does(self, x: Tensor) -> bool:
+        base: Any = self._modules["base_layer"]
+        return bool(base.training) and x.device.type in ("cpu", "xpu")
+
+
+class StrictLinear8bitLt(FusedLinear8bitLt):
+    """:class:`FusedLinear8bitLt` that leaves float32 adapters on a half-precision base to PEFT, outside of autocast."""
+
+    strict_dtype = True
+
+
+KINDS[bnb.Linear4bit] = (FusedLinear4bit, StrictLinear4bit)
+KINDS[bnb.Linear8bitLt] = (FusedLinear8bitLt, StrictLinear8bitLt)
