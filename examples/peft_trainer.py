@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(fastlora.patch_peft(model))  # the one line
 
         with count_calls() as calls:
-            _train(model, options.steps, folder)
+            _train(model, options.steps, folder, bf16=options.bits is not None)
         if not options.plain:
             print(calls)
 
@@ -80,7 +80,7 @@ def _base(folder: str, bits: int | None) -> LlamaForCausalLM:
     return model
 
 
-def _train(model: nn.Module, steps: int, folder: str) -> None:
+def _train(model: nn.Module, steps: int, folder: str, *, bf16: bool) -> None:
     batches = python_reference(CONTEXT).batches(CONTEXT, 1, 16 * steps, seed=0)
     rows = [{"input_ids": window, "labels": window} for (window,) in batches]
     training = TrainingArguments(
@@ -89,6 +89,8 @@ def _train(model: nn.Module, steps: int, folder: str) -> None:
         per_device_train_batch_size=8,
         gradient_accumulation_steps=2,
         gradient_checkpointing=True,
+        bf16=bf16,
+        use_cpu=not torch.cuda.is_available(),
         learning_rate=5e-3,
         logging_steps=max(1, steps // 6),
         dataloader_pin_memory=torch.cuda.is_available(),

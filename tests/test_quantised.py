@@ -74,16 +74,25 @@ def call(operands: Operands, layer: Any, **options: Any) -> Tensor:
     return lora_linear(x, stored_of(layer, x), a, b, scale=SCALE, bias=layer.bias, **options)
 
 
-def own_weight(layer: Any, dtype: torch.dtype) -> Tensor:
+def weight_of_gradient(layer: Any, dtype: torch.dtype) -> Tensor:
     """The W of the layer's own gradient: dx of dy = 1."""
     x = torch.randn(layer.out_features, layer.in_features).to(dtype).requires_grad_()
     one = torch.eye(layer.out_features, dtype=dtype)
     return torch.autograd.grad(layer(x), x, one)[0]
 
 
+def weight_of_product(layer: Any, dtype: torch.dtype) -> Tensor:
+    """The W of the layer's own product: y of x = 1, without a bias."""
+    bias, layer.bias = layer.bias, None
+    one = torch.eye(layer.in_features, dtype=dtype, requires_grad=True)
+    weight: Tensor = layer(one).detach().T
+    layer.bias = bias
+    return weight
+
+
 @pytest.mark.parametrize("make_layer", FOUR.values(), ids=FOUR)
 @ALL_FLOATS
-def test_a_4_bit_weight_is_what_the_layers_own_gradient_is_made_of(
+def test_a_4_bit_weight_is_what_the_layers_own_product_is_made_of(
     make_layer: Callable[..., Any], dtype: torch.dtype
 ) -> None:
     layer = make_layer(dtype=dtype).train()
@@ -92,7 +101,7 @@ def test_a_4_bit_weight_is_what_the_layers_own_gradient_is_made_of(
     computes_in = stored.compute_dtype(x)
     assert computes_in is (layer.compute_dtype or dtype)
     assert stored.shape == (N, K)
-    assert torch.equal(stored.dense(computes_in), own_weight(layer, computes_in))
+    assert torch.equal(stored.dense(computes_in), weight_of_product(layer, computes_in))
 
 
 @pytest.mark.parametrize("make_layer", FOUR.values(), ids=FOUR)
@@ -139,7 +148,7 @@ def test_an_8_bit_product_is_the_layers_own(make_layer: Callable[..., Any], trai
     stored = stored_of(layer, x)
     assert stored.multiplies(37)
     assert torch.equal(stored.product(x, bias), own(x))
-    assert torch.equal(stored.dense(dtype), own_weight(own, dtype))
+    assert torch.equal(stored.dense(dtype), weight_of_gradient(own, dtype))
     memory = torch.full((N, K), torch.nan, dtype=dtype)
     assert stored.dense(dtype, memory) is memory
     assert torch.equal(memory, stored.dense(dtype))

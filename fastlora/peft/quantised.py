@@ -79,7 +79,10 @@ class Quantised(Fused):
             return "autocast is on for a GPU and x is on another device"
         if adapter is torch.float32 and compute in _HALF:
             if x.dtype is torch.float32:
-                return f"x and lora_A are float32 and the base computes in {dtype_name(compute)}, without autocast"
+                return (
+                    f"x and lora_A are float32 and the base computes in {dtype_name(compute)}, without autocast: PEFT "
+                    "computes the adapter in float32 (with the Trainer, bf16=True or fp16=True turns autocast on)"
+                )
             return STRICT if self.strict_dtype else None
         return None
 
