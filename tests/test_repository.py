@@ -36,7 +36,11 @@ FLOORS: tuple[set[str], ...] = (
 )
 
 # Files that import an optional dependency as they load, and so are imported inside functions only.
-NEEDS = {"fastlora.peft.layer": {"peft", "transformers"}, "fastlora.peft.quantised": {"peft"}}
+NEEDS = {
+    "fastlora.peft.layer": {"peft", "transformers"},
+    "fastlora.peft.dora": {"peft"},
+    "fastlora.peft.quantised": {"peft"},
+}
 
 
 def run_python(code: str) -> str:

@@ -11,7 +11,7 @@ and dtypes prove, ``lora_linear`` remembers.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners import lora
@@ -24,23 +24,28 @@ from .. import siblings
 from ..eager import is_eager
 from ..gated import is_watched
 from ..ops.base import StoredWeight
+from ..ops.dora import dora_linear, forget_norms
 from ..ops.group import Branch
 from ..ops.linear import lora_linear
 from ..text import dtype_name
 from . import calls
+from .adapter import Adapter, adapter_of
 from .named import PatchedLayer
+from .reasons import (
+    ARGUMENTS,
+    ASKED_FOR,
+    DISABLED,
+    MERGED,
+    NO_ADAPTER,
+    STRICT,
+    TENSORS,
+    WATCHED,
+    Reason,
+    exotic,
+    is_exotic,
+    refused_input,
+)
 
-DISABLED = "the adapters are disabled"
-MERGED = "the adapter is merged into the base weight"
-ARGUMENTS = "forward got more than x (adapter_names of a mixed batch, or offsets of a variant)"
-NO_ADAPTER = "none of the active adapters is in this layer"
-MASKS = "several adapters are active with dropout: each has a mask of its own, so they are no single product"
-STRICT = "strict_dtype keeps PEFT's float32 branch for float32 adapters on a half-precision base"
-
-# States that a user chose: no warning.
-ASKED_FOR = frozenset({DISABLED, MERGED, ARGUMENTS, STRICT})
-
-_TENSORS = (Tensor, nn.Parameter)
 _HALF = (torch.bfloat16, torch.float16)
 _WIDE = (torch.float32, torch.float64)
 
@@ -49,19 +54,6 @@ _WIDE = (torch.float32, torch.float64)
 def _log_while_compiling(reason: str) -> None:
     # Dynamo runs this once, while it traces, and cannot pass the layer.
     calls.log_reason("a layer that torch.compile traces", reason, asked_for=reason in ASKED_FOR)
-
-
-class Adapter(NamedTuple):
-    """One low-rank product: a [R, K], b [N, R], the factor on it and the dropout probability in force.
-
-    ``bias`` is what the adapter adds to the base's: scale · lora_B's bias [N], in float32 or float64; or None.
-    """
-
-    a: Tensor
-    b: Tensor
-    scale: float
-    dropout_p: float
-    bias: Tensor | None = None
 
 
 class Base(NamedTuple):
@@ -79,11 +71,8 @@ class Proven(NamedTuple):
     adapter: Adapter
 
 
-Reason: TypeAlias = str
-
-
 class Fused(PatchedLayer):
-    """A layer of PEFT whose forward is one :func:`fastlora.lora_linear` wherever that is proven right.
+    """A layer of PEFT whose forward is one :func:`fastlora.lora_linear`, or ``dora_linear``, where that is proven.
 
     It adds no state: parameters, buffers, state dict, config and every method but ``forward`` and what prints are
     PEFT's. Instances are made by :func:`fastlora.patch_peft` from PEFT's layers, never by the constructor.
@@ -115,17 +104,19 @@ class Fused(PatchedLayer):
         """The base in a call with x, or the reason why PEFT's own forward must run."""
         raise NotImplementedError
 
-    def dtype_refusal(self, x: Tensor, base: Base, a: Tensor, b: Tensor) -> Reason | None:
+    def dtype_refusal(self, x: Tensor, base: Base, adapter: Adapter) -> Reason | None:
         """The reason if ``lora_linear`` takes not these dtypes, or its result would have another than PEFT's."""
         raise NotImplementedError
 
     def lora_branch(self, x: Tensor) -> Branch | None:
         """What the layer would pass to ``lora_linear`` in a call with x; None where PEFT's forward would run."""
         proof = self.usual(x) or prove(self, x)
-        if isinstance(proof, str) or type(proof.adapter.a) is not nn.Parameter or proof.adapter.bias is not None:
-            # Several adapters, and biases, are joined for one call alone: no later one can prove that they are equal.
+        if isinstance(proof, str):
             return None
-        weight, bias, (a, b, scale, p, _) = proof
+        weight, bias, (a, b, scale, p, update_bias, magnitude) = proof
+        # Several adapters, and biases, are joined for one call alone: no later one can prove that they are equal.
+        if type(a) is not nn.Parameter or update_bias is not None or magnitude is not None:
+            return None
         return Branch(weight, a, b, scale, bias, p)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -140,7 +131,9 @@ class Fused(PatchedLayer):
             return y
         if calls.counters and not torch.compiler.is_compiling():
             calls.count_fast(self)
-        weight, bias, (a, b, scale, p, update_bias) = proof
+        weight, bias, (a, b, scale, p, update_bias, magnitude) = proof
+        if magnitude is not None:
+            return dora_linear(x, weight, a, b, magnitude, scale=scale, bias=bias, dropout_p=p)
         if update_bias is not None:
             bias = _joined(bias, update_bias, x, weight)
         elif siblings.formed and type(a) is nn.Parameter:
@@ -168,7 +161,7 @@ def _usual(layer: Any, x: Tensor) -> Proven | None:
         or len(names := layer._active_adapter) != 1
         or type(names) is not list
         or (name := names[0]) in layer.lora_variant
-        or type(x) not in _TENSORS
+        or type(x) not in TENSORS
         or x.is_nested
         or x.is_meta
         or not is_eager()
@@ -253,9 +246,9 @@ class FusedLoraLinear(Fused, lora.Linear):
             return exotic("base_layer", bias)
         return Base(weight.T if kind is Conv1D else weight, bias)
 
-    def dtype_refusal(self, x: Tensor, base: Base, a: Tensor, b: Tensor) -> Reason | None:
+    def dtype_refusal(self, x: Tensor, base: Base, adapter: Adapter) -> Reason | None:
         """One dtype throughout, or float32 adapters on half precision; whatever autocast brings to that."""
-        return _dtypes(self.strict_dtype, x, *base, a, b)
+        return _dtypes(self.strict_dtype, x, *base, adapter.a, adapter.b)
 
 
 class StrictLoraLinear(FusedLoraLinear):
@@ -273,6 +266,9 @@ def prove(layer: Any, x: Tensor) -> Proven | Reason:
     if layer.disable_adapters:
         return DISABLED
     if layer.merged:
+        if not torch.compiler.is_compiling():
+            # PEFT merges, and unmerges, behind the version of a weight.
+            forget_norms(layer.base_layer.weight)
         return MERGED
     if not layer.cast_input_dtype_enabled:
         return "casting of the input is switched off (disable_input_dtype_casting)"
@@ -287,77 +283,13 @@ def prove(layer: Any, x: Tensor) -> Proven | Reason:
     names = [name for name in layer.active_adapters if name in downs._modules]
     if not names:
         return NO_ADAPTER
-    adapter = _adapter(layer, names[0])
-    if len(names) > 1 and not isinstance(adapter, str):
-        adapter = _fold(layer, names)
+    adapter = adapter_of(layer, names)
     if isinstance(adapter, str):
         return adapter
 
-    if reason := refused_input(x) or layer.dtype_refusal(x, base, adapter.a, adapter.b):
+    if reason := refused_input(x) or layer.dtype_refusal(x, base, adapter):
         return reason
     return Proven(*base, adapter)
-
-
-def _adapter(layer: Any, name: str) -> Adapter | Reason:
-    if name in layer.lora_variant:
-        return variant(layer, name)
-    modules: Any = layer._modules
-    down: Any = modules["lora_A"]._modules[name]
-    up: Any = modules["lora_B"]._modules[name]
-    dropout: Any = modules["lora_dropout"]._modules[name]
-    if type(down) is not nn.Linear or is_watched(down):
-        return WATCHED["lora_A"]
-    if type(up) is not nn.Linear or is_watched(up):
-        return WATCHED["lora_B"]
-    if is_watched(dropout):
-        return WATCHED["lora_dropout"]
-    a: Any = down._parameters.get("weight")
-    b: Any = up._parameters.get("weight")
-    if is_exotic(a):
-        return exotic("lora_A", a)
-    if is_exotic(b):
-        return exotic("lora_B", b)
-    if down._parameters.get("bias") is not None:
-        return "lora_A has a bias"
-    own: Any = up._parameters.get("bias")
-    if own is not None and (is_exotic(own) or own.dtype is not b.dtype):
-        return exotic("lora_B", own) if is_exotic(own) else f"lora_B's bias is {dtype_name(own.dtype)}"
-
-    p = 0.0
-    if type(dropout) is nn.Dropout:
-        if dropout.training and dropout.p > 0:
-            p = dropout.p
-            if p >= 1 or dropout.inplace:
-                return "the dropout drops everything, or works in place"
-    elif type(dropout) is not nn.Identity:
-        return f"the dropout is a {type(dropout).__name__}"
-    scale = layer.scaling[name]
-    if type(scale) is not float and type(scale) is not int:
-        return f"the scaling is a {type(scale).__name__} (prepare_model_for_compiled_hotswap), not a float"
-    if own is None:
-        return Adapter(a, b, scale, p)
-    return Adapter(a, b, scale, p, scale * own.to(torch.promote_types(own.dtype, torch.float32)))
-
-
-def _fold(layer: Any, names: list[str]) -> Adapter | Reason:
-    """Joins several adapters into one of the summed rank: Σ sᵢ · x aᵢᵀ bᵢᵀ = x [a₁; a₂; …]ᵀ [s₁ b₁, s₂ b₂, …]ᵀ."""
-    adapters: list[Adapter] = []
-    for name in names:
-        adapter = _adapter(layer, name)
-        if isinstance(adapter, str):
-            return adapter
-        adapters.append(adapter)
-    first = adapters[0]
-    if any(adapter.dropout_p > 0 for adapter in adapters):
-        return MASKS
-    if any(t.dtype is not first.a.dtype for adapter in adapters for t in adapter[:2]):
-        return "the active adapters differ in dtype"
-    a = torch.cat([adapter.a for adapter in adapters])
-    biases = [adapter.bias for adapter in adapters if adapter.bias is not None]
-    bias = torch.stack(biases).sum(0) if biases else None
-    if all(adapter.scale == first.scale for adapter in adapters):
-        return Adapter(a, torch.cat([adapter.b for adapter in adapters], dim=1), first.scale, 0.0, bias)
-    return Adapter(a, torch.cat([adapter.b * adapter.scale for adapter in adapters], dim=1), 1.0, 0.0, bias)
 
 
 def _context() -> Reason | None:
@@ -370,41 +302,6 @@ def _context() -> Reason | None:
         return "torch.func transforms and forward-mode AD need plain torch operators"
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace needs plain torch operators"
-    return None
-
-
-WATCHED = {
-    name: f"{name} has hooks, a forward or a class of its own, which reading its weight would skip"
-    for name in ("base_layer", "lora_A", "lora_B", "lora_dropout")
-}
-
-
-def is_exotic(weight: Any) -> bool:
-    """Returns True unless the weight is a plain dense Parameter.
-
-    DTensors and quantised weights are subclasses, FSDP and weight_norm put plain tensors, ZeRO-3 leaves a stub.
-    """
-    return type(weight) is not nn.Parameter or weight.layout is not torch.strided or hasattr(weight, "ds_id")
-
-
-def exotic(name: str, weight: Any) -> Reason:
-    """Gives the reason for leaving a weight that is no plain dense Parameter to PEFT."""
-    if hasattr(weight, "ds_id"):
-        return f"a weight of {name} is partitioned by DeepSpeed's ZeRO-3"
-    if weight is None:
-        return f"the weight of {name} is no Parameter (FSDP1 and weight_norm put a tensor there)"
-    return f"a weight of {name} is a {type(weight).__name__}, not a plain dense Parameter"
-
-
-def variant(layer: Any, name: str) -> Reason:
-    """Gives the reason for leaving an adapter that is no plain LoRA to PEFT."""
-    return f"the adapter is a variant of LoRA ({type(layer.lora_variant[name]).__name__})"
-
-
-def refused_input(x: Any) -> Reason | None:
-    """Gives the reason for leaving an x to PEFT."""
-    if type(x) not in _TENSORS or x.layout is not torch.strided or x.is_nested or x.is_meta:
-        return "x is no plain dense tensor with data"
     return None
 
 

@@ -25,6 +25,7 @@ from ..backends.request import Request
 from ..siblings import Groups
 from ..text import listed
 from . import calls
+from .reasons import variant
 
 if TYPE_CHECKING:
     from .layer import Fused
@@ -113,10 +114,10 @@ def patch_peft(
 
     ``y = x Wᵀ + scale · D(x) Aᵀ Bᵀ + bias``, for every layer whose class is ``peft.tuners.lora.Linear`` itself, or
     PEFT's ``Linear4bit`` or ``Linear8bitLt`` on a layer of bitsandbytes (QLoRA). Each call looks at the layer's state;
-    where anything but this formula would run (merged, disabled, DoRA, hooks, ...: docs/peft.md has the table), PEFT's
-    own forward does, and the first time its reason is logged by ``logging.getLogger("fastlora")``. Patch once the model
-    has its adapters and before DDP, FSDP or an engine wraps it; layers that get their first adapter later need another
-    call. Tested with peft 0.21.2 and bitsandbytes 0.50.2.
+    where anything but this formula, or DoRA's (:func:`fastlora.dora_linear`), would run (merged, disabled, hooks, ...:
+    docs/peft.md has the table), PEFT's own forward does, and the first time its reason is logged by
+    ``logging.getLogger("fastlora")``. Patch once the model has its adapters and before DDP, FSDP or an engine wraps it;
+    layers that get their first adapter later need another call. Tested with peft 0.21.2 and bitsandbytes 0.50.2.
 
     Args:
         model: what ``get_peft_model`` returned, or any module that holds PEFT's layers.
@@ -289,6 +290,9 @@ def _unfit(layer: Any) -> str | None:
     ups: Any = layer._modules["lora_B"]
     if len(ups) and all(up.bias is not None for up in ups.values()):
         return "lora_B has a bias, which is joined with the base's in each call"
+    variants: Any = layer.lora_variant
+    if len(ups) and all(name in variants for name in ups):
+        return "DoRA layers compute alone"
     return None
 
 
@@ -303,7 +307,7 @@ def kinds() -> dict[type, tuple[type[Fused], type[Fused]]]:
 
 def refusal(layer: Any) -> str | None:
     """Gives the reason why an adapter layer of peft can never run on fastlora, as it was built; None where it can."""
-    from .layer import variant
+    from .dora import is_dora
 
     kind = type(layer)
     if kind not in kinds():
@@ -316,7 +320,7 @@ def refusal(layer: Any) -> str | None:
     if reason := kinds()[kind][0].base_refusal(layer.base_layer):
         return reason
     names = list(layer.lora_A)
-    if names and all(name in layer.lora_variant for name in names):
+    if names and all(name in layer.lora_variant and not is_dora(layer, name) for name in names):
         return variant(layer, names[0])
     return None
 

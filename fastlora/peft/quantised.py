@@ -17,7 +17,9 @@ from torch import Tensor
 from ..gated import is_watched
 from ..quantised import EightBit, dense_dtype, is_quantised, stored_weight
 from ..text import dtype_name
-from .layer import KINDS, STRICT, WATCHED, Base, Fused, Reason, exotic, is_exotic, refused_input
+from .adapter import Adapter
+from .layer import KINDS, Base, Fused
+from .reasons import STRICT, WATCHED, Reason, exotic, is_exotic, refused_input
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -60,24 +62,24 @@ class Quantised(Fused):
             return weight
         return exotic("base_layer", bias) if bias is not None and is_exotic(bias) else Base(weight, bias)
 
-    def dtype_refusal(self, x: Tensor, base: Base, a: Tensor, b: Tensor) -> Reason | None:
+    def dtype_refusal(self, x: Tensor, base: Base, adapter: Adapter) -> Reason | None:
         """The weight's own dtype for the products, that of x for the result."""
         weight: Any = base.weight
-        compute, adapter = weight.compute_dtype(x), a.dtype
-        if adapter is not b.dtype:
-            return f"lora_A is {dtype_name(adapter)} and lora_B {dtype_name(b.dtype)}"
-        for name, dtype in (("x", x.dtype), ("the dtype in which base_layer computes", compute), ("lora_A", adapter)):
-            if dtype is not torch.float32 and dtype not in _HALF:
-                return f"{name} is {dtype_name(dtype)}"
-        if adapter in _HALF and compute in _HALF and adapter is not compute:
+        compute, dtype, other = weight.compute_dtype(x), adapter.a.dtype, adapter.b.dtype
+        if dtype is not other:
+            return f"lora_A is {dtype_name(dtype)} and lora_B {dtype_name(other)}"
+        for name, each in (("x", x.dtype), ("the dtype in which base_layer computes", compute), ("lora_A", dtype)):
+            if each is not torch.float32 and each not in _HALF:
+                return f"{name} is {dtype_name(each)}"
+        if dtype in _HALF and compute in _HALF and dtype is not compute:
             return (
-                f"lora_A is {dtype_name(adapter)}, which {dtype_name(compute)}, in which the base computes, cannot hold"
+                f"lora_A is {dtype_name(dtype)}, which {dtype_name(compute)}, in which the base computes, cannot hold"
             )
         if torch.is_autocast_enabled(x.device.type):
-            return self._autocast_refusal(x, compute)
+            return self._autocast_refusal(x, compute, adapter.magnitude is not None)
         if torch.is_autocast_enabled() and x.device.type != "cuda":
             return "autocast is on for a GPU and x is on another device"
-        if adapter is torch.float32 and compute in _HALF:
+        if dtype is torch.float32 and compute in _HALF:
             if x.dtype is torch.float32:
                 return (
                     f"x and lora_A are float32 and the base computes in {dtype_name(compute)}, without autocast: PEFT "
@@ -86,7 +88,7 @@ class Quantised(Fused):
             return STRICT if self.strict_dtype else None
         return None
 
-    def _autocast_refusal(self, x: Tensor, compute: torch.dtype) -> Reason | None:
+    def _autocast_refusal(self, x: Tensor, compute: torch.dtype, of_dora: bool) -> Reason | None:
         """The reason if the base's dtypes and autocast's are such that PEFT's result is more precise, or another."""
         autocast = torch.get_autocast_dtype(x.device.type)
         words = f"under autocast in {dtype_name(autocast)}"
@@ -94,7 +96,7 @@ class Quantised(Fused):
             return f"{words} an 8-bit base on a {x.device.type} in training gives that, not {dtype_name(x.dtype)}"
         if compute in _HALF and compute is not autocast:
             return f"{words} the base computes in {dtype_name(compute)}, and the adapter would not"
-        if x.device.type == "cuda" and x.dtype in _HALF and x.dtype is not autocast:
+        if x.device.type == "cuda" and x.dtype in _HALF and (of_dora or x.dtype is not autocast):
             return f"{words} the result for {dtype_name(x.dtype)} is float32"
         return None
 

@@ -120,8 +120,9 @@ def _layers(module: nn.Module) -> Iterator[Layer | str]:
 
 
 def _of_peft(layer: Any) -> Layer | str:
-    from ..peft.layer import NO_ADAPTER, Fused, variant
+    from ..peft.layer import Fused
     from ..peft.patch import kinds, refusal
+    from ..peft.reasons import NO_ADAPTER, variant
 
     if not isinstance(layer, Fused) and (reason := refusal(layer)) is not None:
         return reason

@@ -26,6 +26,13 @@ HELD_BY: dict[str, list[str]] = {
         "scaling_is_read",
     ],
     "`lora_bias=True`": ["lora_bias_joins_the_base_bias", "lora_bias_is_in_no_group"],
+    "DoRA (`use_dora=True`)": [
+        "dora[nn.Linear]",
+        "dora[Conv1D]",
+        "dora_on_quantised_bases",
+        "dora_with_dropout",
+        "dora_layers_compute_alone",
+    ],
     "float32, bfloat16, float16 or float64 throughout": ["fast_path[bf16]", "fast_path[fp16]", "fast_path[float64]"],
     "float32 adapters on a bfloat16 or float16 base": ["fast_path[bf16 base, fp32 adapters]"],
     "`torch.autocast`": ["autocast"],
@@ -39,7 +46,11 @@ HELD_BY: dict[str, list[str]] = {
     "no active adapter in the layer": ["bit_for_bit[no active adapter here]"],
     "mixed batches (`adapter_names`)": ["mixed_batch_falls_back"],
     "several active adapters with dropout": ["several_active_adapters_are_one_product"],
-    "DoRA and the other variants": ["bit_for_bit[DoRA, added later]", "what_no_call_could_run[use_dora]"],
+    "other variants of LoRA, and DoRA among several active adapters": [
+        "dora_falls_back_bit_for_bit[another variant]",
+        "dora_falls_back_bit_for_bit[DoRA among several adapters]",
+        "what_no_call_could_run_is_skipped",
+    ],
     "other quantised, parametrised or subclassed base layers": [
         "layers_on_other_quantised_bases_are_skipped_by_name",
         "bit_for_bit[parametrised base]",

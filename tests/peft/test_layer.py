@@ -276,7 +276,6 @@ FALLBACK: dict[str, tuple[Callable[[Any], Any], str, dict[str, Any]]] = {
         "none of the active adapters",
         {},
     ),
-    "DoRA, added later": (second_adapter(use_dora=True), "variant of LoRA (DoraLinearVariant)", {}),
     "tensor-valued scaling": (tensor_scaling, "scaling is a Tensor", {}),
     "dropout of everything": (
         of_first(lambda layer: setattr(layer.lora_dropout["default"], "p", 1.0)),

@@ -102,8 +102,9 @@ def test_report_names_what_a_table_takes(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize(
     ("options", "reason"),
-    [({"use_dora": True}, "the adapter is a variant of LoRA (DoraLinearVariant)")],
+    [({"alora_invocation_tokens": [1]}, "the adapter is a variant of LoRA (ALoraLinearVariant)")],
 )
+@pytest.mark.filterwarnings("ignore:aLoRA is currently only supported")
 def test_what_no_call_could_run_is_skipped_and_untouched(options: dict[str, Any], reason: str) -> None:
     model = adapted(**options)
     reference = copy.deepcopy(model)
