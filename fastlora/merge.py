@@ -1,18 +1,23 @@
 """``python -m fastlora.merge BASE ADAPTER OUT``: merges a LoRA adapter into a model's safetensors files.
 
-Every merged weight is ``W + scale · B A``, computed in float32 and rounded once to the dtype of W; every other byte is
-that of the base. Files are copied one after the other and changed tensor by tensor, so that memory stays at one weight.
+Every merged weight is ``W + scale · B A``, of a DoRA with its rows given their lengths, computed in float32 and rounded
+once to the dtype of W; with ``lora_bias`` also every ``bias + scale · lora_bias``. Other bytes are those of the base.
+Files are copied one after the other and changed tensor by tensor, so that memory stays at one weight.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from .adapters import unmatched
 from .adapters.checkpoint import (
@@ -27,23 +32,33 @@ from .adapters.checkpoint import (
 from .adapters.folder import CONFIG, WEIGHTS, Adapters, key_of, read_adapter
 from .adapters.merging import LayerMerge, MergeReport, fold_and_measure
 from .atomic import new_folder
-from .mergeable import Update
+from .mergeable import Update, folded_bias
+from .text import dtype_name, shown
 
 # Files that hold unmerged weights in other formats.
 _OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.npz")
 
 _log = logging.getLogger("fastlora")
 
+_QUANTISED = (
+    "the base is quantised, and no sum is stored in quantised weights: merge into the weights that they were made "
+    "from, or load the model and the adapter (fastlora.load_adapter), and call fastlora.merge_and_unload"
+)
+
 Progress = Callable[[int, int], None]
 
 
 class _Target(NamedTuple):
-    """One tensor that changes: its name and place, the layer's name in the adapter, and the update in its layout."""
+    """One tensor that changes: its name and place, the layer's name in the adapter, and the update in its layout.
+
+    Of a layer's bias, ``is_bias`` holds.
+    """
 
     name: str
     entry: Entry
     layer: str
     update: Update
+    is_bias: bool = False
 
 
 def merge_folders(
@@ -59,16 +74,18 @@ def merge_folders(
         progress: called with bytes written and bytes in all.
 
     Returns:
-        The rounding, layer by layer.
+        The rounding, layer by layer, and which weights were merged into.
 
     Raises:
         ImportError: safetensors is not installed.
         FileNotFoundError, FileExistsError: an input is missing; ``out`` exists.
-        ValueError: a file is damaged; an option of the adapter is not supported; or it is for another model.
+        ValueError: a file is damaged; an option of the adapter is not supported; it is for another model; or the base
+            is quantised.
     """
     base, out = Path(base), Path(out)
     config, adapters = read_adapter(adapter)
     checkpoint = open_checkpoint(base)
+    _check_not_quantised(base)
     _check_out(base, Path(adapter), out, force)
     for option, entry, why in unmatched.patterns(config, adapters):
         _log.warning("%s: %s: %r %s", Path(adapter) / CONFIG, option, entry, why)
@@ -92,11 +109,25 @@ def merge_folders(
             with file.open("rb") as source, (temporary / file.name).open("r+b") as copy:
                 for target in targets:
                     if target.entry.file == file:
-                        weight = read_tensor(source, target.entry)
-                        merged, measured = fold_and_measure(target.name, weight, target.update)
+                        merged, measured = _folded(target, read_tensor(source, target.entry))
                         write_tensor(copy, target.entry, merged)
-                        layers.append(measured)
-    return MergeReport(tuple(layers))
+                        layers += measured
+    dtypes = ", ".join(sorted({dtype_name(layer.dtype) for layer in layers}))
+    note = (
+        f"merged into the {dtypes} weights of {base}; an adapter that was trained on a quantised copy of it was "
+        "trained on other weights: to merge into those, load it in 4 bits and call fastlora.merge_and_unload"
+    )
+    return MergeReport(tuple(layers), note)
+
+
+def _folded(target: _Target, base: Tensor) -> tuple[Tensor, list[LayerMerge]]:
+    """The tensor that is written in the place of ``base``, and of a weight its rounding."""
+    if target.is_bias:
+        bias = folded_bias(base, target.update, target.name)
+        assert bias is not None
+        return bias, []
+    weight, measured = fold_and_measure(target.name, base, target.update)
+    return weight, [measured]
 
 
 def _targets(
@@ -109,6 +140,8 @@ def _targets(
     witnesses: dict[bool, str] = {}
     for layer, parts in adapters.items():
         entry, a, b = checkpoint.tensors[names[layer]], parts["lora_A"], parts["lora_B"]
+        if entry.dtype in ("U8", "I8"):
+            raise ValueError(f"{names[layer]} is {entry.dtype} {list(entry.shape)} in {entry.file}: {_QUANTISED}")
         if not is_floating(entry):
             raise ValueError(f"{names[layer]} is {entry.dtype} in {entry.file}: dequantise the base first")
         linear, turned = (b.shape[0], a.shape[1]), (a.shape[1], b.shape[0])
@@ -122,9 +155,16 @@ def _targets(
         if linear != turned:
             is_turned = entry.shape == turned
             witnesses[is_turned] = layer
-        targets.append(_Target(names[layer], entry, layer, Update.of(a, b, scales[layer], is_turned)))
+        bias = parts.get("lora_bias")
+        if bias is not None:
+            bias = scales[layer] * bias.to(torch.promote_types(bias.dtype, torch.float32))
+        update = Update.of(a, b, scales[layer], is_turned, parts.get("lora_magnitude"), bias)
+        targets.append(_Target(names[layer], entry, layer, update))
+        if bias is not None:
+            name = names[layer].removesuffix("weight") + "bias"
+            targets.append(_Target(name, _bias_entry(checkpoint, name, layer, len(bias)), layer, update, is_bias=True))
     against = witnesses.get(not fan_in_fan_out)
-    square = next((target.layer for target in targets if target.entry.shape[0] == target.entry.shape[1]), None)
+    square = next((each.layer for each in targets if not each.is_bias and len(set(each.entry.shape)) == 1), None)
     if against is not None and square is not None:
         raise ValueError(
             f"{CONFIG} has fan_in_fan_out={fan_in_fan_out}, but the weight of {against} lies the other way, so that of "
@@ -132,6 +172,21 @@ def _targets(
             "merge_and_unload"
         )
     return targets
+
+
+def _bias_entry(checkpoint: Checkpoint, name: str, layer: str, n: int) -> Entry:
+    """The place of the bias that an adapter's own is added to."""
+    entry = checkpoint.tensors.get(name)
+    if entry is None:
+        raise ValueError(
+            f"the adapter has a bias of its own ({key_of(layer, 'lora_bias')}, by lora_bias), and the base has no "
+            f"{name} to add it to: use it unmerged, or give the base a bias of zeros there"
+        )
+    if not is_floating(entry) or entry.shape != (n,):
+        raise ValueError(
+            f"{name} is {entry.dtype} {list(entry.shape)}: the adapter is made for a floating-point bias [{n}]"
+        )
+    return entry
 
 
 def _names(checkpoint: Checkpoint, layers: list[str], base: Path) -> dict[str, str]:
@@ -152,6 +207,17 @@ def _names(checkpoint: Checkpoint, layers: list[str], base: Path) -> dict[str, s
         f"the adapter is for another model: {base} has no {missing}.weight, which {key_of(missing, 'lora_A')} needs "
         f"(a tied weight is stored under its other name, and cannot be merged); it has {', '.join(known[:4])} …"
     )
+
+
+def _check_not_quantised(base: Path) -> None:
+    try:
+        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        method = config.get("quantization_config") or None
+    except (OSError, ValueError, AttributeError):
+        return  # the weights themselves are looked at later
+    if method is not None:
+        name = method.get("quant_method", "") if isinstance(method, dict) else ""
+        raise ValueError(f"{base / 'config.json'} has a quantization_config ({name or shown(method)}): {_QUANTISED}")
 
 
 def _check_out(base: Path, adapter: Path, out: Path, force: bool) -> None:

@@ -95,6 +95,14 @@ def start_adapter(lora_a: Tensor, lora_b: Tensor, init: bool | str = True) -> No
         nn.init.zeros_(lora_b)
 
 
+def start_bias(lora_bias: Tensor, r: int, init: bool | str = True) -> None:
+    """Fills the bias of an adapter of rank r: zeros, or with ``init`` False uniform as ``nn.Linear(r, N)`` has it."""
+    if init is False:
+        nn.init.uniform_(lora_bias, -1 / math.sqrt(r), 1 / math.sqrt(r))
+    else:
+        nn.init.zeros_(lora_bias)
+
+
 @torch.no_grad()
 def folded(weight: Tensor, update: Update, name: str = "the weight") -> Tensor:
     """Computes W + scale · left @ right in float32 (float64 on a float64 weight) and rounds once.
@@ -178,25 +186,27 @@ def why_not_mergeable(layer: nn.Module) -> str | None:
     return f"weight belongs to {owner}: gather the state dict, load it into an unsharded model and merge there"
 
 
-def check_untied(model: nn.Module, holders: Mapping[str, nn.Module]) -> None:
+def check_untied(model: nn.Module, holders: Mapping[str, nn.Module], last: str = "weight") -> None:
     """Looks for the weights in which sums are to be stored in the rest of the model.
 
     Args:
         model: the model.
         holders: the name of each module whose weight is to hold a sum → the module.
+        last: the name of the weight, or ``"bias"``.
 
     Raises:
         ValueError: another module has such a weight too.
     """
     places: dict[int, list[str]] = {}
     for name, module in model.named_modules():
-        for last, parameter in module._parameters.items():
-            places.setdefault(id(parameter), []).append(f"{name}.{last}")
+        for own, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append(f"{name}.{own}")
     for name, holder in holders.items():
-        others = [place for place in places.get(id(holder.weight), ()) if place != f"{name}.weight"]
+        others = [place for place in places.get(id(getattr(holder, last)), ()) if place != f"{name}.{last}"]
         if others:
             raise ValueError(
-                f"{name}.weight is tied to {others[0]}, where a merge would show too: untie it first (give {name} its "
+                f"{name}.{last} is tied to {others[0]}, where a merge would show too: untie it first (give {name} its "
                 "own Parameter, and set tie_word_embeddings=False in a transformers config)"
             )
 
@@ -301,6 +311,12 @@ class Mergeable(nn.Module):
         """The weight without the update, merged or not, on the device of the layer."""
         weight: Tensor = self._holder.weight
         return weight if self._base_weight is None else self._base_weight.to(weight.device)
+
+    @property
+    def _unmerged_bias(self) -> Any:
+        """The bias without the update's part in it, as :attr:`_unmerged_weight`."""
+        bias = self._holder.bias
+        return bias if self._base_bias is None else self._base_bias.to(bias.device)
 
     def merge(self) -> Self:
         """Adds the update to ``weight``: W + scale · B A, computed in float32 and rounded once. Merged already: no-op.

@@ -26,7 +26,7 @@ from .quantised import is_quantised
 __all__ = ["ColwiseParallel", "RowwiseParallel"]
 
 # The tensors that share a dimension of the weight [N, K]: N is dimension 0 of each, K dimension 1.
-_WITH = {0: ("weight", "lora_B", "bias"), 1: ("weight", "lora_A")}
+_WITH = {0: ("weight", "lora_B", "lora_bias", "bias"), 1: ("weight", "lora_A")}
 
 
 class ColwiseParallel(torch_parallel.ColwiseParallel):
@@ -74,7 +74,7 @@ def _sharded(style: Any, layer: Any, mesh: DeviceMesh, dim: int) -> nn.Module:
     """Shards the weight [N, K] on ``dim``, and with it the tensors that have this dimension; the others stay whole."""
     if layer.merged:
         raise RuntimeError(f"the {type(layer).__name__} is merged: unmerge it before it is sharded")
-    if getattr(layer, "use_dora", False):
+    if getattr(layer, "use_dora", "lora_magnitude" in layer._modules):
         raise RuntimeError(f"the {type(layer).__name__} has use_dora: the norms of DoRA are of whole rows on one rank")
     if is_quantised(layer._holder):
         raise RuntimeError(f"the base of the {type(layer).__name__} is quantised: packed weights cannot be sharded")

@@ -65,6 +65,11 @@ def dense_weight(layer: nn.Module) -> Tensor:
     return stored.dense(dense_dtype(layer))
 
 
+def quantised_as(layer: Any) -> str:
+    """What the numbers of a quantised layer's weight are: ``"nf4"``, ``"fp4"`` or ``"int8"``."""
+    return str(layer.weight.quant_state.quant_type) if _kind_of(layer) in _kinds(four=True) else "int8"
+
+
 def dense_dtype(layer: Any) -> torch.dtype:
     """The dtype of a dense layer in a quantised one's place: that in which the quantised one computes.
 
@@ -159,8 +164,8 @@ def _four_bit(layer: Any, x: Tensor | None) -> FourBit | Reason:
         return "its 4-bit weight has no quantisation state: move the layer to a device, or load it, first"
     if getattr(quant_state, "packing_format_for_cpu", False):
         return (
-            "its 4-bit weight was packed anew for this CPU, by a call of its own in eval mode without gradients, from "
-            "which bitsandbytes cannot train: load it again to train it"
+            "its 4-bit weight was packed anew for this CPU, with other factors, by a call of its own in eval mode "
+            "without gradients: load it again, and give it its adapter before it is called"
         )
     if tuple(quant_state.shape) != (layer.out_features, layer.in_features):
         return f"its 4-bit weight was packed as {list(quant_state.shape)}, not [out_features, in_features]"

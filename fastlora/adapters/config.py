@@ -26,7 +26,6 @@ _UNSUPPORTED: dict[str, Any] = {
     "kasa_config": None,
     "layer_replication": None,
     "loftq_config": {},
-    "lora_bias": False,
     "lora_ga_config": None,
     "megatron_config": None,
     "modules_to_save": None,
@@ -34,7 +33,6 @@ _UNSUPPORTED: dict[str, Any] = {
     "target_parameters": None,
     "trainable_token_indices": None,
     "use_bdlora": None,
-    "use_dora": False,
     "use_qalora": False,
     "velora_config": None,
 }
@@ -77,6 +75,8 @@ class AdapterConfig:
     layers_pattern: str | list[str] | None = None
     init_lora_weights: bool | str = True
     fan_in_fan_out: bool = False
+    lora_bias: bool = False
+    use_dora: bool = False
     notes: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -86,7 +86,7 @@ class AdapterConfig:
         _check_number("r", self.r, 1, integer=True)
         _check_number("lora_alpha", self.lora_alpha)
         _check_number("lora_dropout", self.lora_dropout, 0, below=1)
-        for name in ("use_rslora", "fan_in_fan_out"):
+        for name in ("use_rslora", "fan_in_fan_out", "lora_bias", "use_dora"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name, low in (("rank_pattern", 1), ("alpha_pattern", None)):
@@ -104,6 +104,10 @@ class AdapterConfig:
             object.__setattr__(self, name, {key: _number(value) for key, value in getattr(self, name).items()})
         if not any(self.init_lora_weights is start or self.init_lora_weights == start for start in _STARTS):
             raise ValueError(f"init_lora_weights must be one of {_STARTS}, got {self.init_lora_weights!r}")
+        if self.lora_bias and self.init_lora_weights == "gaussian":
+            raise ValueError("lora_bias=True goes with init_lora_weights=True or False, got 'gaussian'")
+        if self.lora_bias and self.use_dora:
+            raise ValueError("lora_bias=True and use_dora=True exclude each other, as in PEFT: pass one of them")
 
     def _check_layers(self) -> None:
         layers, pattern = self.layers_to_transform, self.layers_pattern
@@ -118,6 +122,12 @@ class AdapterConfig:
             _check_number("layers_to_transform", index, 0, integer=True)
         for name in pattern if isinstance(pattern, list) else [] if pattern is None else [pattern]:
             _check_regex("layers_pattern", name)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The tensors that the adapter has in a layer, by the names that the layer has for them."""
+        more = {"lora_bias": self.lora_bias, "lora_magnitude": self.use_dora}
+        return ("lora_A", "lora_B", *(part for part, has in more.items() if has))
 
     def targets(self, name: str) -> bool:
         """Returns True if the module of this name gets the adapter."""
@@ -157,6 +167,10 @@ class AdapterConfig:
         values |= {note: self.notes.get(note) for note in _NOTES}
         if self.exclude_modules is not None:  # PEFT below 0.14 does not know it
             values["exclude_modules"] = self.exclude_modules
+        if self.lora_bias:  # nor, below 0.15, this
+            values["lora_bias"] = True
+        if self.use_dora:  # nor, below 0.9, this
+            values["use_dora"] = True
         return json.dumps(values, indent=2, sort_keys=True)
 
     @classmethod

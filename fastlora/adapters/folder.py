@@ -1,7 +1,8 @@
 """Reads and writes an adapter in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-Tensors are named ``base_model.model.<layer>.lora_A.weight`` [R, K] and ``….lora_B.weight`` [N, R]. Only safetensors is
-read: a pickle (``adapter_model.bin``) can run any code when it is opened.
+Tensors are named ``base_model.model.<layer>.lora_A.weight`` [R, K] and ``….lora_B.weight`` [N, R]; with ``lora_bias``
+also ``….lora_B.bias`` [N], with ``use_dora`` ``….lora_magnitude_vector`` [N]. Only safetensors is read: a pickle
+(``adapter_model.bin``) can run any code when opened.
 """
 
 from __future__ import annotations
@@ -24,16 +25,24 @@ from .config import AdapterConfig
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
-_KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.(?P<part>lora_A|lora_B)\.weight")
+# The ends of the names in the file, by the names of the parts in a layer.
+_ENDS = {
+    "lora_A": "lora_A.weight",
+    "lora_B": "lora_B.weight",
+    "lora_bias": "lora_B.bias",
+    "lora_magnitude": "lora_magnitude_vector",
+}
+_PARTS = {end: part for part, end in _ENDS.items()}
+_KEY = re.compile(rf"base_model\.model\.(?P<layer>.+)\.(?P<end>{'|'.join(map(re.escape, _PARTS))})")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
-# A and B by layer, under "lora_A" and "lora_B".
+# The tensors by layer, under the names of their parts, such as "lora_A" and "lora_B".
 Adapters = dict[str, dict[str, Tensor]]
 
 
 def key_of(layer: str, part: str) -> str:
     """The name of a tensor in the file."""
-    return f"base_model.model.{layer}.{part}.weight"
+    return f"base_model.model.{layer}.{_ENDS[part]}"
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> tuple[AdapterConfig, Adapters]:
@@ -79,30 +88,44 @@ def _sorted_into_layers(tensors: Mapping[str, Tensor], config: AdapterConfig, so
     adapters: Adapters = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
-        if match is None:
+        part = None if match is None else _PARTS[match["end"]]
+        if match is None or part not in config.parts:
+            ends = " and ".join(f".{_ENDS[part]}" for part in config.parts)
             raise ValueError(
-                f"{source} has the key {key!r}, which fastlora does not support: expected "
-                "base_model.model.<layer>.lora_A.weight and .lora_B.weight alone"
+                f"{source} has the key {key!r}, which fastlora does not support with the options in {CONFIG}: expected "
+                f"base_model.model.<layer>{ends} alone"
             )
-        if tensor.dtype not in _DTYPES or tensor.dim() != 2:
+        is_matrix = part in ("lora_A", "lora_B")
+        if tensor.dtype not in _DTYPES or tensor.dim() != (2 if is_matrix else 1):
             kind = f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
-            raise ValueError(f"{source}: {key} is {kind}: expected a floating-point matrix")
+            raise ValueError(
+                f"{source}: {key} is {kind}: expected a floating-point {'matrix' if is_matrix else 'vector'}"
+            )
         if not tensor.isfinite().all():
             raise ValueError(f"{source}: {key} holds values that are not finite: the training that wrote it diverged")
-        adapters.setdefault(match["layer"], {})[match["part"]] = tensor
+        adapters.setdefault(match["layer"], {})[part] = tensor
     if not adapters:
         raise ValueError(f"{source} holds no tensors: expected {key_of('<layer>', 'lora_A')} and its partners")
     for layer, parts in adapters.items():
+        for part in config.parts:
+            if part not in parts:
+                raise ValueError(
+                    f"{source} has no {key_of(layer, part)}, the partner of what it has for {layer}: it is incomplete"
+                )
         for part, dim in (("lora_A", 0), ("lora_B", 1)):
             key = key_of(layer, part)
-            if part not in parts:
-                raise ValueError(f"{source} has no {key}, the partner of what it has for {layer}: it is incomplete")
             if parts[part].shape[dim] != config.rank(layer):
                 raise ValueError(
                     f"{source}: {key} has shape {list(parts[part].shape)}, so rank {parts[part].shape[dim]}: expected "
                     f"rank {config.rank(layer)}, as {CONFIG} says (r, rank_pattern)"
                 )
-        adapters[layer] = {"lora_A": parts["lora_A"], "lora_B": parts["lora_B"]}
+        for part in config.parts[2:]:
+            if parts[part].shape[0] != parts["lora_B"].shape[0]:
+                raise ValueError(
+                    f"{source}: {key_of(layer, part)} has shape {list(parts[part].shape)}: expected "
+                    f"[{parts['lora_B'].shape[0]}], the rows of {key_of(layer, 'lora_B')}"
+                )
+        adapters[layer] = {part: parts[part] for part in config.parts}
     return adapters
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -12,17 +13,19 @@ from torch import Tensor, nn
 
 from .. import gated
 from ..gated import GatedMLP
-from ..mergeable import start_adapter
+from ..mergeable import base_weight, start_adapter, start_bias
+from ..ops.norms import forget_norms, row_norms
 from ..siblings import Groups
 from ..text import listed, starred
 from . import groups as grouping
 from . import unmatched
 from .config import AdapterConfig
 from .groups import Grouping
-from .layer import add_adapter, features
+from .layer import features, is_turned
 from .model import adapted_layers, check_merged, set_adapter, share_states, state_of
-from .plan import Plan, plan
+from .plan import Plan, PlannedLayer, plan
 from .state import State
+from .swap import add_adapter
 from .unmatched import Unmatched
 
 _log = logging.getLogger("fastlora")
@@ -88,6 +91,8 @@ def inject(
     layers_to_transform: int | Sequence[int] | None = None,
     layers_pattern: str | Sequence[str] | None = None,
     init_lora_weights: bool | str = True,
+    lora_bias: bool = False,
+    use_dora: bool = False,
     task_type: str | None = None,
     adapter_name: str = "default",
     adapter_dtype: torch.dtype | None = None,
@@ -102,7 +107,8 @@ def inject(
     :func:`set_adapter`; the first one is active at once.
 
     Args:
-        model: any torch model; its ``nn.Linear`` and transformers' ``Conv1D`` layers can have adapters.
+        model: any torch model; its ``nn.Linear`` layers, transformers' ``Conv1D`` and bitsandbytes' ``Linear4bit`` and
+            ``Linear8bitLt`` can have adapters. A quantised weight stays packed: it is made dense for each product.
         target_modules: names of layers, or endings of names after a dot; a string is a regular expression for the whole
             name, and ``"all-linear"`` means every linear layer but a transformers model's output embedding.
         r: rank, at least 1.
@@ -116,11 +122,16 @@ def inject(
         layers_pattern: name of the list that these numbers count, such as ``"layers"``.
         init_lora_weights: True for A Kaiming-uniform, ``"gaussian"`` for A normal, both with B zero; False for an
             update that is not zero at the start.
+        lora_bias: True for a bias of the adapter's own: scale · lora_bias [N] is added; it trains too, and starts as
+            zeros. A layer without a bias can have one, but not merge it. Such layers are in no group.
+        use_dora: True for DoRA (:func:`fastlora.dora_linear`): the length of each row of W + scale · B A is learned by
+            itself, a vector ``lora_magnitude`` [N] more, which starts as what that length is. Such layers are in no
+            group.
         task_type: PEFT's, such as ``"CAUSAL_LM"``: a note in the saved adapter, and with ``"SEQ_CLS"`` the classifier's
             head is not among ``"all-linear"``.
         adapter_name: name of the adapter.
-        adapter_dtype: dtype of A and B. By default that of the base, and float32 on a half-precision base, where small
-            steps would otherwise be lost in rounding.
+        adapter_dtype: dtype of A and B. By default that of the base, and float32 on a half-precision or quantised base,
+            where small steps would otherwise be lost in rounding.
         groups: layers that compute together, as :func:`fastlora.lora_linear_group`, in calls with one input: the first
             of them that is called computes all, and the others take their part where they prove that it is theirs.
             ``"auto"`` for children of one parent named q_proj, k_proj, v_proj; query, key, value; gate_proj, up_proj;
@@ -139,6 +150,7 @@ def inject(
         TypeError, ValueError: an option is of the wrong kind or out of range; the name is taken; nothing matches; or
             everything that matches was refused; names in ``groups`` are of different parents, or match nothing. The
             model is then as it was.
+        RuntimeError: with ``use_dora``, another adapter is merged into the base.
 
     Source: Hu et al., 2021, https://arxiv.org/abs/2106.09685; matching as in PEFT 0.21.2.
     """
@@ -154,6 +166,8 @@ def inject(
         layers_to_transform=_listed(layers_to_transform),
         layers_pattern=_listed(layers_pattern),
         init_lora_weights=init_lora_weights,
+        lora_bias=lora_bias,
+        use_dora=use_dora,
         notes={} if task_type is None else {"task_type": task_type},
     )
     return attach(plan(model, config, adapter_name, adapter_dtype), groups, mlp)
@@ -169,20 +183,20 @@ def _listed(value: Any) -> Any:
 def attach(
     plan: Plan, groups: Groups, mlp: bool, tensors: dict[str, dict[str, Tensor]] | None = None
 ) -> InjectionReport:
-    """Carries a plan out, with initial values or with the given A and B by layer and ``"lora_A"``, ``"lora_B"``."""
+    """Carries a plan out, with initial values or with those given by layer and part, such as ``"lora_A"``."""
     # Everything that can fail, memory above all, comes before the first change of the model.
     found = grouping.find(plan.model, groups, mlp, [layer.module for layer in plan.layers])
     adapters = []
     for layer in plan.layers:
         device = layer.module.weight.device
         with torch.no_grad(), torch.inference_mode(False):
-            a, b = (torch.empty(shape, dtype=layer.dtype, device=device) for shape in layer.shapes.values())
+            parts = {part: torch.empty(shape, dtype=layer.dtype, device=device) for part, shape in layer.shapes.items()}
             if tensors is None:
-                start_adapter(a, b, plan.config.init_lora_weights)
+                _start(layer, parts, plan.config)
             else:
-                a.copy_(tensors[layer.name]["lora_A"])
-                b.copy_(tensors[layer.name]["lora_B"])
-        adapters.append((layer, a, b))
+                for part, values in parts.items():
+                    values.copy_(tensors[layer.name][part])
+        adapters.append((layer, parts))
 
     model, name = plan.model, plan.adapter_name
     state = state_of(model)
@@ -195,8 +209,8 @@ def attach(
         )
         model._fastlora = state  # type: ignore[assignment]
         model.requires_grad_(False)
-    for layer, a, b in adapters:
-        add_adapter(layer.module, state, name, a, b, layer.scale, plan.config.lora_dropout)
+    for layer, parts in adapters:
+        add_adapter(layer.module, state, name, parts, layer.scale, plan.config.lora_dropout)
     share_states(model)
     state.configs[name] = plan.config
     if first:
@@ -204,9 +218,40 @@ def attach(
     grouping.form(model, found)
     idle = [*plan.unmatched, *found.unmatched]
     unmatched.warn(name, idle)
+    if plan.config.lora_bias and (bare := [each.name for each in plan.layers if each.module.bias is None]):
+        _log.warning("adapter %r: lora_bias cannot be merged into layers that have no bias: %s", name, listed(bare))
     for refused, reason in plan.refused.items():
         _log.warning("adapter %r: %s gets none: %s", name, refused, reason)
     return report(model, name, plan.refused, found, idle)
+
+
+def _start(layer: PlannedLayer, parts: dict[str, Tensor], config: AdapterConfig) -> None:
+    """Fills the parts of a new adapter as PEFT does."""
+    start_adapter(parts["lora_A"], parts["lora_B"], config.init_lora_weights)
+    if "lora_bias" in parts:
+        start_bias(parts["lora_bias"], layer.r, config.init_lora_weights)
+    if "lora_magnitude" in parts:
+        parts["lora_magnitude"].copy_(_lengths(layer, parts))
+
+
+def _lengths(layer: PlannedLayer, parts: dict[str, Tensor]) -> Tensor:
+    """‖W + scale · B A‖ of each row [N]."""
+    forget_norms(layer.module.weight)
+    weight = base_weight(layer.module)
+    weight = weight.T if is_turned(layer.module) else weight
+    norms = row_norms(weight, parts["lora_A"], parts["lora_B"], layer.scale)
+    if not weight.is_meta and not norms.all():
+        row = int((norms == 0).nonzero()[0])
+        raise ValueError(
+            f"use_dora: row {row} of {layer.name}.weight is zero, and DoRA divides by the length of each row: leave "
+            f"{layer.name} out (exclude_modules)"
+        )
+    return norms
+
+
+def _elements(parameter: Tensor) -> int:
+    """The numbers that a Parameter stands for: of a packed one, those it is made dense to."""
+    return math.prod(getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape))
 
 
 def report(
@@ -224,7 +269,7 @@ def report(
         ),
         refused=refused,
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        total=sum(p.numel() for p in model.parameters()),
+        total=sum(map(_elements, model.parameters())),
         groups=groups,
         ungrouped={name: reason for name, reason in found.chosen.refused.items() if name not in grouped},
         mlps=tuple(name for name, module in model.named_modules() if isinstance(module, GatedMLP)),

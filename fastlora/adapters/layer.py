@@ -2,12 +2,12 @@
 
 The layer stays the object it was and changes its class, so that its Parameters, ties, hooks and place in the model stay
 too; ``restore`` gives the class back. Its state dict keeps ``weight`` and ``bias`` and gains ``lora_A.<name>`` and
-``lora_B.<name>``.
+``lora_B.<name>``, of an adapter with a bias of its own ``lora_bias.<name>``, and of DoRA ``lora_magnitude.<name>``.
 """
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,18 +15,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import siblings
-from ..mergeable import Mergeable, Update, owner_of, parameter_of
+from ..mergeable import Mergeable, Update, parameter_of
+from ..ops.dora import dora_linear, forget_norms
 from ..ops.group import Branch
 from ..ops.linear import lora_linear
-from ..text import dtype_name
+from ..quantised import dense_dtype, is_quantised, quantised_as
 from .matching import is_conv1d
 from .state import State
 
-_BASE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# What an adapter may have in a layer, each a ParameterDict by adapter; after the first two, where some adapter has it.
+PARTS = ("lora_A", "lora_B", "lora_bias", "lora_magnitude")
 
 
 class AdaptedLinear(Mergeable, nn.Linear):
     """An ``nn.Linear`` with adapters: ``y = x Wᵀ + scale · D(x) Aᵀ Bᵀ + bias`` with the A and B of the active one.
+
+    Where that has a bias of its own, ``scale · lora_bias`` is added; where it is a DoRA, each row of W + scale · B A
+    has the length that ``lora_magnitude`` says, as in :func:`fastlora.dora_linear`.
 
     Made by :func:`fastlora.inject`, never constructed.
     """
@@ -52,31 +57,38 @@ class AdaptedLinear(Mergeable, nn.Linear):
         state = self._state
         name: Any = state.active
         if state.disabled or name not in self.scale:
-            return self._base(x, self._unmerged_weight if self.merged else self.weight)
+            return self._base(x)
         if self.merged:
-            return self._base(x, self.weight)
-        branch = self._branch(name)
-        if siblings.formed and type(self) in _KINDS:
+            return self._merged(x)
+        branch = self._branch(name, self._weight(x))
+        if siblings.formed and type(self) in KINDS and not self._is_alone(name):
             return siblings.multiply(self, x, branch)
         weight, a, b, scale, bias, p = branch
+        if self._has("lora_magnitude", name):
+            magnitude = parameter_of(self._modules["lora_magnitude"], name)  # type: ignore[arg-type]
+            return dora_linear(x, weight, a, b, magnitude, scale=scale, bias=bias, dropout_p=p)
         return lora_linear(x, weight, a, b, scale=scale, bias=bias, dropout_p=p)
 
     def lora_branch(self, x: Tensor) -> Branch | None:
         """What the layer would pass to ``lora_linear`` in a call with x; None where it does something else, or may."""
         state = self._state
-        if type(self) not in _KINDS or state.disabled or self.merged or state.active not in self.scale:
+        if type(self) not in KINDS or state.disabled or self.merged or state.active not in self.scale:
             return None
-        return self._branch(state.active)
+        return None if self._is_alone(state.active) else self._branch(state.active, self._weight(x))
 
-    def _branch(self, name: Any) -> Branch:
-        """What the layer passes to ``lora_linear`` with the adapter of this name."""
+    def _weight(self, x: Tensor) -> Any:
+        """The base weight [N, K] for a call with x."""
         weight = parameter_of(self, "weight")
+        return weight.T if self.fan_in_fan_out else weight
+
+    def _branch(self, name: Any, weight: Any) -> Branch:
+        """What the layer passes to ``lora_linear`` with the adapter of this name."""
         return Branch(
-            weight.T if self.fan_in_fan_out else weight,
+            weight,
             parameter_of(self._modules["lora_A"], name),  # type: ignore[arg-type]
             parameter_of(self._modules["lora_B"], name),  # type: ignore[arg-type]
             self.scale[name],
-            parameter_of(self, "bias"),
+            self._bias(name) if self._has("lora_bias", name) else parameter_of(self, "bias"),
             self.lora_dropout[name] if self.training else 0.0,
         )
 
@@ -84,15 +96,65 @@ class AdaptedLinear(Mergeable, nn.Linear):
     def _has_update(self) -> bool:
         return not self._state.disabled and self._state.active in self.scale
 
-    def _base(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight, self.bias)
+    def _is_alone(self, name: Any) -> bool:
+        """Whether the layer computes by itself with the adapter of this name.
+
+        DoRA is another product. A bias of the adapter's own makes a new tensor in each call, of which nobody could tell
+        that it is the one of the call before.
+        """
+        return self._has("lora_magnitude", name) or self._has("lora_bias", name)
+
+    def _has(self, part: str, name: Any) -> bool:
+        """Whether the adapter of this name has such a part here."""
+        return part in self._modules and name in self._modules[part]  # type: ignore[operator]
+
+    def _bias(self, name: str) -> Tensor:
+        """bias + scale · lora_bias, in float32 and rounded once."""
+        bias, added = parameter_of(self, "bias"), self._added_bias(name)
+        total = added if bias is None else bias.to(added.dtype) + added
+        return self._rounded(total)
+
+    def _rounded(self, bias: Tensor) -> Tensor:
+        """A bias that was computed wide, in the dtype that goes with the weight."""
+        return bias.to(parameter_of(self, "weight").dtype)
+
+    def _added_bias(self, name: str) -> Tensor:
+        """scale · lora_bias in float32, or wider."""
+        lora_bias: Tensor = parameter_of(self._modules["lora_bias"], name)  # type: ignore[arg-type]
+        return self.scale[name] * lora_bias.to(torch.promote_types(lora_bias.dtype, torch.float32))
+
+    def _base(self, x: Tensor) -> Tensor:
+        """What the layer computes without adapters."""
+        return self._linear(x, self._unmerged_weight, self._unmerged_bias) if self.merged else self._merged(x)
+
+    def _merged(self, x: Tensor) -> Tensor:
+        """What the layer computes with its weight and bias as they are."""
+        return self._linear(x, self.weight, self.bias)
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._forget_norms()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._forget_norms()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _forget_norms(self) -> None:
+        # A new memory of the weight may lie where an older one did, and wears the same version.
+        if "lora_magnitude" in self._modules:
+            forget_norms(self.weight)
 
     def _base_repr(self) -> str:
         return super().extra_repr()
 
     def _update(self) -> Update:
         name: Any = self.active_adapter
-        return Update.of(self.lora_A[name], self.lora_B[name], self.scale[name], self.fan_in_fan_out)
+        bias = self._added_bias(name) if self._has("lora_bias", name) else None
+        magnitude = parts_of(self, name).get("lora_magnitude")
+        return Update.of(self.lora_A[name], self.lora_B[name], self.scale[name], self.fan_in_fan_out, magnitude, bias)
 
     def extra_repr(self) -> str:
         """The line inside ``AdaptedLinear(...)`` when printed."""
@@ -106,9 +168,9 @@ class AdaptedConv1D(AdaptedLinear):
 
     fan_in_fan_out = True
 
-    def _base(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _linear(self, x: Tensor, weight: Tensor, bias: Any) -> Tensor:
         # As Conv1D computes it, to the bit.
-        y: Tensor = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), weight)
+        y: Tensor = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight)
         return y.view(*x.shape[:-1], weight.shape[1])
 
     def _base_repr(self) -> str:
@@ -117,91 +179,37 @@ class AdaptedConv1D(AdaptedLinear):
 
 
 # Of a subclass nobody knows what it does around the product, or how it keeps its weight.
-_KINDS = (AdaptedLinear, AdaptedConv1D)
+KINDS: set[type] = {AdaptedLinear, AdaptedConv1D}
 
 
 def features(layer: Any) -> tuple[int, int]:
     """(in, out) of a linear layer, adapted or not."""
+    if is_quantised(layer):
+        return layer.in_features, layer.out_features
     first, second = layer.weight.shape
-    return (first, second) if isinstance(layer, AdaptedConv1D) or is_conv1d(layer) else (second, first)
+    return (first, second) if is_turned(layer) else (second, first)
 
 
-def obstacle(module: nn.Module, parent: nn.Module | None = None) -> str | None:
-    """Gives the reason why this module cannot have an adapter, with the remedy; None where it can.
-
-    Args:
-        module: any module.
-        parent: the module that holds it.
-    """
-    kind = type(module).__name__
-    weight: Any = module._parameters.get("weight")
-    if isinstance(module, AdaptedLinear):
-        return _owned(module, weight)
-    if isinstance(parent, nn.MultiheadAttention):
-        return "nn.MultiheadAttention reads its weight without calling it"
-    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
-        return (
-            "nn.TransformerEncoderLayer reads its weight without calling it in eval mode: call "
-            "torch.backends.mha.set_fastpath_enabled(False) first"
-        )
-    if type(module) is not nn.Linear and not (is_conv1d(module) and kind == "Conv1D"):
-        if isinstance(module, nn.Linear) or is_conv1d(module):
-            return f"{kind} is a subclass, which may store something else as its weight: dequantise or unwrap it first"
-        return f"{kind} is no linear layer: fastlora adapts nn.Linear and transformers' Conv1D"
-    if "forward" in module.__dict__:
-        return "its forward was replaced (by accelerate's hooks, for one): inject before that"
-    if (reason := _owned(module, weight)) is not None:
-        return reason
-    if weight is None:
-        return "its weight is no Parameter of its own (weight_norm computes it, for one): remove that first"
-    if type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
-        return f"its weight is {type(weight.data).__name__}, not a plain tensor: dequantise it first"
-    if weight.dtype not in _BASE_DTYPES:
-        return f"its weight is {dtype_name(weight.dtype)}: fastlora adapts floating-point weights"
-    return None
+def is_turned(layer: nn.Module) -> bool:
+    """Whether a linear layer, adapted or not, stores its weight as [in, out]."""
+    return isinstance(layer, AdaptedConv1D) or is_conv1d(layer)
 
 
-def _owned(layer: nn.Module, weight: Tensor) -> str | None:
-    owner = owner_of(layer, weight)
-    return None if owner is None else f"its weight belongs to {owner}: inject before the model is sharded"
+def base_dtypes(layer: Any) -> tuple[torch.dtype, ...]:
+    """The dtypes that an adapter can have for its base: that of the weight; of a quantised one those it computes in."""
+    if not is_quantised(layer):
+        return (layer.weight.dtype,)
+    # One of 8 bits computes in the dtype of what it gets.
+    return (torch.float16, torch.bfloat16) if quantised_as(layer) == "int8" else (dense_dtype(layer),)
 
 
-def add_adapter(
-    layer: nn.Module, state: State, name: str, lora_a: Tensor, lora_b: Tensor, scale: float, lora_dropout: float
-) -> None:
-    """Adds an adapter to a layer that has no :func:`obstacle`; it does not train yet.
-
-    The first adapter of a layer makes it read the model's ``state``.
-    """
-    if not isinstance(layer, AdaptedLinear):
-        layer.__class__ = AdaptedConv1D if is_conv1d(layer) else AdaptedLinear
-        assert isinstance(layer, AdaptedLinear)
-        layer.lora_A, layer.lora_B = nn.ParameterDict(), nn.ParameterDict()
-        layer.scale, layer.lora_dropout = {}, {}
-        layer._state = state
-        layer._become_mergeable()
-    layer.lora_A[name] = nn.Parameter(lora_a, requires_grad=False)
-    layer.lora_B[name] = nn.Parameter(lora_b, requires_grad=False)
-    layer.scale[name], layer.lora_dropout[name] = scale, lora_dropout
+def shapes_of(layer: Any, r: int, parts: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """The shapes of an adapter's parts in a linear layer, adapted or not."""
+    k, n = features(layer)
+    shapes = {"lora_A": (r, k), "lora_B": (n, r), "lora_bias": (n,), "lora_magnitude": (n,)}
+    return {part: shapes[part] for part in parts}
 
 
-def remove_adapter(layer: AdaptedLinear, name: str) -> None:
-    """Removes one adapter; with the last one, the layer becomes what it was."""
-    if layer.active_adapter == name:
-        layer.unmerge()
-    for values in (layer.lora_A, layer.lora_B, layer.scale, layer.lora_dropout):
-        del values[name]
-    if not layer.lora_A:
-        restore(layer)
-
-
-def restore(layer: Any) -> None:
-    """Removes all adapters: the layer gets its old class and attributes back and keeps its weight as it is now."""
-    siblings.dissolve(layer)
-    layer._become_plain()
-    for name in ("lora_A", "lora_B", "scale", "lora_dropout", "_state"):
-        delattr(layer, name)
-    if isinstance(layer, AdaptedConv1D):
-        layer.__class__ = importlib.import_module("transformers.pytorch_utils").Conv1D
-    else:
-        layer.__class__ = nn.Linear
+def parts_of(layer: AdaptedLinear, name: str) -> dict[str, Tensor]:
+    """The Parameters of the adapter of this name in a layer, by part."""
+    return {part: getattr(layer, part)[name] for part in PARTS if layer._has(part, name)}

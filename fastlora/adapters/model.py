@@ -14,8 +14,9 @@ from torch import nn
 from .. import gated
 from ..text import shown_names
 from .config import AdapterConfig
-from .layer import AdaptedLinear, remove_adapter, restore
+from .layer import AdaptedLinear, parts_of
 from .state import State
+from .swap import remove_adapter, restore
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -99,8 +100,8 @@ def set_adapter(model: nn.Module, adapter_name: str | None) -> None:
         checked_name(state, adapter_name)
     check_merged(model, adapter_name)
     for _, layer in adapted_layers(model):
-        for adapters in (layer.lora_A, layer.lora_B):
-            for name, parameter in adapters.items():
+        for name in layer.scale:
+            for parameter in parts_of(layer, name).values():
                 parameter.requires_grad_(name == adapter_name)
     for _, state in injected_models(model):
         state.active = adapter_name

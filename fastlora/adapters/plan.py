@@ -13,9 +13,10 @@ from torch.nn.parameter import is_lazy
 from ..text import shown
 from . import unmatched
 from .config import AdapterConfig
-from .layer import AdaptedConv1D, AdaptedLinear, features, obstacle
-from .matching import ALL_LINEAR, all_linear, is_conv1d
+from .layer import PARTS, AdaptedLinear, base_dtypes, is_turned, shapes_of
+from .matching import ALL_LINEAR, all_linear
 from .model import state_of, unwrapped
+from .obstacle import obstacle
 from .state import State
 from .unmatched import Unmatched
 
@@ -25,19 +26,19 @@ _MAMBA_LAYERS = ("conv1d", "out_proj")
 
 
 class PlannedLayer(NamedTuple):
-    """One layer that will have an adapter, with the dtype of A and B."""
+    """One layer that will have an adapter, with the dtype and the names of its parts."""
 
     name: str
     module: Any
     r: int
     scale: float
     dtype: torch.dtype
+    parts: tuple[str, ...]
 
     @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """The shapes of A and B, by PEFT's names."""
-        k, n = features(self.module)
-        return {"lora_A": (self.r, k), "lora_B": (n, self.r)}
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the adapter's parts."""
+        return shapes_of(self.module, self.r, self.parts)
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,15 @@ def plan(model: nn.Module, config: AdapterConfig, adapter_name: str, adapter_dty
     if not matched:
         remedy = unmatched.remedy(config, modules, all_linear(model))
         raise ValueError(f"target_modules={targets} matches none of the model's modules{remedy}")
+    if config.use_dora:
+        _check_unmerged([modules[name] for name in matched])
     places = Counter(id(child) for parent in model.modules() for child in parent._modules.values())
     refused = {name: reason for name in matched if (reason := _obstacle(model, name, modules, places)) is not None}
     layers = tuple(_planned(name, modules[name], config, adapter_dtype) for name in matched if name not in refused)
     if not layers:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(refused.items())[:5])
         raise ValueError(f"target_modules={targets} matches nothing that can have one: {reasons}")
-    turned = any(isinstance(layer.module, AdaptedConv1D) or is_conv1d(layer.module) for layer in layers)
+    turned = any(is_turned(layer.module) for layer in layers)
     idle = unmatched.find(config, modules, [layer.name for layer in layers])
     return Plan(model, adapter_name, replace(config, fan_in_fan_out=turned), layers, refused, tuple(idle))
 
@@ -92,14 +95,24 @@ def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if name and not _inside_adapter(name, model)}
 
 
+def _check_unmerged(layers: list[nn.Module]) -> None:
+    """Raises RuntimeError where a base is not what DoRA's magnitudes belong to."""
+    for layer in layers:
+        if isinstance(layer, AdaptedLinear) and layer.merged:
+            raise RuntimeError(
+                f"use_dora: adapter {layer.active_adapter!r} is merged into the base, and DoRA's magnitudes are the "
+                "lengths of the base's rows: call fastlora.unmerge_adapter first"
+            )
+
+
 def _planned(name: str, module: Any, config: AdapterConfig, dtype: torch.dtype | None) -> PlannedLayer:
-    base = module.weight.dtype
-    wide = torch.promote_types(base, torch.float32)
-    if dtype not in (None, base, wide):
-        raise ValueError(
-            f"adapter_dtype must be {base}{f' or {wide}' if wide != base else ''}, {name} being {base}; got {dtype}"
-        )
-    return PlannedLayer(name, module, config.rank(name), config.scale(name), wide if dtype is None else dtype)
+    base = base_dtypes(module)
+    wide = torch.promote_types(base[0], torch.float32)
+    if dtype not in (None, *base, wide):
+        allowed = " or ".join(map(str, dict.fromkeys((*base, wide))))
+        raise ValueError(f"adapter_dtype must be {allowed}, {name} being {' or '.join(map(str, base))}; got {dtype}")
+    rank, scale = config.rank(name), config.scale(name)
+    return PlannedLayer(name, module, rank, scale, wide if dtype is None else dtype, config.parts)
 
 
 def _obstacle(model: nn.Module, name: str, modules: dict[str, nn.Module], places: Counter[int]) -> str | None:
@@ -113,7 +126,7 @@ def _obstacle(model: nn.Module, name: str, modules: dict[str, nn.Module], places
 
 def _inside_adapter(name: str, model: nn.Module) -> bool:
     parent, _, last = name.rpartition(".")
-    return last in ("lora_A", "lora_B") and isinstance(model.get_submodule(parent), AdaptedLinear)
+    return last in PARTS and isinstance(model.get_submodule(parent), AdaptedLinear)
 
 
 def _state_to_write(model: nn.Module) -> State:

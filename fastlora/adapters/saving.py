@@ -5,6 +5,7 @@ Source: PEFT 0.21.2, ``save_pretrained`` and ``get_peft_model_state_dict``.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +23,7 @@ from . import sharded, unmatched
 from .config import AdapterConfig
 from .folder import WEIGHTS, Adapters, key_of, read_adapter, write_adapter
 from .inject import InjectionReport, attach, report
-from .layer import features
+from .layer import base_dtypes, parts_of, shapes_of
 from .model import adapted_layers, adapted_model, checked_name, state_of
 from .plan import Plan, PlannedLayer, modules_of, plan
 
@@ -68,7 +69,7 @@ class _Part(NamedTuple):
     key: str
     name: str
     parameter: Tensor
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
 
     def whole(self, tensor: Tensor) -> Tensor:
         """The tensor as it is written; raises ValueError where it is not whole or not finite."""
@@ -108,10 +109,9 @@ def _save_together(folder: Path, config: AdapterConfig, parts: Sequence[_Part], 
 
 def _parts(model: nn.Module, config: AdapterConfig, adapter_name: str) -> Iterator[_Part]:
     for name, layer in adapted_layers(model, adapter_name):
-        k, n = features(layer)
-        r = config.rank(name)
-        yield _Part(key_of(name, "lora_A"), f"{name}.lora_A", layer.lora_A[adapter_name], (r, k))
-        yield _Part(key_of(name, "lora_B"), f"{name}.lora_B", layer.lora_B[adapter_name], (n, r))
+        shapes = shapes_of(layer, config.rank(name), config.parts)
+        for part, parameter in parts_of(layer, adapter_name).items():
+            yield _Part(key_of(name, part), f"{name}.{part}", parameter, shapes[part])
 
 
 def load_adapter(
@@ -147,6 +147,7 @@ def load_adapter(
         ValueError: a file is damaged or no adapter's; an option is not supported; the adapter belongs to another model;
             it is not finite; the model is sharded; or ``groups`` is refused.
         TypeError: ``groups`` is neither "auto", None, nor tuples of names.
+        RuntimeError: the adapter is a DoRA, and another is merged into the base.
     """
     config, adapters = read_adapter(folder)
     source = str(Path(folder) / WEIGHTS)
@@ -173,9 +174,8 @@ def load_adapter(
 
 def _in_dtype_of_file(planned: Plan, adapters: Adapters) -> Plan:
     def kept(layer: PlannedLayer) -> PlannedLayer:
-        a, b = adapters[layer.name].values()
-        dtype = torch.promote_types(a.dtype, b.dtype)
-        return layer._replace(dtype=dtype) if dtype == layer.module.weight.dtype else layer
+        dtype = functools.reduce(torch.promote_types, (part.dtype for part in adapters[layer.name].values()))
+        return layer._replace(dtype=dtype) if dtype in base_dtypes(layer.module) else layer
 
     return replace(planned, layers=tuple(map(kept, planned.layers)))
 
@@ -189,10 +189,17 @@ def _replace_values(
     if any(layer.merged and layer.active_adapter == name for layer in layers.values()):
         raise ValueError(f"adapter {name!r} is merged into the base: call fastlora.unmerge_adapter first")
     for key, layer in layers.items():
-        if (owner := owner_of(layer, layer.lora_A[name]) or owner_of(layer, layer.lora_B[name])) is not None:
+        owners = (owner_of(layer, parameter) for parameter in parts_of(layer, name).values())
+        if (owner := next(filter(None, owners), None)) is not None:
             raise ValueError(f"adapter {name!r} in {key} belongs to {owner}: load it before the model is sharded")
+    known = next(iter(layers.values()), None)
+    if known is not None and tuple(parts_of(known, name)) != config.parts:
+        raise ValueError(
+            f"{source} has {', '.join(config.parts)}, and the model's adapter {name!r} "
+            f"{', '.join(parts_of(known, name))}: load it under another adapter_name"
+        )
     shapes = {
-        key: {"lora_A": tuple(layer.lora_A[name].shape), "lora_B": tuple(layer.lora_B[name].shape)}
+        key: {part: tuple(values.shape) for part, values in parts_of(layer, name).items()}
         for key, layer in layers.items()
     }
     _check_fit(model, adapters, shapes, {}, source)
@@ -204,8 +211,8 @@ def _replace_values(
             )
     with torch.no_grad():
         for key, layer in layers.items():
-            layer.lora_A[name].copy_(adapters[key]["lora_A"])
-            layer.lora_B[name].copy_(adapters[key]["lora_B"])
+            for part, values in parts_of(layer, name).items():
+                values.copy_(adapters[key][part])
 
 
 def _check_fit(

@@ -14,19 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.config import AdapterConfig
-from ..adapters.layer import AdaptedLinear, features
+from ..adapters.layer import AdaptedLinear, features, parts_of
 from ..adapters.matching import ALL_LINEAR
 from ..adapters.plan import plan
 from ..loralib import Linear, MergedLinear
 from ..mergeable import Mergeable
 from ..module import LoRALinear
-from ..quantised import EightBit, is_quantised, stored_weight
+from ..quantised import dense_dtype, is_quantised, quantised_as
 from ..text import dtype_name, listed, shown
 
 _HALF = (torch.bfloat16, torch.float16)
 _BASES = (*_HALF, torch.float32, torch.float64)
 
 _SHAPE = "the layers themselves, with --layer K N"
+_DORA = "it has use_dora"
 _MERGED = "the adapter is merged into the base weight: unmerge it, in fastlora.loralib with train()"
 
 
@@ -106,14 +107,14 @@ def _layers(module: nn.Module) -> Iterator[Layer | str]:
         yield _of_peft(module)
     elif isinstance(module, LoRALinear):
         yield (
-            "it has use_dora"
-            if module.use_dora
-            else _layer(module, module.out_features, [module.lora_A], module.lora_dropout > 0)
+            _DORA if module.use_dora else _layer(module, module.out_features, [module.lora_A], module.lora_dropout > 0)
         )
     elif isinstance(module, AdaptedLinear):
         active = module.active_adapter
         for name, a in module.lora_A.items():
-            if active is None or name == active:
+            if "lora_magnitude" in parts_of(module, name):
+                yield _DORA
+            elif active is None or name == active:
                 yield _layer(module, module.lora_B[name].shape[0], [a], module.lora_dropout[name] > 0)
     elif isinstance(module, (Linear, MergedLinear)) and "lora_A" in module._parameters:
         yield _layer(module, module.out_features, [module.lora_A], _drops(module.lora_dropout))
@@ -137,8 +138,6 @@ def _of_peft(layer: Any) -> Layer | str:
     # Active ones that drop have a mask each, and PEFT runs those itself: what is ours is one product without dropout.
     drops = len(names) == 1 and _drops(layer.lora_dropout[names[0]])
     base = layer.base_layer
-    if is_quantised(base) and isinstance(stored_weight(base), EightBit):
-        return "the product with an 8-bit base is bitsandbytes' own"
     found = _layer(base, layer.out_features, [layer.lora_A[name].weight for name in names], drops)
     if isinstance(found, str):
         return found
@@ -155,13 +154,17 @@ def _layer(base: Any, n: int, downs: list[Tensor], dropout: bool) -> Layer | str
     """Makes the layer of a base [N, K] and the A [R, K] of the adapters that run as one."""
     if isinstance(base, Mergeable) and base.merged:
         return _MERGED
+    holder = base._holder if isinstance(base, Mergeable) else base
+    if is_quantised(holder) and quantised_as(holder) == "int8":
+        return "the product with an 8-bit base is bitsandbytes' own"
     first = downs[0]
     if any(a.dim() != 2 or 0 in a.shape for a in downs):
         return "the adapter is one rank's share: pass the model before FSDP1 or DeepSpeed ZeRO-3 wraps it"
     if any(a.dtype is not first.dtype for a in downs):
         return "the active adapters differ in dtype"
     r = sum(a.shape[0] for a in downs)
-    return Layer(first.shape[1], n, r, base.weight.dtype, first.dtype, dropout, base.bias is not None)
+    dtype = dense_dtype(holder) if is_quantised(holder) else base.weight.dtype
+    return Layer(first.shape[1], n, r, dtype, first.dtype, dropout, holder.bias is not None)
 
 
 def _cast(layer: Layer, dtype: torch.dtype | None) -> Layer | str:

@@ -381,9 +381,15 @@ def broken_index(folders: Folders) -> None:
     write_index(folders, "{}")
 
 
+def quantised(folders: Folders) -> None:
+    file = folders.base / "config.json"
+    config = json.loads(file.read_text()) | {"quantization_config": {"quant_method": "bitsandbytes"}}
+    file.write_text(json.dumps(config))
+
+
 KEY = "model.layers.0.self_attn.q_proj.weight"
 SPOILT: dict[str, tuple[Callable[[Folders], Any], type[Exception], str]] = {
-    "option": (spoil_config(use_dora=True), ValueError, "asks for use_dora=True, which fastlora does not support"),
+    "option": (spoil_config(use_qalora=True), ValueError, "asks for use_qalora=True, which fastlora does not support"),
     "modules_to_save": (spoil_config(modules_to_save=["lm_head"]), ValueError, "asks for modules_to_save="),
     "unknown": (spoil_config(use_news=1), ValueError, "has use_news=1, which fastlora does not know"),
     "rank": (spoil_config(r=4), ValueError, "so rank 3: expected rank 4"),
@@ -399,6 +405,9 @@ SPOILT: dict[str, tuple[Callable[[Folders], Any], type[Exception], str]] = {
               r"lora_A\.weight has shape \[3, 48\], made for a weight \[48, 48\]; .*q_proj\.weight is \[48, 47\]"),
     "dtype": (spoil_base(lambda t: t.update({KEY: t[KEY].to(torch.float8_e4m3fn)})), ValueError,
               "q_proj.weight is F8_E4M3 .*: dequantise the base first"),
+    "packed": (spoil_base(lambda t: t.update({KEY: torch.zeros(48 * 24, 1, dtype=torch.uint8)})), ValueError,
+               r"q_proj.weight is U8 \[1152, 1\] .*: the base is quantised, .*call fastlora.merge_and_unload"),
+    "quantised": (quantised, ValueError, r"has a quantization_config \(bitsandbytes\): the base is quantised"),
     "nan": (spoil_base(lambda t: t[KEY].fill_(math.nan)), ValueError, "q_proj.weight merged is not finite"),
 }  # fmt: skip
 

@@ -58,6 +58,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "gaussian": {"init_lora_weights": "gaussian"},
     "task": {"task_type": "CAUSAL_LM"},
+    "lora_bias": {"lora_bias": True},
+    "dora": {"use_dora": True},
 }  # fmt: skip
 MODELS = {"llama": llama, "gpt2": gpt2}
 
@@ -229,10 +231,10 @@ def refused(
 
 REFUSED: dict[str, Any] = {
     "alora_invocation_tokens": [1, 2], "arrow_config": {"top_k": 2}, "bias": "lora_only", "corda_config": {"x": 1},
-    "ensure_weight_tying": True, "kasa_config": {"beta": 1.0}, "layer_replication": [[0, 2]], "lora_bias": True,
+    "ensure_weight_tying": True, "kasa_config": {"beta": 1.0}, "layer_replication": [[0, 2]],
     "lora_ga_config": {"scale": "stable"}, "megatron_config": {"x": 1}, "modules_to_save": ["lm_head"],
     "monteclora_config": {"x": 1}, "target_parameters": ["weight"], "trainable_token_indices": [3],
-    "use_bdlora": {"nblocks": 2}, "use_dora": True, "use_qalora": True, "velora_config": {"x": 1},
+    "use_bdlora": {"nblocks": 2}, "use_qalora": True, "velora_config": {"x": 1},
     "loftq_config": {"loftq_bits": 4},
 }  # fmt: skip
 
