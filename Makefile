@@ -50,7 +50,7 @@ bench: $(READY)
 	$(PY) examples/finetune.py
 
 publish: $(READY)
-	status=0; for command in layers "layers --profile small" model paper; do \
+	status=0; for command in layers "layers --profile small" "layers --profile variants" model paper; do \
 	  $(PY) -m benchmarks $$command --publish || status=$$?; [ $$status -lt 2 ] || exit $$status; \
 	done; $(PY) -m benchmarks report && exit $$status
 

@@ -76,12 +76,25 @@ MLPS = {
 }
 
 
+# What a layer's name may end in, after a colon: a base that is stored otherwise, or another kind of update.
+QUANTISED = ("nf4", "int8")
+DORA = "dora"
+VARIANTS = (*QUANTISED, DORA)
+
+
+def parted(name: str) -> tuple[str, str | None]:
+    """A layer's name without its variant, and the variant: ``llama3-8b.q:nf4`` -> ``llama3-8b.q``, ``nf4``."""
+    bare, _, variant = name.rpartition(":")
+    return (bare, variant) if variant in VARIANTS and bare else (name, None)
+
+
 def layer_named(name: str) -> Layer:
     """A layer of LAYERS, or ``KxN`` such as ``4096x14336``: in_features and out_features, no bias.
 
     Raises:
         ValueError: neither.
     """
+    name, _ = parted(name)
     if name in LAYERS:
         return LAYERS[name]
     if sizes := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", name):
@@ -95,11 +108,13 @@ def branches_of(name: str) -> tuple[str, ...]:
     Raises:
         ValueError: there is no such layer.
     """
-    if several := GROUPS.get(name) or MLPS.get(name):
-        return several
-    if name not in LAYERS and re.fullmatch(r"[1-9]\d*x[1-9]\d*(\+[1-9]\d*)+", name):
-        k, _, ns = name.partition("x")
-        return tuple(f"{k}x{n}" for n in ns.split("+"))
+    bare, variant = parted(name)
+    ending = f":{variant}" if variant else ""
+    if several := GROUPS.get(bare) or MLPS.get(bare):
+        return tuple(f"{each}{ending}" for each in several)
+    if bare not in LAYERS and re.fullmatch(r"[1-9]\d*x[1-9]\d*(\+[1-9]\d*)+", bare):
+        k, _, ns = bare.partition("x")
+        return tuple(f"{k}x{n}{ending}" for n in ns.split("+"))
     layer_named(name)
     return (name,)
 
@@ -107,7 +122,8 @@ def branches_of(name: str) -> tuple[str, ...]:
 def _unknown(name: str) -> str:
     return (
         f"unknown layer {name!r}: expected KxN, such as 4096x14336, or one of {', '.join(LAYERS)}; of layers of one "
-        f"input KxN+N, or one of {', '.join(GROUPS)}; of MLPs one of {', '.join(MLPS)}"
+        f"input KxN+N, or one of {', '.join(GROUPS)}; of MLPs one of {', '.join(MLPS)}; behind each, if wanted, "
+        f"{' or '.join(f':{variant}' for variant in VARIANTS)}"
     )
 
 
@@ -128,7 +144,23 @@ class Case(NamedTuple):
     @property
     def is_mlp(self) -> bool:
         """True where its layers are gate, up and down: ``down(silu(gate(x)) * up(x))``."""
-        return self.layer in MLPS
+        return parted(self.layer)[0] in MLPS
+
+    @property
+    def quantised(self) -> str | None:
+        """How the base is stored: one of QUANTISED, or None for a matrix."""
+        variant = parted(self.layer)[1]
+        return variant if variant in QUANTISED else None
+
+    @property
+    def is_dora(self) -> bool:
+        """True where the update is DoRA's."""
+        return parted(self.layer)[1] == DORA
+
+    @property
+    def is_plain(self) -> bool:
+        """True where the base is a matrix and the update LoRA's."""
+        return parted(self.layer)[1] is None
 
     @property
     def k(self) -> int:
@@ -275,6 +307,18 @@ PROFILES = {
                 _sweep(["llama3.2-1b.kv"], [1, 16, 64], [16], ["bf16"], [0.0, 0.1]),
             ),
         ),
+        "variants": Profile(
+            "4-bit and 8-bit bases, and DoRA; two minutes",
+            rounds=25,
+            seconds=2.5,
+            kind=Case,
+            sweeps=(
+                _sweep(["llama3.2-1b.kv:nf4"], [256, 1024], [16], ["bf16"]),
+                _sweep(["llama3.2-1b.kv:int8", "llama3.2-1b.qkv:nf4"], [256], [16], ["bf16"]),
+                _sweep(["roberta-base.query:nf4", "roberta-base.query:dora"], [512], [8], ["fp32"], [0.0, 0.1]),
+                _sweep(["llama3.2-1b.kv:dora"], [256, 1024], [16], ["bf16"]),
+            ),
+        ),
         "full": Profile(
             "half an hour",
             rounds=21,
@@ -311,6 +355,16 @@ PROFILES = {
                 _sweep(["llama3-8b.kv", "llama3-8b.gate", "llama3-8b.down"], [8192], [16], ["bf16"]),
                 _sweep(["llama3-8b.qkv", "llama3-8b.gate_up", "llama3-8b.mlp"], [8192], [16], ["bf16"]),
                 _sweep([HOST_LAYER], [1], [8], ["bf16"], [0.0, 0.1]),
+            ),
+        ),
+        "variants": Profile(
+            "4-bit bases, and DoRA, of Llama-3 8B",
+            rounds=21,
+            seconds=15.0,
+            kind=Case,
+            sweeps=(
+                _sweep(["llama3-8b.q:nf4", "llama3-8b.qkv:nf4", "llama3-8b.gate:nf4"], [1, 512, 8192], [16], ["bf16"]),
+                _sweep(["llama3-8b.q:dora", "llama3-8b.gate:dora"], [8192], [16], ["bf16"], [0.0, 0.1]),
             ),
         ),
         "full": Profile(

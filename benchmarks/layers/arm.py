@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +17,7 @@ import fastlora
 from fastlora.backends import dispatch
 
 from ..cases import Case
-from ..measure.failures import AbsentError
+from ..measure.failures import AbsentError, imported
 from ..records.environment import variables_set
 from .operands import Operands, Together
 
@@ -68,18 +65,22 @@ def absent(arms: Iterable[Arm], device: torch.device) -> dict[str, str]:
     return {arm.name: reason for arm in arms if (reason := arm.absence(device)) is not None}
 
 
+# What a layer computes: the base alone, or with an update.
+Formula = Literal["base", "lora", "dora"]
+
+
 @dataclass(frozen=True)
 class Built:
     """A layer ready to call, an MLP, or several of one input, which give a tuple.
 
     ``trained`` maps the name of each gradient (``da``, ``db``; ``dw``, ``dbias``; of several layers with the number
-    behind it) to the tensor it belongs to, ``base`` is whether the layer has no adapter, and ``kernel`` the one that
-    fastlora runs, with its ``tile``.
+    behind it) to the tensor it belongs to, ``formula`` is what the layer computes, and ``kernel`` the one that fastlora
+    runs, with its ``tile``.
     """
 
     layer: Callable[[Tensor], Any]
     trained: dict[str, Tensor]
-    base: bool = False
+    formula: Formula = "lora"
     kernel: str | None = None
     tile: str | None = None
 
@@ -112,7 +113,9 @@ def each_layer(build: Callable[[Case, Operands, float], Built]) -> Build:
 def combined(parts: Sequence[Built], layer: Callable[[Tensor], Any]) -> Built:
     """Several layers as one, which ``layer`` calls."""
     trained = {f"{name}{i}": tensor for i, part in enumerate(parts) for name, tensor in part.trained.items()}
-    return Built(layer, trained, parts[0].base, _all_of(part.kernel for part in parts), _all_of(p.tile for p in parts))
+    return Built(
+        layer, trained, parts[0].formula, _all_of(part.kernel for part in parts), _all_of(p.tile for p in parts)
+    )
 
 
 def _all_of(names: Iterable[str | None]) -> str | None:
@@ -127,11 +130,18 @@ class LayerArm(Arm):
     ``build`` raises :class:`AbsentError` where it declines the case. ``own_mask`` says that its dropout mask is
     fastlora's, so that it can be checked with dropout on. ``by_name_only`` keeps it out of runs that do not name it:
     its import changes other libraries in the whole process, and the arms beside it would no longer be themselves.
+    ``variants`` says that it takes quantised bases and DoRA too.
     """
 
     build: Build
     own_mask: bool = False
     by_name_only: bool = False
+    variants: bool = False
+
+    def require_case(self, case: Case) -> None:
+        """Raises :class:`AbsentError` for a quantised base, or DoRA, where it is not built for them."""
+        if not self.variants and not case.is_plain:
+            raise AbsentError(f"not built for {'DoRA' if case.is_dora else f'a base in {case.quantised}'}")
 
 
 def forcing(kernel: str | None) -> dict[str, str | None]:
@@ -188,19 +198,3 @@ def require_gpu(device: torch.device) -> None:
     """Raises :class:`AbsentError` on anything but CUDA: an interpreter's time, or a host model's, means nothing."""
     if device.type != "cuda":
         raise AbsentError("needs a CUDA GPU")
-
-
-def imported(module: str, distribution: str | None = None) -> ModuleType:
-    """A module of a package that may be missing; ``distribution`` is its name for pip where that is another one.
-
-    Raises:
-        AbsentError: it is not installed, or its import raises; the message is the exception's.
-    """
-    package = module.partition(".")[0]
-    if importlib.util.find_spec(package) is None:
-        raise AbsentError(f"{distribution or package} is not installed")
-    try:
-        return importlib.import_module(module)
-    except Exception as error:
-        words = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
-        raise AbsentError(f"import {module} raises {words}") from error

@@ -16,24 +16,25 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 import fastlora
+from fastlora.quantised import stored_weight
 
 from ..cases import FLOOR, Case
-from ..measure.failures import AbsentError
-from .arm import KERNELS, Build, Built, LayerArm, choice, each_layer, imported, needs_kernel, needs_module
+from ..measure.failures import AbsentError, imported
+from .arm import KERNELS, Build, Built, Formula, LayerArm, choice, each_layer, needs_kernel, needs_module
 from .operands import Operands, Together
 from .peers import PEERS
 
 
 @each_layer
 def _frozen(case: Case, o: Operands, p: float) -> Built:
-    return Built(o.linear(), {}, base=True)
+    return Built(o.base(), {}, formula="base")
 
 
 @each_layer
 def _full(case: Case, o: Operands, p: float) -> Built:
     linear = o.linear(trained=True)
     return Built(
-        linear, {f"d{'w' if name == 'weight' else name}": q for name, q in linear.named_parameters()}, base=True
+        linear, {f"d{'w' if name == 'weight' else name}": q for name, q in linear.named_parameters()}, formula="base"
     )
 
 
@@ -55,9 +56,44 @@ class _Plain(nn.Module):
         return Built(self, {"da": self.a, "db": self.b})
 
 
+class _PlainOnAny(_Plain):
+    """The same over a base layer that is called, such as a quantised one."""
+
+    def __init__(self, o: Operands, p: float) -> None:
+        super().__init__(o, p)
+        self.base = o.base()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        return y + self.scale * ((F.dropout(x, self.p) @ self.a.T) @ self.b.T)
+
+
+class _PlainDora(_Plain):
+    """DoRA as its paper writes it: the whole product b a in each call, its norm a constant."""
+
+    def __init__(self, o: Operands, p: float) -> None:
+        super().__init__(o, p)
+        assert o.magnitude is not None
+        self.magnitude = nn.Parameter(o.magnitude.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            norm = torch.linalg.vector_norm(self.weight + self.scale * (self.b @ self.a), dim=1)
+        y: Tensor = F.linear(x, self.weight) + self.scale * ((x @ self.a.T) @ self.b.T)
+        y = self.magnitude / norm * y
+        return y if self.bias is None else y + self.bias
+
+    def built(self) -> Built:
+        return Built(self, {"da": self.a, "db": self.b, "dm": self.magnitude}, formula="dora")
+
+
 @each_layer
 def _plain(case: Case, o: Operands, p: float) -> Built:
-    return _Plain(o, p).built()
+    if case.is_dora:
+        if p:
+            raise AbsentError("takes no dropout with DoRA")
+        return _PlainDora(o, p).built()
+    return (_Plain if o.stored is None else _PlainOnAny)(o, p).built()
 
 
 def _compiled(case: Case, o: Operands | Together, p: float) -> Built:
@@ -126,14 +162,25 @@ def _peft(wide: bool) -> Build:
     def build(case: Case, o: Operands, p: float) -> Built:
         dtype = _adapter_dtype(case, wide)
         peft = imported("peft")
-        config = peft.LoraConfig(r=case.r, lora_dropout=p)
-        layer = peft.tuners.lora.Linear(o.linear(), "default", config=config, r=case.r)
+        config = peft.LoraConfig(r=case.r, lora_dropout=p, use_dora=case.is_dora)
+        layer = _peft_kind(peft.tuners.lora, case)(o.base(), "default", config=config, r=case.r)
         layer.scaling["default"] = o.scale
         a, b = o.adapters(dtype)
         layer.lora_A["default"].weight, layer.lora_B["default"].weight = a, b
-        return Built(layer, {"da": a, "db": b})
+        if o.magnitude is None:
+            return Built(layer, {"da": a, "db": b})
+        magnitude = layer.lora_magnitude_vector["default"].weight = nn.Parameter(o.magnitude.to(dtype, copy=True))
+        return Built(layer, {"da": a, "db": b, "dm": magnitude}, formula="dora")
 
     return build
+
+
+def _peft_kind(lora: Any, case: Case) -> Any:
+    """PEFT's layer over a base that is stored so."""
+    if case.quantised is None:
+        return lora.Linear
+    bnb = imported("peft.tuners.lora.bnb")
+    return bnb.Linear4bit if case.quantised == "nf4" else bnb.Linear8bitLt
 
 
 @each_layer
@@ -148,23 +195,29 @@ def _loralib(case: Case, o: Operands, p: float) -> Built:
     return Built(layer, {"da": layer.lora_A, "db": layer.lora_B})
 
 
-def _alone(wide: bool = False) -> Build:
-    """One LoRALinear for each layer."""
+def _alone(wide: bool = False, *, without_magnitude: bool = False) -> Build:
+    """One LoRALinear for each layer; of DoRA's cases with its magnitude, or as LoRA."""
 
     @each_layer
     def build(case: Case, o: Operands, p: float) -> Built:
         dtype = _adapter_dtype(case, wide)
+        dora = case.is_dora and not without_magnitude
         layer = fastlora.LoRALinear.from_linear(
-            o.linear(), r=case.r, lora_alpha=o.scale * case.r, lora_dropout=p, adapter_dtype=dtype
+            o.base(), r=case.r, lora_alpha=o.scale * case.r, lora_dropout=p, use_dora=dora, adapter_dtype=dtype
         )
         a, b = layer.lora_A, layer.lora_B = o.adapters(dtype)
+        trained: dict[str, Tensor] = {"da": a, "db": b}
+        if dora:
+            assert o.magnitude is not None
+            trained["dm"] = layer.lora_magnitude = nn.Parameter(o.magnitude.to(dtype, copy=True))
         x, dy = o.w.new_empty(case.m, case.k), o.w.new_empty(case.m, case.n)
-        forward = choice(x, layer.weight, a, b, bias=layer.bias, dropout_p=p)
+        forward = choice(x, o.w, a, b, bias=o.bias, dropout_p=p)
         backward = choice(dy, o.w.T, b.T, a.T)
         if refusal := forward.refusal or backward.refusal:
             raise AbsentError(refusal)
         kernels = dict.fromkeys(each.kernel or "" for each in (forward, backward))
-        return Built(layer, {"da": a, "db": b}, kernel="+".join(kernels), tile=forward.tile)
+        formula: Formula = "dora" if dora else "lora"
+        return Built(layer, trained, formula, kernel="+".join(kernels), tile=forward.tile)
 
     return build
 
@@ -179,7 +232,7 @@ def _fastlora(wide: bool = False) -> Build:
         a_s, bs = ([alone.trained[f"{name}{i}"] for i in range(len(o.branches))] for name in ("da", "db"))
         if case.is_mlp:
             return replace(alone, layer=_mlp(o, a_s, bs, p))
-        weights, biases = [each.w for each in o.branches], [each.bias for each in o.branches]
+        weights, biases = [_weight(each) for each in o.branches], [each.bias for each in o.branches]
         scales = [each.scale for each in o.branches]
 
         def layer(x: Tensor) -> tuple[Tensor, ...]:
@@ -192,9 +245,25 @@ def _fastlora(wide: bool = False) -> Build:
 
 def _mlp(o: Together, a_s: Sequence[Tensor], bs: Sequence[Tensor], p: float) -> Callable[[Tensor], Tensor]:
     gate, up, down = (
-        fastlora.Branch(each.w, a, b, each.scale, each.bias, p) for each, a, b in zip(o.branches, a_s, bs, strict=True)
+        fastlora.Branch(_weight(each), a, b, each.scale, each.bias, p)
+        for each, a, b in zip(o.branches, a_s, bs, strict=True)
     )
     return lambda x: fastlora.lora_swiglu_mlp(x, gate, up, down)
+
+
+def _weight(o: Operands) -> Tensor | fastlora.StoredWeight:
+    """What fastlora's functions take as the base weight."""
+    if o.stored is None:
+        return o.w
+    stored = stored_weight(o.stored)
+    assert not isinstance(stored, str), stored
+    return stored
+
+
+def _as_lora(case: Case, o: Operands | Together, p: float) -> Built:
+    if not case.is_dora:
+        raise AbsentError("the same as fastlora's, but in the cases of DoRA")
+    return _alone(without_magnitude=True)(case, o, p)
 
 
 def _one_by_one(case: Case, o: Operands | Together, p: float) -> Built:
@@ -208,7 +277,7 @@ HOST_ARMS = ("injected", "patched", "drop-in")
 
 
 def _host_only(case: Case) -> None:
-    if not case.is_host:
+    if case.is_plain and not case.is_host:
         raise AbsentError("the same product as fastlora's: timed where the host's time alone is looked at")
 
 
@@ -253,18 +322,29 @@ def arms() -> dict[str, LayerArm]:
     """Every arm by name, the floor first; fastlora's kernels are forced one by one."""
     peft = needs_module("peft")
     known = [
-        LayerArm(FLOOR, "the frozen base layer alone: the floor", _frozen),
-        LayerArm("plain", "F.linear(x, w, bias) + scale * ((dropout(x) @ a.T) @ b.T)", _plain),
+        LayerArm(FLOOR, "the frozen base layer alone: the floor", _frozen, variants=True),
+        LayerArm("plain", "F.linear(x, w, bias) + scale * ((dropout(x) @ a.T) @ b.T)", _plain, variants=True),
         LayerArm("addmm", "hand-written autograd Function over addmm_", _addmm),
         LayerArm("compiled", "plain under torch.compile, static shapes", _compiled, require=_needs_inductor),
-        LayerArm("peft-fp32", "PEFT as shipped: float32 adapters on a half-precision base", _peft(True), require=peft),
-        LayerArm("peft-same", "PEFT, adapters in the base's dtype", _peft(False), require=peft),
+        LayerArm(
+            "peft-fp32",
+            "PEFT as shipped: float32 adapters on a half-precision base",
+            _peft(True),
+            variants=True,
+            require=peft,
+        ),
+        LayerArm("peft-same", "PEFT, adapters in the base's dtype", _peft(False), variants=True, require=peft),
         LayerArm("loralib", "loralib.Linear, adapters in the base's dtype", _loralib, require=needs_module("loralib")),
         LayerArm("full", "full fine-tuning: nn.Linear with its weight trained", _full),
         *PEERS,
         LayerArm("injected", "fastlora.inject, in the host's cases", _injected, own_mask=True),
         LayerArm(
-            "patched", "PEFT under fastlora.patch_peft, in the host's cases", _patched, own_mask=True, require=peft
+            "patched",
+            "PEFT under fastlora.patch_peft, in the host's cases, of quantised bases and of DoRA",
+            _patched,
+            own_mask=True,
+            variants=True,
+            require=peft,
         ),
         LayerArm("drop-in", "fastlora.loralib.Linear, in the host's cases", _drop_in, own_mask=True),
         LayerArm(
@@ -278,9 +358,11 @@ def arms() -> dict[str, LayerArm]:
             "fastlora, kernel chosen by itself; layers of one input, or of an MLP, together",
             _fastlora(),
             own_mask=True,
+            variants=True,
         ),
-        LayerArm("fastlora-alone", "such layers one after the other", _one_by_one, own_mask=True),
-        LayerArm("fastlora-fp32", "the same with float32 adapters", _fastlora(wide=True), own_mask=True),
+        LayerArm("fastlora-alone", "such layers one after the other", _one_by_one, own_mask=True, variants=True),
+        LayerArm("fastlora-fp32", "the same with float32 adapters", _fastlora(wide=True), own_mask=True, variants=True),
+        LayerArm("fastlora-lora", "LoRA in the cases of DoRA", _as_lora, own_mask=True, variants=True),
         *map(_forced, KERNELS),
     ]
     return {arm.name: arm for arm in known}

@@ -68,6 +68,7 @@ def _checked(arm: LayerArm, group: Sequence[LayerRow], gate: Gate, operands: Ope
     """The arm's layer, held to the oracle; None where its rows say why it may not be timed."""
     built = None
     with arm.turn(), failures_into(group):
+        arm.require_case(gate.case)
         arm.require(operands.xs[0].device)
         errors = gate.check(arm)
         for row in group:

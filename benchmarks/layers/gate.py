@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlora.accuracy import Errors, compare, reference_step
+from fastlora.accuracy import Errors, compare, reference_dora_step, reference_step
 from fastlora.backends import reference
 from fastlora.backends.dropout import draw_seed
 from fastlora.backends.request import Product
 
 from ..cases import Case
-from .arm import Built, LayerArm, outputs
+from .arm import Built, Formula, LayerArm, outputs
 from .operands import Operands, Together, make_operands
 
 _SEED = 20
@@ -36,7 +36,7 @@ class Gate:
         # At a few tokens the baseline is no yardstick: it may be exact by chance (fastlora/accuracy.py).
         enough = case.m >= _LEAST_TOKENS
         self._operands = operands if enough else make_operands(case._replace(m=_LEAST_TOKENS), operands.xs[0].device)
-        self._expected: dict[tuple[bool, float], tuple[Products, Products]] = {}
+        self._expected: dict[tuple[Formula, float], tuple[Products, Products]] = {}
 
     def dropout_of(self, arm: LayerArm) -> float:
         """The probability the arm is checked at: the case's own, or 0."""
@@ -68,13 +68,13 @@ class Gate:
         return errors
 
     def _products(self, built: Built, p: float) -> tuple[Products, Products]:
-        key = (built.base, p)
+        key = (built.formula, p)
         if key not in self._expected:
-            self._expected[key] = self._make(built.base, p)
+            self._expected[key] = self._make(built.formula, p)
         return self._expected[key]
 
     @torch.no_grad()
-    def _make(self, base: bool, p: float) -> tuple[Products, Products]:
+    def _make(self, formula: Formula, p: float) -> tuple[Products, Products]:
         o = self._operands
         torch.manual_seed(_SEED)
         # Each layer draws its own, in order.
@@ -84,7 +84,14 @@ class Gate:
             for each, seed in zip(o.branches, seeds, strict=True)
         ]
         dys = [each.dys[0] for each in o.branches if each.dys]
-        step = _base_step if base else _lora_step
+        if formula == "dora":
+            (product,), (dy,), magnitude = products, dys, o.branches[0].magnitude
+            assert magnitude is not None
+            return (
+                _dora_step(product.map(Tensor.double), magnitude.double(), dy.double()),
+                _dora_step(product, magnitude, dy),
+            )
+        step = _base_step if formula == "base" else _lora_step
         exact, exact_dys = [product.map(Tensor.double) for product in products], [dy.double() for dy in dys]
         if self.case.is_mlp:
             return _mlp(step, exact, *exact_dys), _mlp(step, products, *dys)
@@ -120,6 +127,12 @@ def _lora_step(product: Product, dy: Tensor | None) -> Products:
     y = reference.lora_matmul(product)[0]
     assert y is not None
     return {"y": y}
+
+
+def _dora_step(product: Product, magnitude: Tensor, dy: Tensor) -> Products:
+    """y, dx, da, db and dm of a DoRA layer, in the dtype of x."""
+    step = reference_dora_step(product, magnitude, dy)
+    return {"y": step.y, "dx": step.dx, "da": step.da, "db": step.db, "dm": step.dmagnitude}
 
 
 def _base_step(product: Product, dy: Tensor | None) -> Products:

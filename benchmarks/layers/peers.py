@@ -14,8 +14,8 @@ from types import ModuleType
 from torch import Tensor
 
 from ..cases import Case
-from ..measure.failures import AbsentError
-from .arm import Built, LayerArm, each_layer, imported, needs_module
+from ..measure.failures import AbsentError, imported
+from .arm import Built, LayerArm, each_layer, needs_module
 from .operands import Operands
 
 # Dropout that drops nothing and scales by one in float32, for a kernel that cannot go without.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 
 import torch
 
@@ -58,3 +61,19 @@ def _verdict(error: Exception) -> tuple[str, str]:
     message = f"{type(error).__name__}: {error}".splitlines()[0]
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     return ("oom" if known or _OUT_OF_MEMORY.search(str(error)) else "error"), message
+
+
+def imported(module: str, distribution: str | None = None) -> ModuleType:
+    """A module of a package that may be missing; ``distribution`` is its name for pip where that is another one.
+
+    Raises:
+        AbsentError: it is not installed, or its import raises; the message is the exception's.
+    """
+    package = module.partition(".")[0]
+    if importlib.util.find_spec(package) is None:
+        raise AbsentError(f"{distribution or package} is not installed")
+    try:
+        return importlib.import_module(module)
+    except Exception as error:
+        words = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        raise AbsentError(f"import {module} raises {words}") from error

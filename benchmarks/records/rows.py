@@ -180,7 +180,8 @@ class LayerRow(Measured):
     @property
     def is_forced(self) -> bool:
         """True where the arm forces one of fastlora's kernels."""
-        return self.arm.startswith("fastlora-") and self.arm not in ("fastlora-alone", "fastlora-fp32", "fastlora-mlp")
+        others = ("fastlora-alone", "fastlora-fp32", "fastlora-lora", "fastlora-mlp")
+        return self.arm.startswith("fastlora-") and self.arm not in others
 
     @property
     def key(self) -> tuple[object, ...]:

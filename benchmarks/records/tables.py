@@ -17,17 +17,18 @@ WIDTH = 120
 TIME, BYTES = 13, 11
 
 # Adapters in the base's dtype; each as it comes (ours in the base's dtype, theirs in float32); float32 on both sides;
-# layers together and one after the other.
+# layers together and one after the other; DoRA beside LoRA.
 PAIRS = (
     ("fastlora", "peft-same"),
     ("fastlora", "peft-fp32"),
     ("fastlora-fp32", "peft-fp32"),
     ("fastlora", "fastlora-alone"),
+    ("fastlora-lora", "fastlora"),
 )
 
 
 # Arms that leave the choice of the kernel to fastlora.
-_CHOOSING = ("fastlora", "fastlora-alone", "fastlora-fp32")
+_CHOOSING = ("fastlora", "fastlora-alone", "fastlora-fp32", "fastlora-lora")
 
 
 def quotients(rows: Sequence[M], over: str, under: str, value: Callable[[M], float | None]) -> list[float]:
