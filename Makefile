@@ -41,7 +41,7 @@ $(VENV)/.ready: requirements.txt pyproject.toml setup.py csrc/build.py
 	touch $@
 
 test: $(READY)
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --dist worksteal
 	$(PY) -m pytest benchmarks
 
 bench: $(READY)

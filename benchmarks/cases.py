@@ -79,13 +79,17 @@ MLPS = {
 # What a layer's name may end in, after a colon: a base that is stored otherwise, or another kind of update.
 QUANTISED = ("nf4", "int8")
 DORA = "dora"
-VARIANTS = (*QUANTISED, DORA)
+VARIANTS = {
+    ":nf4": "a base in 4 bits, of bitsandbytes",
+    ":int8": "a base in 8 bits, of bitsandbytes",
+    ":dora": "DoRA's update instead of LoRA's",
+}
 
 
 def parted(name: str) -> tuple[str, str | None]:
     """A layer's name without its variant, and the variant: ``llama3-8b.q:nf4`` -> ``llama3-8b.q``, ``nf4``."""
-    bare, _, variant = name.rpartition(":")
-    return (bare, variant) if variant in VARIANTS and bare else (name, None)
+    bare, colon, variant = name.rpartition(":")
+    return (bare, variant) if colon + variant in VARIANTS and bare else (name, None)
 
 
 def layer_named(name: str) -> Layer:
@@ -123,7 +127,7 @@ def _unknown(name: str) -> str:
     return (
         f"unknown layer {name!r}: expected KxN, such as 4096x14336, or one of {', '.join(LAYERS)}; of layers of one "
         f"input KxN+N, or one of {', '.join(GROUPS)}; of MLPs one of {', '.join(MLPS)}; behind each, if wanted, "
-        f"{' or '.join(f':{variant}' for variant in VARIANTS)}"
+        f"{' or '.join(VARIANTS)}"
     )
 
 

@@ -46,6 +46,15 @@ def same_start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(dispatch, "small_of", lambda x: None)
 
 
+# Whether this is one of several processes that run the tests: these report to the one that started them.
+_is_worker = False
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    global _is_worker
+    _is_worker = hasattr(config, "workerinput")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
@@ -78,22 +87,18 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:
-    if not _is_worker():
+    if not _is_worker:
         _note(nodeid, "started")
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if _is_worker():
+    if _is_worker:
         return
     if report.when not in ("setup", "call", "teardown"):
         # What xdist makes of a worker that is gone.
         _note(report.nodeid, "crashed", "it ended its process, or ran too long")
     elif report.when == "call" or report.outcome != "passed":
         _note(report.nodeid, report.outcome, _why(report) if report.failed else "")
-
-
-def _is_worker() -> bool:
-    return "PYTEST_XDIST_WORKER" in os.environ
 
 
 def _why(report: pytest.TestReport) -> str:

@@ -10,7 +10,7 @@ import torch
 
 from fastlora.clock import Clock
 
-from ..cases import DTYPES, FLOOR, GROUPS, LAYERS, MLPS, MODES, PROFILES, Case
+from ..cases import DTYPES, FLOOR, GROUPS, LAYERS, MLPS, MODES, PROFILES, VARIANTS, Case
 from ..measure import runner
 from ..measure.failures import AbsentError
 from ..measure.runner import Doing, layer_name, positive, probability
@@ -32,7 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The subcommand's options. An axis given on the command line replaces the profile's own."""
     runner.add_arguments(parser, list(dict.fromkeys(name for group in PROFILES.values() for name in group)))
     axes = parser.add_argument_group("axes", "each replaces the profile's own; several values make a product")
-    axes.add_argument("--layer", nargs="+", type=layer_name, metavar="NAME", help="named layers, KxN, or KxN+N")
+    axes.add_argument(
+        "--layer",
+        nargs="+",
+        type=layer_name,
+        metavar="NAME",
+        help="named layers, KxN, or KxN+N; with :nf4, :int8 or :dora behind",
+    )
     axes.add_argument("--tokens", dest="m", nargs="+", type=positive, metavar="M", help="tokens")
     axes.add_argument("--rank", dest="r", nargs="+", type=positive, metavar="R", help="ranks")
     axes.add_argument("--dtype", nargs="+", choices=DTYPES, help="dtypes of the base")
@@ -54,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
                     "layers (or KxN)": _layers(),
                     "of one input (or KxN+N)": _several(GROUPS),
                     "MLPs": _several(MLPS),
+                    "behind a layer's name": VARIANTS,
                     "arms": about,
                 },
             )

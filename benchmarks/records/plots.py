@@ -30,6 +30,7 @@ _STYLES = {
     "fastlora-mlp": _Style("#d62728", "*", 9),
     "fastlora-alone": _Style("#d62728", "x", 7),
     "fastlora-fp32": _Style("#ff9896", "o", 7),
+    "fastlora-lora": _Style("#ff9896", "x", 7),
     "plain": _Style("#7f7f7f", "s"),
     "addmm": _Style("#1f77b4", "^"),
     "compiled": _Style("#17becf", "P"),

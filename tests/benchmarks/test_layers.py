@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main
-from benchmarks.cases import FLOOR, GROUPS, LAYERS, MLPS, MODES, PROFILES, Case, Layer, branches_of
-from benchmarks.layers import arm as layers_arm
+from benchmarks.cases import FLOOR, GROUPS, LAYERS, MLPS, MODES, PROFILES, VARIANTS, Case, Layer, branches_of
 from benchmarks.layers import arms as layers_arms
 from benchmarks.layers import case as layers_case
 from benchmarks.layers import command as layers
@@ -22,7 +21,7 @@ from benchmarks.layers.gate import Gate
 from benchmarks.layers.operands import make_operands
 from benchmarks.layers.table import render_case
 from benchmarks.layers.work import kept_bytes, peak_bytes, prepare
-from benchmarks.measure import contest, runner
+from benchmarks.measure import contest, failures, runner
 from benchmarks.measure.failures import failures_into
 from benchmarks.records import environment
 from benchmarks.records.files import read
@@ -128,7 +127,7 @@ def test_absent_arms_are_said_once_before_the_cases(tmp_path, capsys):
 
 
 def test_absent_peft_is_listed_as_absent(monkeypatch):
-    monkeypatch.setattr(layers_arm.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(failures.importlib.util, "find_spec", lambda name: None)
     rows = run_tiny(contestants(FLOOR, "peft-same"), modes=["forward"])
     assert [(row.status, row.reason) for row in rows] == [("ok", None), ("absent", "peft is not installed")]
 
@@ -275,6 +274,51 @@ def test_a_group_is_the_layers_of_one_input():
     assert [of.layer for of in case._replace(layer="64x32+16").branches] == ["64x32", "64x16"]
     alone = case._replace(layer="gpt2.attn")
     assert alone.branches == (alone,)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_name_may_end_in_a_variant(variant):
+    case = Case(f"llama3-8b.qkv{variant}", 256, 16, "bf16", 0.0)
+    plain = case._replace(layer="llama3-8b.qkv")
+    assert [of.layer for of in case.branches] == [f"{name}{variant}" for name in GROUPS["llama3-8b.qkv"]]
+    assert (case.k, case.n, case.weights, case.theory("step")) == (
+        plain.k,
+        plain.n,
+        plain.weights,
+        plain.theory("step"),
+    )
+    assert branches_of(f"64x32+16{variant}") == (f"64x32{variant}", f"64x16{variant}")
+    assert (case.quantised, case.is_dora, case.is_plain) == (
+        variant[1:] if variant != ":dora" else None,
+        variant == ":dora",
+        False,
+    )
+    assert (plain.quantised, plain.is_dora, plain.is_plain) == (None, False, True)
+
+
+@pytest.mark.parametrize("name", ["llama3-8b.q:nf5", "llama3-8b.q:", ":nf4"])
+def test_an_unknown_variant_is_told_the_known_ones(name):
+    with pytest.raises(ValueError, match=r"unknown layer .*:nf4 or :int8 or :dora"):
+        branches_of(name)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("layer", ["128x96:nf4", "128x96:int8", "128x96:dora", "128x96+64:nf4"])
+def test_every_arm_of_a_variant_is_right_or_absent(layer, dropout, dtype):
+    pytest.importorskip("bitsandbytes")
+    rows = run_tiny(list(arms().values()), ["step"], dropout, layer=layer, dtype=dtype)
+    assert {row.status for row in rows} == {"ok", "absent"}, [(row.arm, row.reason) for row in rows]
+    ran = {row.arm: row for row in rows if row.status == "ok"}
+    expected = {FLOOR, "plain", "peft-same", "patched", "fastlora"}
+    expected |= {"peft-fp32", "fastlora-fp32"} if dtype == "bf16" else set()
+    expected |= {"fastlora-lora"} if "dora" in layer else {"fastlora-alone"} if "+" in layer else set()
+    assert set(ran) == expected - ({"plain"} if "dora" in layer and dropout else set())
+    checked = {"y", "dx", "da", "db"} | ({"dm"} if "dora" in layer else set())
+    for arm in ("fastlora", "peft-same"):
+        assert {name.rstrip("01") for name in ran[arm].errors} == checked
+    if dtype == "fp32":  # rows of z in 16 bits are padded to 16 bytes
+        assert ran["fastlora"].kept_bytes <= ran["peft-same"].kept_bytes
 
 
 def test_theory_of_a_group_is_that_of_its_layers_together():
@@ -708,7 +752,7 @@ def test_every_line_of_the_table_fits_the_screen():
     lines = render_case(rows).splitlines()
     assert len(lines) > len(arms())
     assert max(map(len, lines)) <= WIDTH == 120
-    assert "triton-serial+triton-portable (fastlora, fastlora-alone, fastlora-fp32)" in " ".join(
+    assert "triton-serial+triton-portable (fastlora, fastlora-alone, fastlora-fp32, fastlora-lora)" in " ".join(
         "\n".join(lines).split()
     )
 

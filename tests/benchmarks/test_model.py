@@ -14,8 +14,8 @@ pytest.importorskip("peft")
 
 from benchmarks import __main__ as command_line
 from benchmarks.cases import ModelCase
-from benchmarks.layers import arm as layers_arm
 from benchmarks.layers.arm import KERNELS
+from benchmarks.measure import failures
 from benchmarks.measure.contest import MIN_ROUNDS
 from benchmarks.model import architectures
 from benchmarks.model import case as model_case
@@ -339,7 +339,7 @@ def test_absent_arms_say_why(monkeypatch):
     assert rows["peft-fp32"].reason == "the base is float32 already"
     long = run_micro(["fastlora"], micro("gpt2", sequence=65))[0]
     assert (long.status, long.reason) == ("absent", "gpt2-micro takes at most 64 tokens")
-    monkeypatch.setattr(layers_arm.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(failures.importlib.util, "find_spec", lambda name: None)
     missing = run_micro(["peft-same"])[0]
     assert (missing.status, missing.reason) == ("absent", "peft is not installed")
 
