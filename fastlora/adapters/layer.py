@@ -25,6 +25,7 @@ from .state import State
 
 # What an adapter may have in a layer, each a ParameterDict by adapter; after the first two, where some adapter has it.
 PARTS = ("lora_A", "lora_B", "lora_bias", "lora_magnitude")
+_PARTS_OF_ALL = frozenset(PARTS[:2])
 
 
 class AdaptedLinear(Mergeable, nn.Linear):
@@ -41,6 +42,8 @@ class AdaptedLinear(Mergeable, nn.Linear):
     scale: dict[str, float]
     lora_dropout: dict[str, float]
     _state: State
+    # Whether the weight is stored otherwise than as a matrix.
+    _is_packed = False
 
     @property
     def active_adapter(self) -> str | None:
@@ -60,13 +63,13 @@ class AdaptedLinear(Mergeable, nn.Linear):
             return self._base(x)
         if self.merged:
             return self._merged(x)
-        branch = self._branch(name, self._weight(x))
-        if siblings.formed and type(self) in KINDS and not self._is_alone(name):
+        branch = self._branch(name, x)
+        # In this order: with few tokens a call of a function shows.
+        if self._modules.keys() > _PARTS_OF_ALL and self._is_alone(name):
+            return self._multiply_alone(name, x, branch)
+        if siblings.formed and type(self) in KINDS:
             return siblings.multiply(self, x, branch)
         weight, a, b, scale, bias, p = branch
-        if self._has("lora_magnitude", name):
-            magnitude = parameter_of(self._modules["lora_magnitude"], name)  # type: ignore[arg-type]
-            return dora_linear(x, weight, a, b, magnitude, scale=scale, bias=bias, dropout_p=p)
         return lora_linear(x, weight, a, b, scale=scale, bias=bias, dropout_p=p)
 
     def lora_branch(self, x: Tensor) -> Branch | None:
@@ -74,23 +77,37 @@ class AdaptedLinear(Mergeable, nn.Linear):
         state = self._state
         if type(self) not in KINDS or state.disabled or self.merged or state.active not in self.scale:
             return None
-        return None if self._is_alone(state.active) else self._branch(state.active, self._weight(x))
+        return None if self._is_alone(state.active) else self._branch(state.active, x)
 
-    def _weight(self, x: Tensor) -> Any:
-        """The base weight [N, K] for a call with x."""
-        weight = parameter_of(self, "weight")
-        return weight.T if self.fan_in_fan_out else weight
-
-    def _branch(self, name: Any, weight: Any) -> Branch:
+    def _branch(self, name: Any, x: Tensor) -> Branch:
         """What the layer passes to ``lora_linear`` with the adapter of this name."""
+        if self._is_packed:
+            weight: Any = self._stored(x)
+        else:
+            weight = parameter_of(self, "weight")
+            if self.fan_in_fan_out:
+                weight = weight.T
+        modules: Any = self._modules
         return Branch(
             weight,
-            parameter_of(self._modules["lora_A"], name),  # type: ignore[arg-type]
-            parameter_of(self._modules["lora_B"], name),  # type: ignore[arg-type]
+            parameter_of(modules["lora_A"], name),
+            parameter_of(modules["lora_B"], name),
             self.scale[name],
-            self._bias(name) if self._has("lora_bias", name) else parameter_of(self, "bias"),
+            self._bias(name) if "lora_bias" in modules else parameter_of(self, "bias"),
             self.lora_dropout[name] if self.training else 0.0,
         )
+
+    def _stored(self, x: Tensor) -> Any:
+        """The weight of a packed base for a call with x."""
+        raise NotImplementedError
+
+    def _multiply_alone(self, name: Any, x: Tensor, branch: Branch) -> Tensor:
+        """The product of a layer that is in no group: DoRA's, or LoRA's with a bias of its own."""
+        weight, a, b, scale, bias, p = branch
+        if self._has("lora_magnitude", name):
+            magnitude = parameter_of(self._modules["lora_magnitude"], name)  # type: ignore[arg-type]
+            return dora_linear(x, weight, a, b, magnitude, scale=scale, bias=bias, dropout_p=p)
+        return lora_linear(x, weight, a, b, scale=scale, bias=bias, dropout_p=p)
 
     @property
     def _has_update(self) -> bool:
@@ -108,9 +125,12 @@ class AdaptedLinear(Mergeable, nn.Linear):
         """Whether the adapter of this name has such a part here."""
         return part in self._modules and name in self._modules[part]  # type: ignore[operator]
 
-    def _bias(self, name: str) -> Tensor:
-        """bias + scale · lora_bias, in float32 and rounded once."""
-        bias, added = parameter_of(self, "bias"), self._added_bias(name)
+    def _bias(self, name: str) -> Tensor | None:
+        """bias + scale · lora_bias, in float32 and rounded once; of an adapter without one the bias itself."""
+        bias: Tensor | None = parameter_of(self, "bias")
+        if not self._has("lora_bias", name):
+            return bias
+        added = self._added_bias(name)
         total = added if bias is None else bias.to(added.dtype) + added
         return self._rounded(total)
 

@@ -21,6 +21,7 @@ class AdaptedQuantised(AdaptedLinear):
     """
 
     base_kind: Any
+    _is_packed = True
 
     # bitsandbytes would pack the weight anew for some CPUs, in a call in eval mode without gradients, and rounds the
     # factors of its blocks then: there is no way back to the same bits. Of a class, this comes before the attribute.
@@ -30,7 +31,7 @@ class AdaptedQuantised(AdaptedLinear):
         """As an :class:`AdaptedLinear`'s; None too where the packed weight cannot be read."""
         return None if isinstance(stored_weight(self), str) else super().lora_branch(x)
 
-    def _weight(self, x: Tensor) -> StoredWeight:
+    def _stored(self, x: Tensor) -> StoredWeight:
         stored = stored_weight(self, x)
         if isinstance(stored, str):
             raise RuntimeError(f"an adapted {self.base_kind.__name__} cannot compute: {stored}")
