@@ -72,6 +72,11 @@ def lora_linear(
         if y is not None:
             return y
         product = _known(x, weight, lora_a, lora_b, scale, bias, dropout_p)
+    elif eager and isinstance(weight, StoredWeight):
+        product = product_of(x, weight, lora_a, lora_b, scale, bias, dropout_p)
+        if training and dropout_p > 0:
+            product = product._replace(seed=draw_seed(product.x.device))
+        return base.multiply(product, eager, x.dtype)
     elif not eager and plain.is_traced():
         return plain.multiply(Product(x, weight, lora_a, lora_b, scale, bias, dropout_p), training)  # type: ignore[arg-type]
     known = product is not None
@@ -136,9 +141,35 @@ def product_of(
     Eager calls of plain tensors are checked once for each of their signatures.
     """
     operands = (x, weight, lora_a, lora_b, scale, bias, dropout_p)
-    plain = not isinstance(weight, StoredWeight) and is_eager() and is_plain(x, weight, lora_a, lora_b, bias)
-    known = _known(*operands) if plain else None
+    known = None
+    if is_eager() and is_plain(x, weight, lora_a, lora_b, bias):
+        known = _known_stored(*operands) if isinstance(weight, StoredWeight) else _known(*operands)
     return known or _checked(*operands)
+
+
+def _known_stored(
+    x: Tensor, weight: StoredWeight, lora_a: Tensor, lora_b: Tensor, scale: float, bias: Tensor | None, dropout_p: float
+) -> Product | None:
+    """:func:`_known` of a call with a stored weight."""
+    if type(scale) is not float or type(dropout_p) is not float or not 0 <= dropout_p < 1 or not x.is_floating_point():
+        return None
+    signature = (
+        x.shape, x.dtype, x.device,
+        type(weight), weight.shape, weight.device, weight.compute_dtype(x),
+        lora_a.shape, lora_a.dtype, lora_a.device,
+        lora_b.shape, lora_b.dtype, lora_b.device,
+        None if bias is None else (bias.shape, bias.dtype, bias.device),
+    )  # fmt: skip
+    if signature not in _passed:
+        _checked(x, weight, lora_a, lora_b, scale, bias, dropout_p)
+        _remember(signature)
+    return _for_stored(Product(x, weight, lora_a, lora_b, scale, bias, dropout_p), weight)  # type: ignore[arg-type]
+
+
+def _remember(signature: tuple[object, ...]) -> None:
+    if len(_passed) >= _MOST_PASSED:
+        _passed.clear()
+    _passed.add(signature)
 
 
 def _known(
@@ -163,9 +194,7 @@ def _known(
         return None
     if signature not in _passed:
         _checked(x, weight, lora_a, lora_b, scale, bias, dropout_p)
-        if len(_passed) >= _MOST_PASSED:
-            _passed.clear()
-        _passed.add(signature)
+        _remember(signature)
     product = Product(x, weight, lora_a, lora_b, scale, bias, dropout_p)
     return product if autocast is None else _autocast(product)
 
