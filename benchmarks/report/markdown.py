@@ -129,9 +129,12 @@ def memory(rows: Sequence[ModelRow]) -> str:
 
 
 def absences(rows: Sequence[Measured]) -> str:
-    """The absent arms with their reasons, each once."""
-    reasons = dict.fromkeys((row.arm, row.reason) for row in rows if row.status == "absent")
-    return "\n".join(f"- `{arm}` absent: {reason}" for arm, reason in reasons)
+    """The absent arms by their reasons, each once."""
+    arms: dict[str | None, dict[str, None]] = {}
+    for row in rows:
+        if row.status == "absent":
+            arms.setdefault(row.reason, {})[row.arm] = None
+    return "\n".join(f"- {', '.join(f'`{arm}`' for arm in names)} absent: {reason}" for reason, names in arms.items())
 
 
 def _notes(rows: Sequence[LayerRow]) -> list[str]:
