@@ -50,11 +50,13 @@ def layers(rows: Sequence[LayerRow]) -> str:
     """Training steps (forward and backward) of single layers, every arm, and the speed-ups over PEFT below the table.
 
     Each number is time over the frozen layer's own step, or the status that stands for it; ``arithmetic`` is the least
-    the FLOPs allow; ``kept`` are the bytes that fastlora and PEFT keep for the backward beyond x.
+    the FLOPs allow; ``kept`` are the bytes that fastlora and PEFT keep for the backward beyond x, ``peak`` the most
+    that a step holds beyond inputs and parameters.
     """
     steps = {(row.case, row.arm): row for row in rows if row.mode == "step"}
     arms = _arms([row for row in shown(rows) if row.ms is not None and row.arm != FLOOR and not row.case.is_host])
     heads = ["layer", "M", "K → N", "R", "dtype", "dropout", "frozen, ms", "arithmetic", *arms, "kept: ours / PEFT"]
+    heads.append("peak: ours / PEFT")
     lines = [_line(heads), _line(["---"] * 3 + ["--:"] * (len(heads) - 3))]
     for case in dict.fromkeys(row.case for row in rows if not row.case.is_host):
         floor = steps.get((case, FLOOR))
@@ -62,8 +64,9 @@ def layers(rows: Sequence[LayerRow]) -> str:
         cells.append("-" if floor is None or floor.ms is None else f"{floor.ms.p50:.3g}")
         cells.append("-" if floor is None or floor.theory is None else f"{floor.theory:.3f}")
         cells += [_ratio(steps.get((case, arm)), bold=arm == OURS) for arm in arms]
-        kept = [steps.get((case, name)) for name in (OURS, PEFT)]
-        cells.append(" / ".join(readable_bytes(row.kept_bytes if row else None) for row in kept))
+        pair = [steps.get((case, name)) for name in (OURS, PEFT)]
+        cells.append(" / ".join(readable_bytes(row.kept_bytes if row else None) for row in pair))
+        cells.append(" / ".join(readable_bytes(row.peak_bytes if row else None) for row in pair))
         lines.append(_line(cells))
     return "\n".join([*lines, "", *_notes(rows)]).strip()
 
