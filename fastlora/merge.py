@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from .adapters import unmatched
@@ -32,6 +31,7 @@ from .adapters.checkpoint import (
 from .adapters.folder import CONFIG, WEIGHTS, Adapters, key_of, read_adapter
 from .adapters.merging import LayerMerge, MergeReport, fold_and_measure
 from .atomic import new_folder
+from .dtypes import wide_of
 from .mergeable import Update, folded_bias
 from .text import dtype_name, shown
 
@@ -157,7 +157,7 @@ def _targets(
             witnesses[is_turned] = layer
         bias = parts.get("lora_bias")
         if bias is not None:
-            bias = scales[layer] * bias.to(torch.promote_types(bias.dtype, torch.float32))
+            bias = scales[layer] * bias.to(wide_of(bias.dtype))
         update = Update.of(a, b, scales[layer], is_turned, parts.get("lora_magnitude"), bias)
         targets.append(_Target(names[layer], entry, layer, update))
         if bias is not None:

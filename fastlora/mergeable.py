@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from .dtypes import wide_of
 from .ops.dtensor import is_sharded
 from .quantised import dense_weight, is_quantised
 from .text import dtype_name
@@ -120,7 +121,7 @@ def folded(weight: Tensor, update: Update, name: str = "the weight") -> Tensor:
     Raises:
         ValueError: the sum is not finite.
     """
-    wide = torch.promote_types(weight.dtype, torch.float32)
+    wide = wide_of(weight.dtype)
     left, right = update.left.to(wide), update.right.to(wide)
     matrix = weight.to(wide).reshape(left.shape[0], right.shape[1])
     with torch.autocast(weight.device.type, enabled=False):
@@ -149,7 +150,7 @@ def folded_bias(bias: Tensor | None, update: Update, name: str = "the bias") -> 
             f"{name} is None, and the adapter has a bias of its own (lora_bias) to add to it: give the layer a bias of "
             "zeros before it gets its adapter"
         )
-    wide = torch.promote_types(bias.dtype, torch.float32)
+    wide = wide_of(bias.dtype)
     total = (bias.to(wide) + update.bias.to(wide)).to(bias.dtype)
     _check_finite(total, name)
     return total

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import quantised
+from .dtypes import wide_of
 from .mergeable import (
     Mergeable,
     Update,
@@ -230,7 +231,7 @@ class LoRALinear(Mergeable):
         """‖W‖ of each row [N]."""
         self._forget_norms()
         weight = base_weight(self._holder)
-        norms: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=torch.promote_types(weight.dtype, torch.float32))
+        norms: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=wide_of(weight.dtype))
         if not weight.is_meta and not norms.all():
             row = int((norms == 0).nonzero()[0])
             raise ValueError(

@@ -15,10 +15,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..atomic import new_file, new_folder
+from ..dtypes import FLOATING
 from ..text import dtype_name
 from .config import AdapterConfig
 
@@ -34,7 +34,6 @@ _ENDS = {
 }
 _PARTS = {end: part for part, end in _ENDS.items()}
 _KEY = re.compile(rf"base_model\.model\.(?P<layer>.+)\.(?P<end>{'|'.join(map(re.escape, _PARTS))})")
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 # The tensors by layer, under the names of their parts, such as "lora_A" and "lora_B".
 Adapters = dict[str, dict[str, Tensor]]
@@ -96,7 +95,7 @@ def _sorted_into_layers(tensors: Mapping[str, Tensor], config: AdapterConfig, so
                 f"base_model.model.<layer>{ends} alone"
             )
         is_matrix = part in ("lora_A", "lora_B")
-        if tensor.dtype not in _DTYPES or tensor.dim() != (2 if is_matrix else 1):
+        if tensor.dtype not in FLOATING or tensor.dim() != (2 if is_matrix else 1):
             kind = f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
             raise ValueError(
                 f"{source}: {key} is {kind}: expected a floating-point {'matrix' if is_matrix else 'vector'}"

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import siblings
+from ..dtypes import wide_of
 from ..mergeable import Mergeable, Update, parameter_of
 from ..ops.dora import dora_linear, forget_norms
 from ..ops.group import Branch
@@ -141,7 +142,7 @@ class AdaptedLinear(Mergeable, nn.Linear):
     def _added_bias(self, name: str) -> Tensor:
         """scale · lora_bias in float32, or wider."""
         lora_bias: Tensor = parameter_of(self._modules["lora_bias"], name)  # type: ignore[arg-type]
-        return self.scale[name] * lora_bias.to(torch.promote_types(lora_bias.dtype, torch.float32))
+        return self.scale[name] * lora_bias.to(wide_of(lora_bias.dtype))
 
     def _base(self, x: Tensor) -> Tensor:
         """What the layer computes without adapters."""

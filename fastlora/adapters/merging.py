@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..dtypes import wide_of
 from ..mergeable import Update, base_weight, check_untied, folded, folded_bias
 from ..quantised import is_quantised, quantised_as
 from ..text import dtype_name
@@ -213,7 +214,7 @@ def _dense_sum(layer: AdaptedLinear, update: Update, dtype: torch.dtype | None) 
     """The merged weight of a quantised layer, in the dtype asked for."""
     base = base_weight(layer)
     if dtype not in (None, base.dtype):
-        return folded(base.to(torch.promote_types(base.dtype, torch.float32)), update).to(dtype)
+        return folded(base.to(wide_of(base.dtype)), update).to(dtype)
     return folded(base, update) if layer._merged_weight is None else layer._merged_weight
 
 

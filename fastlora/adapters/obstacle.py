@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..dtypes import FLOATING
 from ..mergeable import owner_of
 from ..quantised import is_quantised, stored_weight
 from ..text import dtype_name
 from .layer import AdaptedLinear
 from .matching import is_conv1d
-
-_BASE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def obstacle(module: nn.Module, parent: nn.Module | None = None) -> str | None:
@@ -50,7 +49,7 @@ def obstacle(module: nn.Module, parent: nn.Module | None = None) -> str | None:
         return "its weight is no Parameter of its own (weight_norm computes it, for one): remove that first"
     if type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
         return f"its weight is {type(weight.data).__name__}, not a plain tensor: dequantise it first"
-    if weight.dtype not in _BASE_DTYPES:
+    if weight.dtype not in FLOATING:
         return f"its weight is {dtype_name(weight.dtype)}: fastlora adapts floating-point weights"
     return None
 

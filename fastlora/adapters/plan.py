@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from ..dtypes import wide_of
 from ..text import shown
 from . import unmatched
 from .config import AdapterConfig
@@ -107,7 +108,7 @@ def _check_unmerged(layers: list[nn.Module]) -> None:
 
 def _planned(name: str, module: Any, config: AdapterConfig, dtype: torch.dtype | None) -> PlannedLayer:
     base = base_dtypes(module)
-    wide = torch.promote_types(base[0], torch.float32)
+    wide = wide_of(base[0])
     if dtype not in (None, *base, wide):
         allowed = " or ".join(map(str, dict.fromkeys((*base, wide))))
         raise ValueError(f"adapter_dtype must be {allowed}, {name} being {' or '.join(map(str, base))}; got {dtype}")

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..dtypes import wide_of
 from . import masks
 from .dropout import Dropout, draw_seed
 from .request import Kernel, Product, Together, new_middle, runs_anything, whole_rows
@@ -111,7 +112,7 @@ def rank_grad(
         return _rank_grad(p, q, dtype, narrow)
     if dropout.at_once(q):
         return _rank_grad(p, masks.kept(dropout, q), dtype, narrow).mul_(dropout.rescale)
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = wide_of(q.dtype)
     grad = torch.zeros(p.shape[1], q.shape[1], dtype=wide, device=q.device)
     for rows in dropout.chunks(q):
         grad.add_(torch.mm(p[rows].T, masks.kept(dropout, q[rows], rows.start)), alpha=dropout.rescale)
@@ -261,7 +262,7 @@ def gradients_group(
 
 def _masked_grads(products: Sequence[Product], ts: Sequence[Tensor], x: Tensor) -> list[Tensor]:
     """tᵢᵀ Dᵢ(x) of each product, a few rows of x for all of them at a time."""
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = wide_of(x.dtype)
     grads = [torch.zeros(t.shape[1], x.shape[1], dtype=wide, device=x.device) for t in ts]
     for rows in _chunks(x):
         for p, t, grad in zip(products, ts, grads, strict=True):

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..dtypes import HALF
 from .dropout import Dropout
 
-_HALF = frozenset({torch.bfloat16, torch.float16})
 _EIGHT = "a multiple of 8 elements"
 
 
@@ -103,7 +103,7 @@ class Request(NamedTuple):
         x, w = p.x, p.w
         (m, k), n, dtype = x.shape, p.b.shape[0], x.dtype
         unaligned = None
-        if dtype in _HALF:
+        if dtype in HALF:
             # On the way of every call: one look at the numbers, and words only where something is wrong.
             row, step = x.stride()
             if w is None:
@@ -139,7 +139,7 @@ class Request(NamedTuple):
         """The request of ``rank_grad`` on these tensors."""
         k, (m, n) = p.shape[1], q.shape
         unaligned = None
-        if q.dtype in _HALF:
+        if q.dtype in HALF:
             p_row, p_step = p.stride()
             q_row, q_step = q.stride()
             wrong_strides = p_step != 1 or q_step != 1 or (p_row | q_row) & 7 or p_row < k or q_row < n
@@ -210,7 +210,7 @@ def new_middle(x: Tensor, r: int) -> Tensor:
     """
     m, dtype = x.shape[0], x.dtype
     padding = -r % 8
-    if padding == 0 or dtype not in _HALF:
+    if padding == 0 or dtype not in HALF:
         return torch.empty((m, r), dtype=dtype, device=x.device)
     # Zeros on a CPU, for the reason in whole_rows.
     make = torch.zeros if x.is_cpu else torch.empty
@@ -223,7 +223,7 @@ def whole_rows(x: Tensor) -> Tensor:
     On CPUs with AMX, oneDNN before 3.15 (issue 5717; in torch 2.13) reads a row on into what lies behind it and
     multiplies that by zero: NaN there is NaN in the product.
     """
-    if x.is_cpu and x.dtype in _HALF and x.stride(1) == 1 and x.stride(0) != x.shape[1]:
+    if x.is_cpu and x.dtype in HALF and x.stride(1) == 1 and x.stride(0) != x.shape[1]:
         return x.contiguous()
     return x
 

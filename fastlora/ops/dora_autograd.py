@@ -29,11 +29,11 @@ from torch.autograd.function import once_differentiable
 from ..backends import dispatch, masks
 from ..backends.dropout import Dropout
 from ..backends.request import Product, whole_rows
+from ..dtypes import wide_of
 from ..eager import is_eager
 from . import base
 from .autograd import by_the_verbs, rows_of, unrows, verbs, without_zero_strides
 from .base import StoredWeight
-from .norms import wide_of
 
 _ops = torch.library.Library("fastlora", "FRAGMENT")
 _ops.define("kept(Tensor x, float dropout_p, Tensor seed) -> Tensor")

@@ -12,12 +12,11 @@ from ..backends import dispatch
 from ..backends.dispatch import Explanation
 from ..backends.dropout import draw_seed
 from ..backends.request import Product
+from ..dtypes import FLOATING
 from ..eager import is_eager
 from ..text import dtype_name
 from . import autograd, base, dtensor, plain, small
 from .base import StoredWeight
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def lora_linear(
@@ -298,8 +297,8 @@ def _check_dtypes(p: Product) -> None:
     """Raises for dtypes that do not fit together; runs after autocast."""
     x, lora_a, lora_b, bias = p.x.dtype, p.a.dtype, p.b.dtype, p.bias
     weight = x if isinstance(p.w, StoredWeight) else p.w.dtype  # type: ignore[union-attr]
-    if x not in _DTYPES:
-        raise RuntimeError(f"x is {dtype_name(x)}: expected one of {', '.join(map(dtype_name, _DTYPES))}")
+    if x not in FLOATING:
+        raise RuntimeError(f"x is {dtype_name(x)}: expected one of {', '.join(map(dtype_name, FLOATING))}")
     if weight != x:
         raise RuntimeError(
             f"weight is {dtype_name(weight)} and x {dtype_name(x)}: cast one of them, or use torch.autocast"

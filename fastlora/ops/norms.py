@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.request import whole_rows
+from ..dtypes import wide_of
 from ..eager import is_eager
 
 _ops = torch.library.Library("fastlora", "FRAGMENT")
@@ -32,11 +33,6 @@ _BLOCK_DEFAULT = 1 << 24
 
 # A row is made by its elements where less than this share of its squares is left: its own and those of the update.
 _LEFT = 1 / 16
-
-
-def wide_of(dtype: torch.dtype) -> torch.dtype:
-    """What sums are made in: float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def row_norms(w: Tensor, a: Tensor, b: Tensor, scale: float, source: Tensor | None = None) -> Tensor:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends.request import Product
+from ..dtypes import wide_of
 from .base import StoredWeight, opened, without_autocast
 
 
@@ -42,7 +43,7 @@ def _lora(p: Product, training: bool) -> Tensor:
 
 def _dora(magnitude: Tensor, p: Product, training: bool) -> Tensor:
     """y = x Wᵀ + bias + (g - 1) ⊙ D(x) Wᵀ + g ⊙ scale · D(x) Aᵀ Bᵀ."""
-    wide = torch.promote_types(p.x.dtype, torch.float32)
+    wide = wide_of(p.x.dtype)
     norm = torch.linalg.vector_norm(p.w.to(wide) + p.scale * (p.b.to(wide) @ p.a.to(wide)), dim=1)  # type: ignore[union-attr]
     # A trace records no no_grad, but this.
     g = (magnitude / norm.detach()).to(p.x.dtype)

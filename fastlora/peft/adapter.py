@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..dtypes import wide_of
 from ..gated import is_watched
 from ..text import dtype_name
 from . import dora
@@ -80,7 +81,7 @@ def _adapter(layer: Any, name: str) -> Adapter | Reason:
         return magnitude if isinstance(magnitude, str) else Adapter(a, b, scale, p, None, magnitude)
     if own is None:
         return Adapter(a, b, scale, p)
-    return Adapter(a, b, scale, p, scale * own.to(torch.promote_types(own.dtype, torch.float32)))
+    return Adapter(a, b, scale, p, scale * own.to(wide_of(own.dtype)))
 
 
 def _fold(layer: Any, names: list[str]) -> Adapter | Reason:

@@ -21,6 +21,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D as Conv1D
 
 from .. import siblings
+from ..dtypes import HALF, WIDE
 from ..eager import is_eager
 from ..gated import is_watched
 from ..ops.base import StoredWeight
@@ -45,9 +46,6 @@ from .reasons import (
     is_exotic,
     refused_input,
 )
-
-_HALF = (torch.bfloat16, torch.float16)
-_WIDE = (torch.float32, torch.float64)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -207,8 +205,8 @@ def _usual(layer: Any, x: Tensor) -> Proven | None:
         or weight.dtype is not dtype
         or (bias is not None and bias.dtype is not dtype)
         or a.dtype is not b.dtype
-        or (a.dtype is not dtype and (layer.strict_dtype or a.dtype is not torch.float32 or dtype not in _HALF))
-        or (dtype not in _HALF and dtype not in _WIDE)
+        or (a.dtype is not dtype and (layer.strict_dtype or a.dtype is not torch.float32 or dtype not in HALF))
+        or (dtype not in HALF and dtype not in WIDE)
         or down._parameters.get("bias") is not None
         or up._parameters.get("bias") is not None
     ):
@@ -312,14 +310,14 @@ def _dtypes(strict: bool, x: Tensor, weight: Any, bias: Any, a: Tensor, b: Tenso
         return f"lora_A is {dtype_name(adapter)} and lora_B {dtype_name(b.dtype)}"
     if torch.is_autocast_enabled(x.device.type):
         operands = (x, weight, a) if bias is None else (x, weight, a, bias)
-        if all(t.dtype is torch.float32 or t.dtype in _HALF for t in operands):
+        if all(t.dtype is torch.float32 or t.dtype in HALF for t in operands):
             return None
         return "autocast leaves some of the operands in their dtype"
     if weight.dtype is not dtype or (bias is not None and bias.dtype is not dtype):
         return f"x is {dtype_name(dtype)} and base_layer {dtype_name(weight.dtype)}, without autocast"
-    if dtype in _HALF:
+    if dtype in HALF:
         if adapter is torch.float32:
             return STRICT if strict else None
-    elif dtype not in _WIDE:
+    elif dtype not in WIDE:
         return f"x is {dtype_name(dtype)}"
     return None if adapter is dtype else f"lora_A is {dtype_name(adapter)} on a {dtype_name(dtype)} base"

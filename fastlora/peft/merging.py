@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ..dtypes import FLOATING, wide_of
 from ..mergeable import Keep, Update, base_weight, folded, folded_bias, give, kept, why_not_mergeable
 from ..quantised import is_quantised
 from ..text import dtype_name
@@ -25,7 +26,6 @@ _FOLDABLE = {
     ("peft.tuners.lora.bnb", "Linear4bit"),
     ("peft.tuners.lora.bnb", "Linear8bitLt"),
 }
-_BASE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def is_lora(layer: nn.Module) -> bool:
@@ -72,7 +72,7 @@ def _why_not_base(base: Any) -> Reason | None:
     if (reason := why_not_mergeable(base)) is not None:
         return reason
     weight = base.weight
-    if type(weight) is not nn.Parameter or type(weight.data) is not Tensor or weight.dtype not in _BASE_DTYPES:
+    if type(weight) is not nn.Parameter or type(weight.data) is not Tensor or weight.dtype not in FLOATING:
         return f"its base weight is a {type(weight).__name__} of {dtype_name(weight.dtype)}, which cannot hold a sum"
     return None
 
@@ -97,7 +97,7 @@ def update_of(layer: Any, names: Sequence[str]) -> Update:
         for scale, name in zip(scales, names, strict=True)
         if (bias := layer.lora_B[name].bias) is not None
     ]
-    wide = torch.promote_types(lora_as[0].dtype, torch.float32)
+    wide = wide_of(lora_as[0].dtype)
     bias = sum((scale * bias.to(wide) for scale, bias in biases), torch.zeros((), device=device)) if biases else None
     if len(names) == 1:
         dora = layer.lora_magnitude_vector[names[0]].weight.detach().to(device) if layer.lora_variant else None

@@ -14,14 +14,13 @@ import torch
 from peft.tuners.lora import bnb
 from torch import Tensor
 
+from ..dtypes import HALF
 from ..gated import is_watched
 from ..quantised import EightBit, dense_dtype, is_quantised, stored_weight
 from ..text import dtype_name
 from .adapter import Adapter
 from .layer import KINDS, Base, Fused
 from .reasons import STRICT, WATCHED, Reason, exotic, is_exotic, refused_input
-
-_HALF = (torch.bfloat16, torch.float16)
 
 
 class Quantised(Fused):
@@ -69,9 +68,9 @@ class Quantised(Fused):
         if dtype is not other:
             return f"lora_A is {dtype_name(dtype)} and lora_B {dtype_name(other)}"
         for name, each in (("x", x.dtype), ("the dtype in which base_layer computes", compute), ("lora_A", dtype)):
-            if each is not torch.float32 and each not in _HALF:
+            if each is not torch.float32 and each not in HALF:
                 return f"{name} is {dtype_name(each)}"
-        if dtype in _HALF and compute in _HALF and dtype is not compute:
+        if dtype in HALF and compute in HALF and dtype is not compute:
             return (
                 f"lora_A is {dtype_name(dtype)}, which {dtype_name(compute)}, in which the base computes, cannot hold"
             )
@@ -79,7 +78,7 @@ class Quantised(Fused):
             return self._autocast_refusal(x, compute, adapter.magnitude is not None)
         if torch.is_autocast_enabled() and x.device.type != "cuda":
             return "autocast is on for a GPU and x is on another device"
-        if dtype is torch.float32 and compute in _HALF:
+        if dtype is torch.float32 and compute in HALF:
             if x.dtype is torch.float32:
                 return (
                     f"x and lora_A are float32 and the base computes in {dtype_name(compute)}, without autocast: PEFT "
@@ -94,9 +93,9 @@ class Quantised(Fused):
         words = f"under autocast in {dtype_name(autocast)}"
         if self._casts_as_autocast_does(x) and x.dtype is not autocast:
             return f"{words} an 8-bit base on a {x.device.type} in training gives that, not {dtype_name(x.dtype)}"
-        if compute in _HALF and compute is not autocast:
+        if compute in HALF and compute is not autocast:
             return f"{words} the base computes in {dtype_name(compute)}, and the adapter would not"
-        if x.device.type == "cuda" and x.dtype in _HALF and (of_dora or x.dtype is not autocast):
+        if x.device.type == "cuda" and x.dtype in HALF and (of_dora or x.dtype is not autocast):
             return f"{words} the result for {dtype_name(x.dtype)} is float32"
         return None
 

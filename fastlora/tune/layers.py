@@ -17,14 +17,12 @@ from ..adapters.config import AdapterConfig
 from ..adapters.layer import AdaptedLinear, features, parts_of
 from ..adapters.matching import ALL_LINEAR
 from ..adapters.plan import plan
+from ..dtypes import FLOATING, HALF
 from ..loralib import Linear, MergedLinear
 from ..mergeable import Mergeable
 from ..module import LoRALinear
 from ..quantised import dense_dtype, is_quantised, quantised_as
 from ..text import dtype_name, listed, shown
-
-_HALF = (torch.bfloat16, torch.float16)
-_BASES = (*_HALF, torch.float32, torch.float64)
 
 _SHAPE = "the layers themselves, with --layer K N"
 _DORA = "it has use_dora"
@@ -169,11 +167,11 @@ def _layer(base: Any, n: int, downs: list[Tensor], dropout: bool) -> Layer | str
 
 def _cast(layer: Layer, dtype: torch.dtype | None) -> Layer | str:
     """Casts a layer as autocast in this dtype does, and gives the reason where its dtypes do not fit together."""
-    if dtype is not None and layer.dtype in (*_HALF, torch.float32):
+    if dtype is not None and layer.dtype in (*HALF, torch.float32):
         wide = layer.adapter_dtype is torch.float32
         layer = layer._replace(dtype=dtype, adapter_dtype=torch.float32 if wide else dtype)
     base, adapter = layer.dtype, layer.adapter_dtype
-    if base in _BASES and (adapter is base or (adapter is torch.float32 and base in _HALF)):
+    if base in FLOATING and (adapter is base or (adapter is torch.float32 and base in HALF)):
         return layer
     return f"the adapter is {dtype_name(adapter)} on a {dtype_name(base)} base"
 
