@@ -14,16 +14,13 @@ from .mergeable import (
     Mergeable,
     Update,
     base_weight,
-    check_rank_and_dropout,
     parameter_of,
     parameters_of,
-    scale_of,
-    start_adapter,
-    start_linear,
 )
 from .ops import dtensor
 from .ops.dora import dora_linear, forget_norms
 from .ops.linear import lora_linear
+from .start import check_rank_and_dropout, scale_of, start_adapter, start_linear
 
 _OPERANDS = ("weight", "lora_A", "lora_B", "bias")
 

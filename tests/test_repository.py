@@ -32,7 +32,7 @@ FLOORS: tuple[set[str], ...] = (
     {"ops"},
     {"backends"},
     {"error_rule"},
-    {"kernels", "atomic", "clock", "dtypes", "eager", "text"},
+    {"kernels", "atomic", "clock", "dtypes", "eager", "start", "text"},
 )
 
 # Files that import an optional dependency as they load, and so are imported inside functions only.

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..mergeable import scale_of
+from ..start import scale_of
 from ..text import shown
 from .matching import ALL_LINEAR, first_match, is_target
 

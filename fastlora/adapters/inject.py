@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from .. import gated
 from ..gated import GatedMLP
-from ..mergeable import base_weight, start_adapter, start_bias
+from ..mergeable import base_weight
 from ..ops.norms import forget_norms, row_norms
 from ..siblings import Groups
+from ..start import start_adapter, start_bias
 from ..text import listed, starred
 from . import groups as grouping
 from . import unmatched

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..mergeable import Update, start_adapter
+from ..mergeable import Update
+from ..start import start_adapter
 from .base import MergingLayer
 
 

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..mergeable import Update, parameter_of, start_adapter, start_linear
+from ..mergeable import Update, parameter_of
 from ..ops.linear import lora_linear
+from ..start import start_adapter, start_linear
 from .base import MergingLayer
 
 
