@@ -11,6 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .dtypes import wide_of
 from .ops.dtensor import is_sharded
+from .ops.norms import forget_norms
 from .quantised import dense_weight, is_quantised
 from .text import dtype_name
 
@@ -258,6 +259,11 @@ class Mergeable(nn.Module):
         return True
 
     @property
+    def _has_dora(self) -> bool:
+        """Whether the layer is DoRA, or some adapter of it, which keeps norms of the base."""
+        return False
+
+    @property
     def _unmerged_weight(self) -> Tensor:
         """The weight without the update, merged or not, on the device of the layer."""
         weight: Tensor = self._holder.weight
@@ -322,7 +328,17 @@ class Mergeable(nn.Module):
             self.merged = False
         return self
 
+    def _forget_norms(self) -> None:
+        if self._has_dora:
+            forget_norms(self._holder.weight)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # A new memory of the weight may lie where an older one did, and wears the same version.
+        self._forget_norms()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._forget_norms()
         # The state dict holds a base weight. Children are loaded after this call, so the hook merges again.
         if self.merged:
             self._merge_after_load = self._keep

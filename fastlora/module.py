@@ -18,7 +18,7 @@ from .mergeable import (
     parameters_of,
 )
 from .ops import dtensor
-from .ops.dora import dora_linear, forget_norms
+from .ops.dora import dora_linear
 from .ops.linear import lora_linear
 from .start import check_rank_and_dropout, scale_of, start_adapter, start_linear
 
@@ -238,14 +238,9 @@ class LoRALinear(Mergeable):
         # As the product makes it of its square: m / ‖W‖ starts at 1 in every bit.
         return norms.square().sqrt()
 
-    def _forget_norms(self) -> None:
-        if self.use_dora:
-            forget_norms(self.weight)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        # A new memory of the weight may lie where an older one did, and wears the same version.
-        self._forget_norms()
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+    @property
+    def _has_dora(self) -> bool:
+        return self.use_dora
 
     def extra_repr(self) -> str:
         """The line inside ``LoRALinear(...)`` when printed."""
@@ -337,7 +332,6 @@ class QuantisedLoRALinear(LoRALinear):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._forget_norms()
         quantised.before_loading(self.base, state_dict, prefix + "base.")
 
 

@@ -74,7 +74,7 @@ def _sharded(style: Any, layer: Any, mesh: DeviceMesh, dim: int) -> nn.Module:
     """Shards the weight [N, K] on ``dim``, and with it the tensors that have this dimension; the others stay whole."""
     if layer.merged:
         raise RuntimeError(f"the {type(layer).__name__} is merged: unmerge it before it is sharded")
-    if getattr(layer, "use_dora", "lora_magnitude" in layer._modules):
+    if layer._has_dora:
         raise RuntimeError(f"the {type(layer).__name__} has use_dora: the norms of DoRA are of whole rows on one rank")
     if is_quantised(layer._holder):
         raise RuntimeError(f"the base of the {type(layer).__name__} is quantised: packed weights cannot be sharded")

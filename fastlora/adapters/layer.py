@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import siblings
 from ..dtypes import wide_of
 from ..mergeable import Mergeable, Update, parameter_of
-from ..ops.dora import dora_linear, forget_norms
+from ..ops.dora import dora_linear
 from ..ops.group import Branch
 from ..ops.linear import lora_linear
 from ..quantised import dense_dtype, is_quantised, quantised_as
@@ -155,18 +155,9 @@ class AdaptedLinear(Mergeable, nn.Linear):
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._forget_norms()
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._forget_norms()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def _forget_norms(self) -> None:
-        # A new memory of the weight may lie where an older one did, and wears the same version.
-        if "lora_magnitude" in self._modules:
-            forget_norms(self.weight)
+    @property
+    def _has_dora(self) -> bool:
+        return "lora_magnitude" in self._modules
 
     def _base_repr(self) -> str:
         return super().extra_repr()
