@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from .dtypes import wide_of
-from .ops.dtensor import is_sharded
 from .ops.norms import forget_norms
+from .ownership import why_not_mergeable
 from .quantised import dense_weight, is_quantised
 from .text import dtype_name
 
@@ -113,54 +112,6 @@ def _check_finite(total: Tensor, name: str) -> None:
             f"{name} merged is not finite in {dtype_name(total.dtype)}: the adapter or the base is damaged, or their "
             "sum overflows; nothing was merged"
         )
-
-
-def owner_of(layer: nn.Module, tensor: Tensor) -> str | None:
-    """Names who else keeps a tensor of a layer, and may put another in its place; None where nobody does."""
-    if getattr(layer, "_is_fsdp_managed_module", False):  # FSDP's own mark, 1 and 2, gathered or not
-        return "FSDP, which keeps the weights itself"
-    if is_sharded(tensor):
-        return "a device mesh: it is a DTensor"
-    return "DeepSpeed ZeRO-3" if hasattr(tensor, "ds_id") else None
-
-
-def why_not_mergeable(layer: nn.Module) -> str | None:
-    """Gives the reason why no sum can be stored in the weight of ``layer``, with the remedy; None where it can.
-
-    The sum would be stored in an object that is not read, and the layer would go on without the update, silently.
-    """
-    weight: Any = layer.weight
-    if is_parametrized(layer, "weight"):
-        return "weight is parametrised: call torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') first"
-    owner = owner_of(layer, weight)
-    if owner is None:
-        return None
-    return f"weight belongs to {owner}: gather the state dict, load it into an unsharded model and merge there"
-
-
-def check_untied(model: nn.Module, holders: Mapping[str, nn.Module], last: str = "weight") -> None:
-    """Looks for the weights in which sums are to be stored in the rest of the model.
-
-    Args:
-        model: the model.
-        holders: the name of each module whose weight is to hold a sum → the module.
-        last: the name of the weight, or ``"bias"``.
-
-    Raises:
-        ValueError: another module has such a weight too.
-    """
-    places: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for own, parameter in module._parameters.items():
-            if parameter is not None:
-                places.setdefault(id(parameter), []).append(f"{name}.{own}")
-    for name, holder in holders.items():
-        others = [place for place in places.get(id(getattr(holder, last)), ()) if place != f"{name}.{last}"]
-        if others:
-            raise ValueError(
-                f"{name}.{last} is tied to {others[0]}, where a merge would show too: untie it first (give {name} its "
-                "own Parameter, and set tie_word_embeddings=False in a transformers config)"
-            )
 
 
 def kept(parameter: Tensor, keep: Keep) -> Tensor:

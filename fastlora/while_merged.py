@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .adapters.model import share_states
-from .mergeable import Keep, Mergeable, check_untied, why_not_mergeable
+from .mergeable import Keep, Mergeable
 from .ops.dtensor import is_sharded
+from .ownership import check_untied, why_not_mergeable
 from .peft import merging as peft_merging
 from .quantised import is_quantised, stored_weight
 

@@ -28,7 +28,7 @@ FLOORS: tuple[set[str], ...] = (
     {"module", "adapters", "peft", "loralib"},
     {"gated"},
     {"mergeable", "accuracy", "siblings"},
-    {"quantised"},
+    {"ownership", "quantised"},
     {"ops"},
     {"backends"},
     {"error_rule"},

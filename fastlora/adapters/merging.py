@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..dtypes import wide_of
-from ..mergeable import Update, base_weight, check_untied, folded, folded_bias
+from ..mergeable import Update, base_weight, folded, folded_bias
+from ..ownership import check_untied
 from ..quantised import is_quantised, quantised_as
 from ..text import dtype_name
 from .layer import AdaptedLinear

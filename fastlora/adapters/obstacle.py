@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dtypes import FLOATING
-from ..mergeable import owner_of
+from ..ownership import owner_of
 from ..quantised import is_quantised, stored_weight
 from ..text import dtype_name
 from .layer import AdaptedLinear

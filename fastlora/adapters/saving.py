@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..mergeable import owner_of
+from ..ownership import owner_of
 from ..siblings import Groups
 from ..text import shown_names
 from . import groups as grouping

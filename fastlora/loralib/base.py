@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from ..mergeable import Mergeable, why_not_mergeable
+from ..mergeable import Mergeable
+from ..ownership import why_not_mergeable
 
 if TYPE_CHECKING:
     from typing_extensions import Self

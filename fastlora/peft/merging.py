@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..dtypes import FLOATING, wide_of
-from ..mergeable import Keep, Update, base_weight, folded, folded_bias, give, kept, why_not_mergeable
+from ..mergeable import Keep, Update, base_weight, folded, folded_bias, give, kept
+from ..ownership import why_not_mergeable
 from ..quantised import is_quantised
 from ..text import dtype_name
 
