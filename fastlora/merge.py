@@ -31,8 +31,7 @@ from .adapters.checkpoint import (
 from .adapters.folder import CONFIG, WEIGHTS, Adapters, key_of, read_adapter
 from .adapters.merging import LayerMerge, MergeReport, fold_and_measure
 from .atomic import new_folder
-from .dtypes import wide_of
-from .mergeable import Update, folded_bias
+from .mergeable import Update, folded_bias, scaled_bias
 from .text import dtype_name, shown
 
 # Files that hold unmerged weights in other formats.
@@ -157,7 +156,7 @@ def _targets(
             witnesses[is_turned] = layer
         bias = parts.get("lora_bias")
         if bias is not None:
-            bias = scales[layer] * bias.to(wide_of(bias.dtype))
+            bias = scaled_bias(bias, scales[layer])
         update = Update.of(a, b, scales[layer], is_turned, parts.get("lora_magnitude"), bias)
         targets.append(_Target(names[layer], entry, layer, update))
         if bias is not None:

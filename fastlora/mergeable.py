@@ -85,6 +85,16 @@ def folded(weight: Tensor, update: Update, name: str = "the weight") -> Tensor:
     return total if total.stride() == weight.stride() else torch.empty_like(weight).copy_(total)
 
 
+def scaled_bias(lora_bias: Tensor, scale: float) -> Tensor:
+    """What an adapter's own bias [N] adds to the layer's: scale · lora_bias, in float32 or float64."""
+    return scale * lora_bias.to(wide_of(lora_bias.dtype))
+
+
+def joined_bias(bias: Tensor | None, scaled: Tensor) -> Tensor:
+    """bias + what :func:`scaled_bias` gives [N], in the dtype of that, not rounded yet."""
+    return scaled if bias is None else bias.to(scaled.dtype) + scaled
+
+
 @torch.no_grad()
 def folded_bias(bias: Tensor | None, update: Update, name: str = "the bias") -> Tensor | None:
     """Computes bias + the update's in float32 and rounds once; None where there is nothing to add.

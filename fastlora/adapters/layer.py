@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import siblings
-from ..dtypes import wide_of
-from ..mergeable import Mergeable, Update, parameter_of
+from ..mergeable import Mergeable, Update, joined_bias, parameter_of, scaled_bias
 from ..ops.dora import dora_linear
 from ..ops.group import Branch
 from ..ops.linear import lora_linear
@@ -131,18 +130,15 @@ class AdaptedLinear(Mergeable, nn.Linear):
         bias: Tensor | None = parameter_of(self, "bias")
         if not self._has("lora_bias", name):
             return bias
-        added = self._added_bias(name)
-        total = added if bias is None else bias.to(added.dtype) + added
-        return self._rounded(total)
+        return self._rounded(joined_bias(bias, self._scaled_bias(name)))
 
     def _rounded(self, bias: Tensor) -> Tensor:
         """A bias that was computed wide, in the dtype that goes with the weight."""
         return bias.to(parameter_of(self, "weight").dtype)
 
-    def _added_bias(self, name: str) -> Tensor:
-        """scale · lora_bias in float32, or wider."""
-        lora_bias: Tensor = parameter_of(self._modules["lora_bias"], name)  # type: ignore[arg-type]
-        return self.scale[name] * lora_bias.to(wide_of(lora_bias.dtype))
+    def _scaled_bias(self, name: str) -> Tensor:
+        """scale · lora_bias [N] in float32, or wider."""
+        return scaled_bias(parameter_of(self._modules["lora_bias"], name), self.scale[name])  # type: ignore[arg-type]
 
     def _base(self, x: Tensor) -> Tensor:
         """What the layer computes without adapters."""
@@ -164,7 +160,7 @@ class AdaptedLinear(Mergeable, nn.Linear):
 
     def _update(self) -> Update:
         name: Any = self.active_adapter
-        bias = self._added_bias(name) if self._has("lora_bias", name) else None
+        bias = self._scaled_bias(name) if self._has("lora_bias", name) else None
         magnitude = parts_of(self, name).get("lora_magnitude")
         return Update.of(self.lora_A[name], self.lora_B[name], self.scale[name], self.fan_in_fan_out, magnitude, bias)
 

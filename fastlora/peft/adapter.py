@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..dtypes import wide_of
 from ..gated import is_watched
+from ..mergeable import scaled_bias
 from ..text import dtype_name
 from . import dora
 from .reasons import MASKS, WATCHED, Reason, exotic, is_exotic, variant
@@ -81,7 +81,7 @@ def _adapter(layer: Any, name: str) -> Adapter | Reason:
         return magnitude if isinstance(magnitude, str) else Adapter(a, b, scale, p, None, magnitude)
     if own is None:
         return Adapter(a, b, scale, p)
-    return Adapter(a, b, scale, p, scale * own.to(wide_of(own.dtype)))
+    return Adapter(a, b, scale, p, scaled_bias(own, scale))
 
 
 def _fold(layer: Any, names: list[str]) -> Adapter | Reason:

@@ -24,6 +24,7 @@ from .. import siblings
 from ..dtypes import HALF, WIDE
 from ..eager import is_eager
 from ..gated import is_watched
+from ..mergeable import joined_bias
 from ..ops.base import StoredWeight
 from ..ops.dora import dora_linear, forget_norms
 from ..ops.group import Branch
@@ -133,18 +134,17 @@ class Fused(PatchedLayer):
         if magnitude is not None:
             return dora_linear(x, weight, a, b, magnitude, scale=scale, bias=bias, dropout_p=p)
         if update_bias is not None:
-            bias = _joined(bias, update_bias, x, weight)
+            bias = _rounded_bias(bias, update_bias, x, weight)
         elif siblings.formed and type(a) is nn.Parameter:
             return siblings.multiply(self, x, Branch(weight, a, b, scale, bias, p))
         return lora_linear(x, weight, a, b, scale=scale, bias=bias, dropout_p=p)
 
 
-def _joined(bias: Tensor | None, update_bias: Tensor, x: Tensor, weight: Tensor | StoredWeight) -> Tensor:
+def _rounded_bias(bias: Tensor | None, update_bias: Tensor, x: Tensor, weight: Tensor | StoredWeight) -> Tensor:
     """The base's bias and the adapter's as one, rounded once: here, or where autocast or a stored weight casts all."""
-    if bias is not None:
-        update_bias = bias.to(update_bias.dtype) + update_bias
+    total = joined_bias(bias, update_bias)
     cast = isinstance(weight, StoredWeight) or torch.is_autocast_enabled(x.device.type)
-    return update_bias if cast else update_bias.to(x.dtype)
+    return total if cast else total.to(x.dtype)
 
 
 def _usual(layer: Any, x: Tensor) -> Proven | None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dtypes import FLOATING, wide_of
-from ..mergeable import Keep, Update, base_weight, folded, folded_bias, give, kept
+from ..mergeable import Keep, Update, base_weight, folded, folded_bias, give, kept, scaled_bias
 from ..ownership import why_not_mergeable
 from ..quantised import is_quantised
 from ..text import dtype_name
@@ -94,15 +94,15 @@ def update_of(layer: Any, names: Sequence[str]) -> Update:
     lora_as = [layer.lora_A[name].weight.detach().to(device) for name in names]
     lora_bs = [layer.lora_B[name].weight.detach().to(device) for name in names]
     biases = [
-        (scale, bias.detach().to(device))
+        scaled_bias(bias.detach().to(device), scale)
         for scale, name in zip(scales, names, strict=True)
         if (bias := layer.lora_B[name].bias) is not None
     ]
-    wide = wide_of(lora_as[0].dtype)
-    bias = sum((scale * bias.to(wide) for scale, bias in biases), torch.zeros((), device=device)) if biases else None
+    bias = torch.stack(biases).sum(0) if biases else None
     if len(names) == 1:
         dora = layer.lora_magnitude_vector[names[0]].weight.detach().to(device) if layer.lora_variant else None
         return Update.of(lora_as[0], lora_bs[0], scales[0], turned, dora, bias)
+    wide = wide_of(lora_as[0].dtype)
     lora_b = torch.cat([scale * b.to(wide) for scale, b in zip(scales, lora_bs, strict=True)], dim=1)
     return Update.of(torch.cat([a.to(wide) for a in lora_as]), lora_b, 1.0, turned, bias=bias)
 
