@@ -144,7 +144,7 @@ def base_weight(layer: nn.Module) -> Tensor:
     """The base weight of a layer as a dense matrix: its own, or made of a quantised one.
 
     Raises:
-        RuntimeError: the quantised weight has no state of quantisation.
+        RuntimeError: the quantised weight has no quantisation state.
     """
     weight: Any = layer.weight
     return dense_weight(layer) if is_quantised(layer) else weight

@@ -130,8 +130,8 @@ class LoRALinear(Mergeable):
         Raises:
             ValueError: as the constructor; or, with ``use_dora``, a row of the weight is zero.
             TypeError: ``linear`` is no ``nn.Linear`` (another subclass stores something else as its weight).
-            RuntimeError: its weight is a DTensor; or it is quantised, and its weight cannot be used: it has no state of
-                quantisation yet, is trained in 16 bits, or is of a bitsandbytes that is too old.
+            RuntimeError: its weight is a DTensor; or it is quantised, and its weight cannot be used: it has no
+                quantisation state yet, is trained in 16 bits, or is of a bitsandbytes that is too old.
         """
         if quantised.is_quantised(linear) and not hasattr(linear, "base_kind"):
             return QuantisedLoRALinear(linear, r, lora_alpha, lora_dropout, use_rslora, adapter_dtype, use_dora)
@@ -276,7 +276,7 @@ class QuantisedLoRALinear(LoRALinear):
 
     Raises:
         ValueError: as ``LoRALinear.from_linear``.
-        RuntimeError: the weight has no state of quantisation or is trained in 16 bits; or bitsandbytes is too old.
+        RuntimeError: the weight has no quantisation state or is trained in 16 bits; or bitsandbytes is too old.
 
     Source: Dettmers et al., 2023, https://arxiv.org/abs/2305.14314, equation (5).
     """
@@ -323,9 +323,8 @@ class QuantisedLoRALinear(LoRALinear):
         """x [..., in_features] -> y [..., out_features]; merged, exactly one GEMM and no gradient to A and B."""
         if not self.merged:
             return self._multiply(x, *self._operands(x))
-        weight, bias = self._merged_weight, self.bias
-        assert weight is not None
-        return F.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)).to(x.dtype)
+        weight: Any = self._merged_weight
+        return quantised.dense_linear(x, weight, self.bias)
 
     def _operands(self, x: Tensor) -> tuple[Any, ...]:
         return _stored(self.base, x), *parameters_of(self, ("lora_A", "lora_B")), self.bias

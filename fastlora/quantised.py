@@ -19,6 +19,7 @@ from collections.abc import Hashable
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .ops.base import StoredWeight
@@ -36,7 +37,7 @@ _MADE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def is_quantised(layer: nn.Module) -> bool:
-    """Whether a layer is one of bitsandbytes' that can have an adapter, or has one and names that as ``base_kind``."""
+    """Whether a layer is one of bitsandbytes' four, or one with adapters that was made of one (``base_kind``)."""
     return _kind_of(layer) in _kinds()
 
 
@@ -53,6 +54,12 @@ def stored_weight(layer: nn.Module, x: Tensor | None = None) -> StoredWeight | R
     return _four_bit(layer, x) if _kind_of(layer) in _kinds(four=True) else _eight_bit(layer)
 
 
+def why_not_stored(layer: nn.Module) -> Reason | None:
+    """The reason why a quantised layer has no stored weight, with the remedy; None where it has one."""
+    stored = stored_weight(layer)
+    return stored if isinstance(stored, str) else None
+
+
 def dense_weight(layer: nn.Module) -> Tensor:
     """A new dense W [N, K] of a quantised layer, in :func:`dense_dtype`.
 
@@ -63,6 +70,12 @@ def dense_weight(layer: nn.Module) -> Tensor:
     if isinstance(stored, str):
         raise RuntimeError(f"the weight of a {type(layer).__name__} cannot be made dense: {stored}")
     return stored.dense(dense_dtype(layer))
+
+
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What a merged quantised layer computes: x Wᵀ + bias [..., N] in the dtype of W [N, K], given in that of x."""
+    dtype = weight.dtype
+    return F.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype)).to(x.dtype)
 
 
 def quantised_as(layer: Any) -> str:

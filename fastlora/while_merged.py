@@ -15,7 +15,7 @@ from .mergeable import Keep, Mergeable
 from .ops.dtensor import is_sharded
 from .ownership import check_untied, why_not_mergeable
 from .peft import merging as peft_merging
-from .quantised import is_quantised, stored_weight
+from .quantised import is_quantised, why_not_stored
 
 
 class _Part(Protocol):
@@ -148,10 +148,7 @@ def _why_not(part: _Part) -> str | None:
         )
     if part.holder.weight.is_meta:
         return "its weight is on the meta device, without data: offloaded, or not loaded yet"
-    if is_quantised(part.holder):
-        stored = stored_weight(part.holder)
-        return stored if isinstance(stored, str) else None
-    return None
+    return why_not_stored(part.holder) if is_quantised(part.holder) else None
 
 
 def _check_memory(model: nn.Module, holders: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..dtypes import FLOATING
 from ..ownership import owner_of
-from ..quantised import is_quantised, stored_weight
+from ..quantised import is_quantised, why_not_stored
 from ..text import dtype_name
 from .layer import AdaptedLinear
 from .matching import is_conv1d
@@ -43,8 +43,7 @@ def obstacle(module: nn.Module, parent: nn.Module | None = None) -> str | None:
     if (reason := _owned(module, weight)) is not None:
         return reason
     if quantised:
-        stored = stored_weight(module)
-        return stored if isinstance(stored, str) else None
+        return why_not_stored(module)
     if weight is None:
         return "its weight is no Parameter of its own (weight_norm computes it, for one): remove that first"
     if type(weight) is not nn.Parameter or type(weight.data) is not Tensor:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.base import StoredWeight
 from ..ops.group import Branch
-from ..quantised import before_loading, stored_weight
+from ..quantised import before_loading, dense_linear, stored_weight, why_not_stored
 from .layer import KINDS, AdaptedLinear
 
 
@@ -29,7 +28,7 @@ class AdaptedQuantised(AdaptedLinear):
 
     def lora_branch(self, x: Tensor) -> Branch | None:
         """As an :class:`AdaptedLinear`'s; None too where the packed weight cannot be read."""
-        return None if isinstance(stored_weight(self), str) else super().lora_branch(x)
+        return super().lora_branch(x) if why_not_stored(self) is None else None
 
     def _stored(self, x: Tensor) -> StoredWeight:
         stored = stored_weight(self, x)
@@ -57,8 +56,7 @@ class AdaptedQuantised(AdaptedLinear):
 
     def _merged(self, x: Tensor) -> Tensor:
         weight: Any = self._merged_weight
-        bias = None if self.bias is None else self.bias.to(weight.dtype)
-        return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+        return dense_linear(x, weight, self.bias)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made as the program runs: a pickle names the one that it was made from.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from ..dtypes import FLOATING, wide_of
 from ..mergeable import Keep, Update, base_weight, folded, folded_bias, give, kept, scaled_bias
 from ..ownership import why_not_mergeable
-from ..quantised import is_quantised
+from ..quantised import dense_linear, is_quantised
 from ..text import dtype_name
-
-Reason: TypeAlias = str
+from .reasons import Reason
 
 _FOLDABLE = {
     ("peft.tuners.lora.layer", "Linear"),
@@ -125,7 +124,7 @@ class DenseBase(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> y [..., N], multiplied in the dtype of the weight."""
-        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+        return dense_linear(x, self.weight, self.bias)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The packed layer's."""

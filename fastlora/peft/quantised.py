@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..dtypes import HALF
 from ..gated import is_watched
-from ..quantised import EightBit, dense_dtype, is_quantised, stored_weight
+from ..quantised import dense_dtype, is_quantised, quantised_as, stored_weight, why_not_stored
 from ..text import dtype_name
 from .adapter import Adapter
 from .layer import KINDS, Base, Fused
@@ -29,10 +29,7 @@ class Quantised(Fused):
     @staticmethod
     def base_refusal(base: Any) -> Reason | None:
         """The reason for leaving a layer that is none of bitsandbytes' itself, or has no state yet, to PEFT."""
-        if not is_quantised(base):
-            return _another(base)
-        weight = stored_weight(base)
-        return weight if isinstance(weight, str) else None
+        return why_not_stored(base) if is_quantised(base) else _another(base)
 
     @staticmethod
     def base_dtype(base: Any) -> torch.dtype:
@@ -42,9 +39,9 @@ class Quantised(Fused):
     @staticmethod
     def base_words(base: Any) -> str | None:
         """How it is quantised, and what is done with it."""
-        if isinstance(stored_weight(base), EightBit):
+        if quantised_as(base) == "int8":
             return "an 8-bit base, multiplied by bitsandbytes, dequantised in the backward"
-        return f"a 4-bit base ({base.weight.quant_type}), dequantised for each product"
+        return f"a 4-bit base ({quantised_as(base)}), dequantised for each product"
 
     def base_in_call(self, x: Tensor) -> Base | Reason:
         """The stored weight and the bias, in whichever dtype that is."""
