@@ -33,12 +33,14 @@ class Quantised(Fused):
 
     @staticmethod
     def base_dtype(base: Any) -> torch.dtype:
-        """That in which the layer computes."""
-        return dense_dtype(base)
+        """That in which the layer computes; inside of :func:`fastlora.merged` that of the sum in its place."""
+        return dense_dtype(base) if is_quantised(base) else Fused.base_dtype(base)
 
     @staticmethod
     def base_words(base: Any) -> str | None:
-        """How it is quantised, and what is done with it."""
+        """How it is quantised, and what is done with it; nothing of the sum in its place while merged."""
+        if not is_quantised(base):
+            return None
         if quantised_as(base) == "int8":
             return "an 8-bit base, multiplied by bitsandbytes, dequantised in the backward"
         return f"a 4-bit base ({quantised_as(base)}), dequantised for each product"

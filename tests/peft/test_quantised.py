@@ -324,6 +324,17 @@ def test_the_report_says_what_the_base_is() -> None:
     assert (request.k, request.n, request.dtype) == (K, HIDDEN, BF16)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_report_while_merged_is_of_the_dense_sum(bits: int) -> None:
+    model = adapted("first", bits=bits, compute=BF16).eval()
+    fastlora.patch_peft(model)
+    with fastlora.merged(model):
+        report = fastlora.patch_peft(model)
+        (request,) = report.requests
+        assert (request.k, request.n, request.dtype) == (K, HIDDEN, first(model).base_layer.weight.dtype)
+    assert not report.bases
+
+
 def test_the_tuner_takes_four_bits_for_the_dtype_in_which_they_compute() -> None:
     model, _ = pair(compute=BF16)
     assert [(layer.k, layer.n, layer.dtype) for layer in of_model(model)] == [(K, HIDDEN, BF16), (HIDDEN, N, BF16)]
