@@ -159,9 +159,14 @@ def common_dtype(x: Tensor, weights: Sequence[Tensor | StoredWeight]) -> torch.d
     return dtypes.pop() if len(dtypes) == 1 else None
 
 
-def kept(w: Any) -> tuple[Tensor | None, StoredWeight | None]:
-    """What a node of the graph keeps of a w: a matrix among its tensors, or a stored weight beside them."""
-    return (None, w) if isinstance(w, StoredWeight) else (w, None)
+def matrix_of(w: Any) -> Tensor | None:
+    """What a node of the graph keeps of a w among its tensors: the matrix that it is, nothing of a stored weight."""
+    return None if isinstance(w, StoredWeight) else w
+
+
+def stored_of(w: Any) -> StoredWeight | None:
+    """What a node of the graph keeps of a w beside its tensors: the stored weight that it is, nothing of a matrix."""
+    return w if isinstance(w, StoredWeight) else None
 
 
 def multiply(p: Product, eager: bool, dtype: torch.dtype) -> Tensor:

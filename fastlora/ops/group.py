@@ -181,8 +181,7 @@ _OPERANDS = 4
 
 def operands_of(p: Product) -> tuple[Tensor | None, ...]:
     """The tensors of a product that may ask for a gradient, but x."""
-    w, _ = base.kept(p.w)
-    return w, p.a, p.b, p.bias
+    return base.matrix_of(p.w), p.a, p.b, p.bias
 
 
 # What a layer trains.
@@ -221,7 +220,7 @@ def kept(p: Product, z: Tensor, need_x: bool, needs: Sequence[bool]) -> list[Ten
     """w, a, b, z and seed of one branch, as far as its backward needs them; a stored w is kept beside the tensors."""
     _, need_a, need_b, _ = needs
     return [
-        base.kept(p.w)[0] if need_x else None,
+        base.matrix_of(p.w) if need_x else None,
         p.a if need_x or need_a else None,
         p.b if need_x or need_a else None,
         z if need_b else None,
@@ -236,7 +235,7 @@ def constants_of(products: Sequence[Product]) -> list[tuple[Any, ...]]:
 
 def stored_of(products: Sequence[Product]) -> list[StoredWeight | None]:
     """The stored weight of each branch, None of those that are matrices."""
-    return [base.kept(p.w)[1] for p in products]
+    return [base.stored_of(p.w) for p in products]
 
 
 def gradients(
