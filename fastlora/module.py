@@ -20,6 +20,7 @@ from .mergeable import (
 from .ops import dtensor
 from .ops.dora import dora_linear
 from .ops.linear import lora_linear
+from .ops.norms import zero_row
 from .start import check_rank_and_dropout, scale_of, start_adapter, start_linear
 
 _OPERANDS = ("weight", "lora_A", "lora_B", "bias")
@@ -229,8 +230,7 @@ class LoRALinear(Mergeable):
         self._forget_norms()
         weight = base_weight(self._holder)
         norms: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=wide_of(weight.dtype))
-        if not weight.is_meta and not norms.all():
-            row = int((norms == 0).nonzero()[0])
+        if (row := zero_row(norms)) is not None:
             raise ValueError(
                 f"row {row} of the weight of a {type(self).__name__} is zero: DoRA divides by the length of each row, "
                 "so leave use_dora out for this layer"

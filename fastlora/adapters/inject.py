@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import gated
 from ..gated import GatedMLP
 from ..mergeable import base_weight
-from ..ops.norms import forget_norms, row_norms
+from ..ops.norms import forget_norms, row_norms, zero_row
 from ..siblings import Groups
 from ..start import start_adapter, start_bias
 from ..text import listed, starred
@@ -241,8 +241,7 @@ def _lengths(layer: PlannedLayer, parts: dict[str, Tensor]) -> Tensor:
     weight = base_weight(layer.module)
     weight = weight.T if is_turned(layer.module) else weight
     norms = row_norms(weight, parts["lora_A"], parts["lora_B"], layer.scale)
-    if not weight.is_meta and not norms.all():
-        row = int((norms == 0).nonzero()[0])
+    if (row := zero_row(norms)) is not None:
         raise ValueError(
             f"use_dora: row {row} of {layer.name}.weight is zero, and DoRA divides by the length of each row: leave "
             f"{layer.name} out (exclude_modules)"

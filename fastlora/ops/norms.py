@@ -47,6 +47,13 @@ def row_norms(w: Tensor, a: Tensor, b: Tensor, scale: float, source: Tensor | No
         return _row_norms(w, a, b, scale, source)
 
 
+def zero_row(norms: Tensor) -> int | None:
+    """The first row whose norm [N] is zero, by which DoRA cannot divide; None where none is, or on the meta device."""
+    if norms.is_meta or bool(norms.all()):
+        return None
+    return int((norms == 0).nonzero()[0])
+
+
 def forget_norms(weight: Tensor) -> None:
     """Lets the norms of a weight be made anew at its next call.
 
