@@ -19,7 +19,6 @@ Source: Liu et al., 2024, https://arxiv.org/abs/2402.09353, equation (5) and sec
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -34,13 +33,13 @@ from ..eager import is_eager
 from . import base
 from .autograd import by_the_verbs, rows_of, unrows, verbs, without_zero_strides
 from .base import StoredWeight
+from .norms import row_blocks
 
 _ops = torch.library.Library("fastlora", "FRAGMENT")
 _ops.define("kept(Tensor x, float dropout_p, Tensor seed) -> Tensor")
 
 # Elements of [M, N] that are widened at a time.
 _BLOCK = {"cpu": 1 << 16}
-_BLOCK_DEFAULT = 1 << 24
 
 
 def _kept_op(x: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
@@ -95,19 +94,12 @@ def _plus_scaled(c: Tensor | None, u: Tensor, g: Tensor, out: Tensor | None) -> 
         return (u.to(wide) * g if c is None else torch.addcmul(c.to(wide), u.to(wide), g)).to(u.dtype)
     if out is None:
         out = torch.empty_like(u)
-    for rows in _blocks(u):
+    for rows in row_blocks(u, _BLOCK):
         if c is None:
             torch.mul(u[rows], g, out=out[rows])
         else:
             torch.addcmul(c if c.dim() == 1 else c[rows], u[rows], g, out=out[rows])
     return out
-
-
-def _blocks(t: Tensor) -> Iterator[slice]:
-    """The rows of [M, N], as many at a time as are widened."""
-    m, n = t.shape
-    step = max(1, _BLOCK.get(t.device.type, _BLOCK_DEFAULT) // max(n, 1))
-    return (slice(first, first + step) for first in range(0, m, step))
 
 
 def multiply(p: Product, magnitude: Tensor, norm: Tensor, stored: StoredWeight | None = None) -> Tensor:
@@ -223,7 +215,7 @@ def _scaled_and_sums(dy: Tensor, factor: Tensor | None, u: Tensor | None) -> tup
     m, n = dy.shape
     scaled = None if factor is None else dy.new_empty(m, n)
     sums = None if u is None else dy.new_zeros(n, dtype=wide)
-    for rows in _blocks(dy):
+    for rows in row_blocks(dy, _BLOCK):
         part = dy[rows].to(wide)
         if scaled is not None:
             torch.mul(part, factor, out=scaled[rows])  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -95,7 +96,7 @@ def _times(w: Tensor, a_kr: Tensor) -> Tensor:
     if w.dtype is torch.bfloat16 and w.is_cpu and _has_tiles():
         return _times_by_tiles(w, a_kr)
     product = a_kr.new_empty(w.shape[0], a_kr.shape[1])
-    for rows in _blocks(w):
+    for rows in row_blocks(w, _BLOCK):
         torch.mm(w[rows].to(a_kr.dtype), a_kr, out=product[rows])
     return product
 
@@ -127,7 +128,7 @@ def _squares(w: Tensor) -> Tensor:
     wide = wide_of(w.dtype)
     squares = w.new_empty(w.shape[0], dtype=wide)
     # By blocks, since on a CPU a norm in a wider dtype first makes a copy.
-    for rows in _blocks(w):
+    for rows in row_blocks(w, _BLOCK):
         torch.linalg.vector_norm(w[rows], dim=1, dtype=wide, out=squares[rows])
     return squares.square_()
 
@@ -135,18 +136,19 @@ def _squares(w: Tensor) -> Tensor:
 def _mend(squares: Tensor, whole: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
     """Makes those ‖W + scale · B A‖² by their elements, in place, that are the small difference of large numbers."""
     few = (squares < _LEFT * whole).nonzero().squeeze(1)
-    for rows in few.split(_rows_at_once(w)) if few.numel() else ():
+    for rows in few.split(_rows_at_once(w, _BLOCK)) if few.numel() else ():
         dense = torch.addmm(w[rows].to(a.dtype), b[rows], a, alpha=scale)
         squares[rows] = dense.square_().sum(1)
 
 
-def _blocks(w: Tensor) -> list[slice]:
-    step = _rows_at_once(w)
-    return [slice(first, first + step) for first in range(0, w.shape[0], step)]
+def row_blocks(t: Tensor, block: Mapping[str, int]) -> list[slice]:
+    """The rows of a matrix, as many at a time as are widened: ``block`` elements by device type, else 2²⁴."""
+    step = _rows_at_once(t, block)
+    return [slice(first, first + step) for first in range(0, t.shape[0], step)]
 
 
-def _rows_at_once(w: Tensor) -> int:
-    return max(1, _BLOCK.get(w.device.type, _BLOCK_DEFAULT) // max(w.shape[1], 1))
+def _rows_at_once(t: Tensor, block: Mapping[str, int]) -> int:
+    return max(1, block.get(t.device.type, _BLOCK_DEFAULT) // max(t.shape[1], 1))
 
 
 class _Kept(NamedTuple):
