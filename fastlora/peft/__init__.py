@@ -4,6 +4,7 @@ Nothing here imports peft as it loads.
 """
 
 from .calls import Calls, count_calls
-from .patch import PatchReport, patch_peft, patched_peft, unpatch_peft
+from .patch import patch_peft, patched_peft, unpatch_peft
+from .report import PatchReport
 
 __all__ = ["Calls", "PatchReport", "count_calls", "patch_peft", "patched_peft", "unpatch_peft"]

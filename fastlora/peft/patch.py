@@ -14,18 +14,17 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from .. import gated, siblings
-from ..backends import dispatch
 from ..backends.request import Request
 from ..siblings import Groups
 from ..text import listed
 from . import calls
 from .reasons import variant
+from .report import TOKENS, PatchReport
 
 if TYPE_CHECKING:
     from .layer import Fused
@@ -44,67 +43,8 @@ READ = (
     "cast_input_dtype_enabled",
 )
 
-# At which a report says what would run: no layer knows how many it will get.
-TOKENS = 2048
-
 # Modules whose frames a warning skips, to be about the caller's line; a with statement calls through contextlib.
 _NOT_CALLERS = (__name__.split(".")[0], "contextlib")
-
-
-@dataclass(frozen=True)
-class PatchReport:
-    """The layers that :func:`patch_peft` patched and skipped; ``print`` it.
-
-    Attributes:
-        patched: names of the layers that run on fastlora from now on.
-        already_patched: names of those that did before.
-        skipped: name of each other adapter layer → the reason why it keeps PEFT's forward.
-        trainable_base: names of the patched layers whose base weight asks for a gradient.
-        groups: names of the layers that compute together where they are called with one input.
-        ungrouped: name of each layer that could have been in a group → the reason why it is in none.
-        mlps: names of the gated MLPs that run as one product.
-        requests: what the layers that run on fastlora ask of a kernel, at TOKENS tokens and without dropout; how many
-            layers ask it.
-        bases: what their quantised bases are, and what is done with them; how many layers have such a one.
-    """
-
-    patched: tuple[str, ...]
-    already_patched: tuple[str, ...]
-    skipped: dict[str, str]
-    trainable_base: tuple[str, ...]
-    groups: tuple[tuple[str, ...], ...] = ()
-    ungrouped: dict[str, str] = field(default_factory=dict)
-    mlps: tuple[str, ...] = ()
-    requests: Counter[Request] = field(default_factory=Counter, repr=False)
-    bases: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def reasons(self) -> Counter[str]:
-        """The number of layers skipped for each reason."""
-        return Counter(self.skipped.values())
-
-    def __str__(self) -> str:
-        total = len(self.patched) + len(self.already_patched) + len(self.skipped)
-        lines = [f"{len(self.patched)} of {total} adapter layers patched"]
-        if self.already_patched:
-            lines[0] += f", {len(self.already_patched)} patched already"
-        for reason, count in self.reasons.most_common():
-            lines.append(f"  {count} skipped: {reason} ({listed(n for n, r in self.skipped.items() if r == reason)})")
-        if self.trainable_base:
-            lines.append(f"  {len(self.trainable_base)} with a trainable base weight ({listed(self.trainable_base)})")
-        lines += gated.report(self.groups, self.mlps, self.ungrouped)
-        for (kernel, why), count in self._kernels().most_common():
-            lines.append(f"  {count} run {kernel} at {TOKENS} tokens, {why}")
-        lines += [f"  {count} with {base}" for base, count in self.bases.most_common()]
-        return "\n".join(lines)
-
-    def _kernels(self) -> Counter[tuple[str, str]]:
-        """The kernel that would run, and why → the number of layers."""
-        kernels: Counter[tuple[str, str]] = Counter()
-        for request, count in self.requests.items():
-            explanation = dispatch.explain_request(request)
-            kernels[explanation.chosen or "nothing", explanation.why] += count
-        return kernels
 
 
 def patch_peft(
@@ -214,26 +154,11 @@ def _patch(
     _check_module(model)
     if importlib.util.find_spec("peft") is None:
         raise ImportError("patch_peft needs peft, which is not installed: pip install peft")
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    from .layer import Fused
 
     wanted: dict[type, type[Fused]] = {}
     for kind, (fused, strict) in kinds().items():
         wanted |= dict.fromkeys((kind, fused, strict), strict if strict_dtype else fused)
-    patched: dict[str, Any] = {}
-    already: dict[str, Any] = {}
-    skipped: dict[str, str] = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, Fused):
-            already[name] = layer
-        elif isinstance(layer, BaseTunerLayer):
-            reason = refusal(layer)
-            if reason is None:
-                patched[name] = layer
-            else:
-                skipped[name] = reason
-
+    patched, already, skipped = _sorted_out(model)
     before: dict[nn.Module, type] = {}
     try:
         for name, layer in (patched | already).items():
@@ -243,7 +168,7 @@ def _patch(
                 calls.name_layer(layer, name)
         calls.forget_warnings()
         chosen = siblings.choose(model, groups, _unfit)
-        trainable = tuple(name for name, layer in patched.items() if _base_weight(layer).requires_grad)
+        trainable = tuple(name for name, layer in patched.items() if layer.base_layer.weight.requires_grad)
         running = (patched | already).values()
         requests = Counter(request for layer in running if (request := _request(layer)))
         bases = Counter(words for layer in running if (words := layer.base_words(layer.base_layer)))
@@ -279,6 +204,27 @@ def _patch(
         before.setdefault(module, type(module))
         gated.swap(module)
     return report, before
+
+
+def _sorted_out(model: nn.Module) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
+    """The adapter layers of a model by name: those to patch, those that are patched, and why the others are not."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    from .layer import Fused
+
+    to_patch: dict[str, Any] = {}
+    already: dict[str, Any] = {}
+    skipped: dict[str, str] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, Fused):
+            already[name] = layer
+        elif isinstance(layer, BaseTunerLayer):
+            reason = refusal(layer)
+            if reason is None:
+                to_patch[name] = layer
+            else:
+                skipped[name] = reason
+    return to_patch, already, skipped
 
 
 def _unfit(layer: Any) -> str | None:
@@ -334,10 +280,6 @@ def _request(layer: Fused) -> Request | None:
         return None
     a, n, dtype = peft.lora_A[name].weight, peft.out_features, layer.base_dtype(base)
     return Request("lora_matmul", base.weight.device, dtype, a.dtype, TOKENS, a.shape[1], n, a.shape[0], False)
-
-
-def _base_weight(layer: Any) -> Any:
-    return layer.base_layer.weight
 
 
 def _warn_of(report: PatchReport) -> None:
