@@ -86,46 +86,60 @@ def read_adapter(folder: str | os.PathLike[str]) -> tuple[AdapterConfig, Adapter
 def _sorted_into_layers(tensors: Mapping[str, Tensor], config: AdapterConfig, source: str) -> Adapters:
     adapters: Adapters = {}
     for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        part = None if match is None else _PARTS[match["end"]]
-        if match is None or part not in config.parts:
-            ends = " and ".join(f".{_ENDS[part]}" for part in config.parts)
-            raise ValueError(
-                f"{source} has the key {key!r}, which fastlora does not support with the options in {CONFIG}: expected "
-                f"base_model.model.<layer>{ends} alone"
-            )
-        is_matrix = part in ("lora_A", "lora_B")
-        if tensor.dtype not in FLOATING or tensor.dim() != (2 if is_matrix else 1):
-            kind = f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
-            raise ValueError(
-                f"{source}: {key} is {kind}: expected a floating-point {'matrix' if is_matrix else 'vector'}"
-            )
-        if not tensor.isfinite().all():
-            raise ValueError(f"{source}: {key} holds values that are not finite: the training that wrote it diverged")
-        adapters.setdefault(match["layer"], {})[part] = tensor
+        layer, part = _layer_and_part(key, config, source)
+        _check_tensor(f"{source}: {key}", part, tensor)
+        adapters.setdefault(layer, {})[part] = tensor
     if not adapters:
         raise ValueError(f"{source} holds no tensors: expected {key_of('<layer>', 'lora_A')} and its partners")
     for layer, parts in adapters.items():
-        for part in config.parts:
-            if part not in parts:
-                raise ValueError(
-                    f"{source} has no {key_of(layer, part)}, the partner of what it has for {layer}: it is incomplete"
-                )
-        for part, dim in (("lora_A", 0), ("lora_B", 1)):
-            key = key_of(layer, part)
-            if parts[part].shape[dim] != config.rank(layer):
-                raise ValueError(
-                    f"{source}: {key} has shape {list(parts[part].shape)}, so rank {parts[part].shape[dim]}: expected "
-                    f"rank {config.rank(layer)}, as {CONFIG} says (r, rank_pattern)"
-                )
-        for part in config.parts[2:]:
-            if parts[part].shape[0] != parts["lora_B"].shape[0]:
-                raise ValueError(
-                    f"{source}: {key_of(layer, part)} has shape {list(parts[part].shape)}: expected "
-                    f"[{parts['lora_B'].shape[0]}], the rows of {key_of(layer, 'lora_B')}"
-                )
+        _check_together(layer, parts, config, source)
         adapters[layer] = {part: parts[part] for part in config.parts}
     return adapters
+
+
+def _layer_and_part(key: str, config: AdapterConfig, source: str) -> tuple[str, str]:
+    """The layer and the part that a tensor of the file is for, by its key."""
+    match = _KEY.fullmatch(key)
+    if match is None or (part := _PARTS[match["end"]]) not in config.parts:
+        ends = " and ".join(f".{_ENDS[part]}" for part in config.parts)
+        raise ValueError(
+            f"{source} has the key {key!r}, which fastlora does not support with the options in {CONFIG}: expected "
+            f"base_model.model.<layer>{ends} alone"
+        )
+    return match["layer"], part
+
+
+def _check_tensor(name: str, part: str, tensor: Tensor) -> None:
+    """Raises ValueError for a tensor that its part cannot be, whatever the others are."""
+    is_matrix = part in ("lora_A", "lora_B")
+    if tensor.dtype not in FLOATING or tensor.dim() != (2 if is_matrix else 1):
+        raise ValueError(
+            f"{name} is {dtype_name(tensor.dtype)} {list(tensor.shape)}: expected a floating-point "
+            f"{'matrix' if is_matrix else 'vector'}"
+        )
+    if not tensor.isfinite().all():
+        raise ValueError(f"{name} holds values that are not finite: the training that wrote it diverged")
+
+
+def _check_together(layer: str, parts: Mapping[str, Tensor], config: AdapterConfig, source: str) -> None:
+    """Raises ValueError where a part of a layer is missing, or has another shape than the others or the options say."""
+    for part in config.parts:
+        if part not in parts:
+            raise ValueError(
+                f"{source} has no {key_of(layer, part)}, the partner of what it has for {layer}: it is incomplete"
+            )
+    for part, dim in (("lora_A", 0), ("lora_B", 1)):
+        if parts[part].shape[dim] != config.rank(layer):
+            raise ValueError(
+                f"{source}: {key_of(layer, part)} has shape {list(parts[part].shape)}, so rank "
+                f"{parts[part].shape[dim]}: expected rank {config.rank(layer)}, as {CONFIG} says (r, rank_pattern)"
+            )
+    for part in config.parts[2:]:
+        if parts[part].shape[0] != parts["lora_B"].shape[0]:
+            raise ValueError(
+                f"{source}: {key_of(layer, part)} has shape {list(parts[part].shape)}: expected "
+                f"[{parts['lora_B'].shape[0]}], the rows of {key_of(layer, 'lora_B')}"
+            )
 
 
 def write_adapter(folder: Path, config: AdapterConfig, tensors: dict[str, Tensor]) -> None:
