@@ -139,20 +139,10 @@ def _targets(
     witnesses: dict[bool, str] = {}
     for layer, parts in adapters.items():
         entry, a, b = checkpoint.tensors[names[layer]], parts["lora_A"], parts["lora_B"]
-        if entry.dtype in ("U8", "I8"):
-            raise ValueError(f"{names[layer]} is {entry.dtype} {list(entry.shape)} in {entry.file}: {_QUANTISED}")
-        if not is_floating(entry):
-            raise ValueError(f"{names[layer]} is {entry.dtype} in {entry.file}: dequantise the base first")
-        linear, turned = (b.shape[0], a.shape[1]), (a.shape[1], b.shape[0])
-        if entry.shape not in (linear, turned):
-            part = "lora_A" if b.shape[0] in entry.shape else "lora_B"
-            raise ValueError(
-                f"the adapter is for another model: {key_of(layer, part)} has shape {list(parts[part].shape)}, made "
-                f"for a weight {list(linear)}; {names[layer]} is {list(entry.shape)}"
-            )
+        _check_weight(names[layer], entry, layer, parts)
         is_turned = fan_in_fan_out
-        if linear != turned:
-            is_turned = entry.shape == turned
+        if a.shape[1] != b.shape[0]:
+            is_turned = entry.shape == (a.shape[1], b.shape[0])
             witnesses[is_turned] = layer
         bias = parts.get("lora_bias")
         if bias is not None:
@@ -171,6 +161,21 @@ def _targets(
             "merge_and_unload"
         )
     return targets
+
+
+def _check_weight(name: str, entry: Entry, layer: str, parts: Mapping[str, Tensor]) -> None:
+    """Raises ValueError for a weight that cannot hold the sum, or is of another shape than the adapter's."""
+    if entry.dtype in ("U8", "I8"):
+        raise ValueError(f"{name} is {entry.dtype} {list(entry.shape)} in {entry.file}: {_QUANTISED}")
+    if not is_floating(entry):
+        raise ValueError(f"{name} is {entry.dtype} in {entry.file}: dequantise the base first")
+    n, k = parts["lora_B"].shape[0], parts["lora_A"].shape[1]
+    if entry.shape not in ((n, k), (k, n)):
+        part = "lora_A" if n in entry.shape else "lora_B"
+        raise ValueError(
+            f"the adapter is for another model: {key_of(layer, part)} has shape {list(parts[part].shape)}, made for a "
+            f"weight {[n, k]}; {name} is {list(entry.shape)}"
+        )
 
 
 def _bias_entry(checkpoint: Checkpoint, name: str, layer: str, n: int) -> Entry:
