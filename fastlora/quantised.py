@@ -26,14 +26,14 @@ from .ops.base import StoredWeight
 
 Reason: TypeAlias = str
 
-# The oldest whose 4-bit kernels work on every device that fastlora does.
+# The oldest bitsandbytes whose 4-bit kernels work on every device that fastlora does.
 OLDEST = (0, 49)
 
-# Up to so many tokens bitsandbytes has a GPU kernel that reads the packed weight; beyond, it makes it dense itself.
-_FEW = 1536
+# Up to so many tokens it has a GPU kernel that reads the packed weight; beyond, it makes it dense itself.
+_FEW_TOKENS = 1536
 
-# What it makes dense weights of 4 bits in.
-_MADE = (torch.float32, torch.bfloat16, torch.float16)
+# What it makes 4-bit weights dense in.
+_DENSE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def is_quantised(layer: nn.Module) -> bool:
@@ -130,7 +130,7 @@ class FourBit(StoredWeight):
         # bitsandbytes' Parameter would send each look at it through Python.
         with torch._C.DisableTorchFunctionSubclass():
             self.source, self._packed, self._version = weight, weight.data, weight._version
-        self._said, self._dtype = id(quant_state), dtype
+        self._state_id, self._dtype = id(quant_state), dtype
         # On a CPU a later call without gradients may pack the weight anew, and changes its state in place.
         self._quant_state = _copied(quant_state) if self._packed.is_cpu else quant_state
         self.shape, self.device = torch.Size(quant_state.shape), self._packed.device
@@ -140,7 +140,7 @@ class FourBit(StoredWeight):
     def dense(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """W [N, K], as bitsandbytes makes it."""
         quant_state = self._quant_state
-        wanted = dtype if dtype in _MADE else torch.float32
+        wanted = dtype if dtype in _DENSE_DTYPES else torch.float32
         if quant_state.dtype is not wanted:
             # That in which it was packed, which may be coarser than that in which the layer computes.
             quant_state = _copied(quant_state)
@@ -153,7 +153,7 @@ class FourBit(StoredWeight):
 
     def state(self) -> Hashable:
         """The packed tensor and its version, and the state that says how."""
-        return self._packed.data_ptr(), self._version, self._said
+        return self._packed.data_ptr(), self._version, self._state_id
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """The layer's own, whatever autocast says; that of x where the layer has none."""
@@ -161,7 +161,7 @@ class FourBit(StoredWeight):
 
     def multiplies(self, m: int) -> bool:
         """Few tokens on a GPU."""
-        return self.device.type == "cuda" and 0 < m <= _FEW
+        return self.device.type == "cuda" and 0 < m <= _FEW_TOKENS
 
     def product(self, x_mk: Tensor, bias: Tensor | None) -> Tensor:
         """bitsandbytes' own product."""
