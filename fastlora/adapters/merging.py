@@ -66,12 +66,17 @@ class MergeReport:
         """The largest distance of a merged weight from the exact sum."""
         return max((layer.max_error for layer in self.layers), default=0.0)
 
+    @property
+    def _dequantised(self) -> Counter[tuple[str, torch.dtype]]:
+        """What quantised layers were merged into, such as ``"dequantised nf4"``, and in which dtype → their number."""
+        return Counter((layer.into, layer.dtype) for layer in self.layers if layer.into)
+
     def __str__(self) -> str:
         dtypes = ", ".join(sorted({dtype_name(layer.dtype) for layer in self.layers}))
         lines = [
             f"{len(self.layers)} layers merged in {dtypes}: rounding lost at most {self.max_error:.3g} of a weight"
         ]
-        for (into, dtype), count in Counter((each.into, each.dtype) for each in self.layers if each.into).items():
+        for (into, dtype), count in self._dequantised.items():
             lines.append(
                 f"  {count} into the {into} weight, in {dtype_name(dtype)}: not into the one that was quantised"
             )
@@ -91,6 +96,11 @@ def fold_and_measure(name: str, weight: Tensor, update: Update) -> tuple[Tensor,
         ValueError: the sum is not finite: the adapter is not, or it overflows the dtype of the weight.
     """
     merged = folded(weight, update, name)
+    return merged, _measure(name, weight, merged, update)
+
+
+def _measure(name: str, weight: Tensor, merged: Tensor, update: Update) -> LayerMerge:
+    """The distance of a merged weight from the exact sum, in float64 and a few rows at a time."""
     exact = torch.float32 if weight.device.type == "mps" else torch.float64
     right = update.right.to(exact)
     largest = error_squares = update_squares = 0.0
@@ -119,7 +129,7 @@ def fold_and_measure(name: str, weight: Tensor, update: Update) -> tuple[Tensor,
             update_squares += added.square().sum().item()
     count = weight.numel()
     rms_error, rms_update = math.sqrt(error_squares / count), math.sqrt(update_squares / count)
-    return merged, LayerMerge(name, weight.dtype, largest, rms_error, rms_update)
+    return LayerMerge(name, weight.dtype, largest, rms_error, rms_update)
 
 
 def _gain(update: Update, magnitude: Tensor, squares: Tensor) -> Tensor:
@@ -202,7 +212,7 @@ def merge_and_unload(model: nn.Module, *, dtype: torch.dtype | None = None) -> n
                 layer.weight.data = folded(layer.weight, update)
             restore(layer)
     unload(model)
-    for (into, own), count in Counter((each.into, each.dtype) for each in measured.layers if each.into).items():
+    for (into, own), count in measured._dequantised.items():
         _log.warning(
             "%d layers are dense now, nn.Linear in %s, with the sum of the adapter and the %s weight; dtype=... of "
             "merge_and_unload asks for another dtype%s",
