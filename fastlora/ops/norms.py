@@ -64,7 +64,7 @@ def forget_norms(weight: Tensor) -> None:
     Args:
         weight: a weight that was given to :func:`fastlora.dora_linear`, or the ``source`` of a stored one.
     """
-    _kept.pop(id(weight), None)
+    _kept.pop(id(_whole(weight)), None)
 
 
 def _row_norms(w: Tensor, a: Tensor, b: Tensor, scale: float, source: Tensor | None = None) -> Tensor:
@@ -166,21 +166,28 @@ _MOST_KEPT = 4096
 
 def _squares_of(w: Tensor, source: Tensor) -> Tensor:
     """The squares of a weight's rows: those that are kept for its source, or new ones."""
+    weight = _whole(source)
     # A weight that trains changes at every step, under sharding behind its version. A CUDA graph must hold its own.
-    if source.requires_grad or source.is_inference() or type(w) not in _PLAIN:
+    if weight.requires_grad or source.requires_grad or source.is_inference() or type(w) not in _PLAIN:
         return _squares(w)
     if w.is_cuda and torch.cuda.is_current_stream_capturing():
         return _squares(w)
-    key = id(source)
+    key = id(weight)
     state = (source.data_ptr(), source.shape, source.stride(), source.dtype, w.dtype, source.device, source._version)
     kept = _kept.get(key)
-    if kept is not None and kept.state == state and kept.weight() is source:
+    if kept is not None and kept.state == state and kept.weight() is weight:
         return kept.squares
     squares = _squares(w)
     if len(_kept) >= _MOST_KEPT:
         _kept.pop(next(iter(_kept)), None)
-    _kept[key] = _Kept(weakref.ref(source, functools.partial(_drop, key)), state, squares)
+    _kept[key] = _Kept(weakref.ref(weight, functools.partial(_drop, key)), state, squares)
     return squares
+
+
+def _whole(source: Tensor) -> Tensor:
+    """The weight that lives from call to call: of one that is stored [K, N] a call gets a view, which does not."""
+    base = source._base
+    return source if base is None or type(base) not in _PLAIN or base.numel() != source.numel() else base
 
 
 def _drop(key: int, weight: weakref.ref[Tensor]) -> None:

@@ -389,6 +389,24 @@ def test_squares_of_a_frozen_weight_are_made_once(made: list[torch.Size]) -> Non
     assert len(made) == 2
 
 
+def test_squares_of_a_weight_that_is_stored_turned_are_made_once(made: list[torch.Size]) -> None:
+    given = call(dtype=F64).leaves(*FROZEN)
+    stored = given.operands.weight.T.contiguous()
+
+    def turned() -> Any:
+        return given._replace(operands=given.operands._replace(weight=stored.T))
+
+    for _ in range(3):
+        turned()()
+    assert len(made) == 1
+    stored.mul_(2)
+    assert_right({"y": (y := turned()())}, turned(), gradient_of(y))
+    assert len(made) == 2
+    stored.data.mul_(2)
+    forget_norms(stored.T)
+    assert_right({"y": (y := turned()())}, turned(), gradient_of(y))
+
+
 def test_changes_of_the_weight_are_noticed(made: list[torch.Size]) -> None:
     given = call(dtype=F64).leaves(*FROZEN)
     weight = given.operands.weight
