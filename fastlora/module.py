@@ -329,9 +329,9 @@ class QuantisedLoRALinear(LoRALinear):
     def _operands(self, x: Tensor) -> tuple[Any, ...]:
         return _stored(self.base, x), *parameters_of(self, ("lora_A", "lora_B")), self.bias
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        quantised.before_loading(self.base, state_dict, prefix + "base.")
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, *args: Any) -> None:
+        quantised.before_loading(self.base, state_dict, prefix + "base.", metadata)
+        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
 
 
 def _stored(layer: nn.Module, x: Any) -> Any:

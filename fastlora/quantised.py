@@ -96,15 +96,24 @@ def dense_dtype(layer: Any) -> torch.dtype:
     return dtype
 
 
-def before_loading(layer: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+def before_loading(layer: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
     """Prepares a quantised layer for torch to load its part of a state dict into it, which bitsandbytes does half.
 
     Torch copies the packed weight alone. Of 4 bits, its state is taken out of ``state_dict`` and put in the old one's
-    place, where both fit; what does not fit is left for torch to refuse. Of 8 bits, the factors are laid where
+    place; a packed weight of another size is left for torch to refuse. Of 8 bits, the factors are laid where
     bitsandbytes looks for them, also after the layer's first call.
+
+    Raises:
+        RuntimeError: ``assign=True``, which would leave the state behind; or the state in ``state_dict`` is of another
+            layer or cut short. The layer is then as it was.
     """
     held: Any = layer
     weight = held._parameters["weight"]
+    if metadata.get("assign_to_params_buffers") and prefix + "weight" in state_dict:
+        raise RuntimeError(
+            f"assign=True would put the packed {prefix}weight in the place of one that has its state of quantisation: "
+            "call load_state_dict without it, which copies"
+        )
     if _kind_of(layer) not in _kinds(four=True):
         factors = held.state.SCB if getattr(weight, "SCB", None) is None else weight.SCB
         if weight.dtype is torch.int8 and factors is not None and prefix + "SCB" in state_dict:
@@ -116,11 +125,21 @@ def before_loading(layer: nn.Module, state_dict: dict[str, Any], prefix: str) ->
     if packed is None or not names or (packed.shape, packed.dtype) != (weight.shape, weight.dtype):
         return
     found = {name.removeprefix(prefix + "weight."): state_dict[name] for name in names}
-    quant_state = sys.modules["bitsandbytes"].functional.QuantState.from_dict(found, device=weight.device)
-    if tuple(quant_state.shape) == (held.out_features, held.in_features):
-        for name in names:
-            del state_dict[name]
-        weight.quant_state = held.quant_state = quant_state
+    try:
+        quant_state = sys.modules["bitsandbytes"].functional.QuantState.from_dict(found, device=weight.device)
+    except (KeyError, ValueError) as error:
+        raise RuntimeError(
+            f"the state of quantisation of {prefix}weight in the state dict is cut short ({error}): expected all that "
+            "state_dict() of such a layer has"
+        ) from error
+    if tuple(quant_state.shape) != (held.out_features, held.in_features):
+        raise RuntimeError(
+            f"{prefix}weight in the state dict is a packed {list(quant_state.shape)}: expected "
+            f"{[held.out_features, held.in_features]}, so the state dict is another model's"
+        )
+    for name in names:
+        del state_dict[name]
+    weight.quant_state = held.quant_state = quant_state
 
 
 class FourBit(StoredWeight):

@@ -211,6 +211,40 @@ def test_a_checkpoint_of_another_shape_is_refused_and_changes_no_base() -> None:
     assert torch.equal(layer(x), expected)
 
 
+def transposed(layer: Any) -> dict[str, Any]:
+    other = bnb.nn.LinearNF4(layer.out_features, layer.in_features, bias=False).to("cpu")
+    return {f"base.{name}": tensor for name, tensor in other.state_dict().items()}
+
+
+def without_factors(layer: Any) -> dict[str, Any]:
+    return {name: tensor for name, tensor in layer.state_dict().items() if "absmax" not in name}
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["", "merged"])
+@pytest.mark.parametrize(
+    ("state_of", "assign", "message"),
+    [
+        (transposed, False, r"packed \[128, 40\]: expected \[40, 128\]"),
+        (without_factors, False, "cut short"),
+        (lambda layer: layer.state_dict(), True, "assign=True"),
+    ],
+    ids=["transposed", "cut short", "assign"],
+)
+def test_a_state_dict_whose_state_cannot_be_taken_changes_nothing(
+    state_of: Callable[[Any], dict[str, Any]], assign: bool, message: str, merged: bool
+) -> None:
+    layer = trained(quantised("LinearNF4"))
+    x = inputs().requires_grad_()
+    expected = layer(x)
+    if merged:
+        layer.merge()
+    state = {name: torch.zeros_like(tensor) if name == "lora_A" else tensor for name, tensor in state_of(layer).items()}
+    with pytest.raises(RuntimeError, match=message):
+        layer.load_state_dict(state, strict=False, assign=assign)
+    assert layer.merged is merged
+    assert torch.equal(layer.unmerge()(x), expected)
+
+
 def test_hooks_of_the_layer_fire_and_those_of_the_base_do_not() -> None:
     layer = trained(quantised("LinearNF4"))
     seen: list[nn.Module] = []

@@ -36,9 +36,9 @@ class AdaptedQuantised(AdaptedLinear):
             raise RuntimeError(f"an adapted {self.base_kind.__name__} cannot compute: {stored}")
         return stored
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        before_loading(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, *args: Any) -> None:
+        before_loading(self, state_dict, prefix, metadata)
+        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
 
     def _base(self, x: Tensor) -> Tensor:
         layer: Any = self
