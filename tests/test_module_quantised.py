@@ -308,6 +308,11 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "twice": (lambda: LoRALinear.from_linear(trained(quantised("LinearNF4"))), TypeError, "got QuantisedLoRALinear"),
     "rank": (lambda: LoRALinear.from_linear(quantised("LinearNF4"), r=0), ValueError, "r must be at least 1"),
+    "compute_dtype": (
+        lambda: LoRALinear.from_linear(quantised("LinearNF4", compute_dtype=F16), adapter_dtype=BF16)(inputs()),
+        RuntimeError,
+        "are bfloat16, and the stored weight computes in float16, .*: make the adapters float16 or float32, or load",
+    ),
     "branch": (
         lambda: LoRALinearGroup.from_linears([quantised("LinearNF4"), bnb.nn.LinearNF4(K, N)]),
         RuntimeError,

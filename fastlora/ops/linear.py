@@ -225,7 +225,7 @@ def _checked(
         product = _for_stored(product, weight)
     elif torch.is_autocast_enabled(x.device.type):
         product = _autocast(product)
-    _check_dtypes(product)
+    _check_dtypes(product, x.dtype)
     return product
 
 
@@ -293,8 +293,8 @@ def _castable(t: Tensor) -> bool:
     return t.is_floating_point() and t.dtype is not torch.float64
 
 
-def _check_dtypes(p: Product) -> None:
-    """Raises for dtypes that do not fit together; runs after autocast."""
+def _check_dtypes(p: Product, given: torch.dtype) -> None:
+    """Raises for dtypes that do not fit together; runs after autocast. ``given`` is the dtype that x came in."""
     x, lora_a, lora_b, bias = p.x.dtype, p.a.dtype, p.b.dtype, p.bias
     weight = x if isinstance(p.w, StoredWeight) else p.w.dtype  # type: ignore[union-attr]
     if x not in FLOATING:
@@ -308,6 +308,12 @@ def _check_dtypes(p: Product) -> None:
     if lora_a != lora_b:
         raise RuntimeError(f"lora_a is {dtype_name(lora_a)} and lora_b {dtype_name(lora_b)}: expected one dtype")
     if lora_a != x and (lora_a is not torch.float32 or x is torch.float64):
+        if isinstance(p.w, StoredWeight) and x is not given:
+            fitting = dtype_name(x) if x is torch.float32 else f"{dtype_name(x)} or float32"
+            raise RuntimeError(
+                f"lora_a and lora_b are {dtype_name(lora_a)}, and the stored weight computes in {dtype_name(x)}, which "
+                f"cannot hold them: make the adapters {fitting}, or load the base with another compute dtype"
+            )
         raise RuntimeError(
             f"lora_a and lora_b are {dtype_name(lora_a)} and x {dtype_name(x)}: adapters are the dtype of x, or "
             "float32 on a bfloat16 or float16 base"
