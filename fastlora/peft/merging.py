@@ -136,7 +136,8 @@ class Folding:
 
     While merged, the layer's ``unmerge`` is this one's: PEFT calls it before it runs the base alone
     (``disable_adapter``) or changes which adapters are active, and finds the base as it was, bit for bit. The layer's
-    state dict holds the base, and loading one unmerges the layer.
+    state dict holds the base, and loading one unmerges the layer. PEFT's ``merge`` is refused: the end of the block
+    would take out what it merged.
     """
 
     def __init__(self, name: str, layer: Any) -> None:
@@ -187,7 +188,7 @@ class Folding:
                         self._bases[which] = kept(getattr(base, which), keep)
                         give(getattr(base, which), total, keep)
             layer.merged_adapters = list(self.adapters)
-            layer.unmerge = self.unmerge
+            layer.unmerge, layer.merge = self.unmerge, _refuse_to_merge
             # torch sets an attribute of the hook, which a method has no room for.
             self._handles = [
                 layer.register_state_dict_post_hook(partial(self._save_base)),
@@ -211,6 +212,7 @@ class Folding:
         for handle in self._handles:
             handle.remove()
         layer.__dict__.pop("unmerge", None)
+        layer.__dict__.pop("merge", None)
         layer.merged_adapters = []
         self.merged = False
 
@@ -220,3 +222,10 @@ class Folding:
 
     def _before_load(self, *_: Any) -> None:
         self.unmerge()
+
+
+def _refuse_to_merge(*_: Any, **__: Any) -> None:
+    raise RuntimeError(
+        "the adapters are folded in by fastlora.merged, and the end of its block takes them out: call merge_adapter "
+        "and merge_and_unload outside of it"
+    )

@@ -174,6 +174,22 @@ def test_what_pefts_methods_do_in_the_block_finds_the_base(keep: Any) -> None:
             before.check()
 
 
+@pytest.mark.parametrize("method", ["merge_adapter", "merge_and_unload"])
+def test_pefts_merge_is_refused_in_the_block_and_works_afterwards(method: str) -> None:
+    """The end of the block would take out what it merged, and the adapter would be lost."""
+    model, x = adapted().eval(), tokens()
+    before = Snapshot(model)
+    with torch.no_grad():
+        with fastlora.merged(model):
+            merged = model(x)
+            with pytest.raises(RuntimeError, match="outside"):
+                getattr(model, method)()
+            assert torch.equal(model(x), merged)
+        before.check()
+        getattr(model, method)()
+    assert "merge" not in first(adapted()).__dict__
+
+
 def test_copies_made_in_the_block_stand_on_their_own() -> None:
     model, x = adapted().eval(), tokens()
     with torch.no_grad():
