@@ -59,7 +59,8 @@ class _OwnPart:
         self.layer._fold_in(self.name or f"a {type(self.layer).__name__}", keep)
 
     def unmerge(self) -> object:
-        return self.layer.unmerge()
+        # Unloaded in the block, it is a plain layer again.
+        return self.layer.unmerge() if isinstance(self.layer, Mergeable) else None
 
 
 @contextmanager

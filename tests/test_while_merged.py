@@ -262,6 +262,19 @@ def test_what_is_done_in_the_block_finds_the_base(keep: Any, monkeypatch: pytest
 
 
 @each_keep
+@pytest.mark.parametrize("unload", [fastlora.unload, fastlora.merge_and_unload])
+def test_a_model_that_is_unloaded_in_the_block_stays_so(unload: Any, keep: Any) -> None:
+    model, other = (adapted(toy(), ["up"]) for _ in range(2))
+    other.load_state_dict(model.state_dict())
+    unload(other)
+    with fastlora.merged(model, keep=keep):
+        unload(model)
+    expected = other.state_dict()
+    assert model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(t, expected[name]) for name, t in model.state_dict().items())
+
+
+@each_keep
 def test_a_tied_weight_is_refused(keep: Any) -> None:
     model = adapted(toy(), ["head", "up"])
     before = Snapshot(model)
