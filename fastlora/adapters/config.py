@@ -44,6 +44,9 @@ _INERT |= {"runtime_config"}
 # Notes that are kept, so that an adapter that is loaded and saved again still names its base.
 _NOTES = ("auto_mapping", "base_model_name_or_path", "revision", "task_type")
 
+# PEFT's, each with an auto class of its own.
+TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+
 # The others (pissa, olora, corda, loftq, lora_ga) subtract their start from the base weight, and so change it.
 _STARTS = (True, False, "gaussian")
 _HARMLESS_STARTS = ("eva", "orthogonal")
@@ -222,6 +225,12 @@ class AdapterConfig:
             return cls(notes={note: values[note] for note in _NOTES if values.get(note) is not None}, **options)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{source}: {error}") from None
+
+
+def check_task_type(task_type: object) -> None:
+    """Raises ValueError for a task type that PEFT has no model class for."""
+    if task_type is not None and task_type not in TASK_TYPES:
+        raise ValueError(f"task_type must be one of {', '.join(TASK_TYPES)}, or None, got {task_type!r}")
 
 
 def _number(value: Any) -> int | float:

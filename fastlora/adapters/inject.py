@@ -20,7 +20,7 @@ from ..start import start_adapter, start_bias
 from ..text import listed, starred
 from . import groups as grouping
 from . import unmatched
-from .config import AdapterConfig
+from .config import AdapterConfig, check_task_type
 from .groups import Grouping
 from .layer import features, is_turned
 from .model import adapted_layers, check_merged, set_adapter, share_states, state_of
@@ -155,6 +155,7 @@ def inject(
 
     Source: Hu et al., 2021, https://arxiv.org/abs/2106.09685; matching as in PEFT 0.21.2.
     """
+    check_task_type(task_type)
     config = AdapterConfig(
         target_modules=_listed(target_modules),
         r=r,

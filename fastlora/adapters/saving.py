@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from ..siblings import Groups
 from ..text import shown_names
 from . import groups as grouping
 from . import sharded, unmatched
-from .config import AdapterConfig
+from .config import AdapterConfig, check_task_type
 from .folder import WEIGHTS, Adapters, key_of, read_adapter, write_adapter
 from .inject import InjectionReport, attach, report
 from .layer import base_dtypes, parts_of, shapes_of
@@ -31,8 +31,16 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:
+def save_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    adapter_name: str = "default",
+    *,
+    task_type: str | None = None,
+) -> None:
     """Writes an adapter as PEFT does: ``PeftModel.from_pretrained(base, folder)`` and :func:`load_adapter` read it.
+
+    ``AutoPeftModel.from_pretrained(folder)`` reads it too, where the model was loaded from a folder or by a name.
 
     A process that is killed at any moment leaves the old adapter whole. Other files in the folder stay. Where several
     processes hold the model whole, one of them saves. Where it is sharded (``fully_shard``, ``fastlora.parallel``), all
@@ -42,25 +50,37 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
         model: a model with adapters of :func:`fastlora.inject`'s, in torch.compile's or DDP's wrapper too.
         folder: folder to write; made where it is missing.
         adapter_name: name of the adapter.
+        task_type: PEFT's, such as ``"CAUSAL_LM"``, by which ``AutoPeftModelForCausalLM`` and its kin wrap the model; by
+            default that of ``inject`` or of the file that was loaded. Without any, the model's class is noted.
 
     Raises:
         ImportError: safetensors is not installed.
-        ValueError: the model has no such adapter, it is a PEFT model, or the adapter is not finite or not whole.
+        ValueError: the model has no such adapter, it is a PEFT model, or the adapter is not finite or not whole;
+            ``task_type`` is unknown.
         NotADirectoryError: ``folder`` is a file.
         RuntimeError: the adapter is sharded, and another rank could not check or write it; the message quotes it.
     """
+    check_task_type(task_type)
     model, state = adapted_model(model)
     config = checked_name(state, adapter_name)
     sharded.reshard(model)
     parts = list(_parts(model, config, adapter_name))
-    base = getattr(model, "name_or_path", None)
-    if base and "base_model_name_or_path" not in config.notes:
-        config = replace(config, notes=config.notes | {"base_model_name_or_path": base})
+    config = replace(config, notes=_notes(model, config, task_type))
     mesh = sharded.mesh_of(part.parameter for part in parts)
     if mesh is None:
         write_adapter(Path(folder), config, {part.key: part.whole(part.parameter.detach()) for part in parts})
     else:
         _save_together(Path(folder), config, parts, mesh)
+
+
+def _notes(model: nn.Module, config: AdapterConfig, task_type: str | None) -> dict[str, Any]:
+    """The notes of a saved adapter: its own, the name of the base, and the task or else the class of the model."""
+    notes = {"base_model_name_or_path": getattr(model, "name_or_path", None) or None} | config.notes
+    if task_type is not None:
+        notes["task_type"] = task_type
+    kind = sharded.kind_of(model)
+    mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+    return notes | {"auto_mapping": None if notes.get("task_type") else mapping}
 
 
 class _Part(NamedTuple):

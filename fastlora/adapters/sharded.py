@@ -21,12 +21,20 @@ if TYPE_CHECKING:
 
 def reshard(model: nn.Module) -> None:
     """Lets FSDP2 free what it keeps gathered after a forward: copies, in a mixed-precision policy's dtype."""
-    # Where nobody has imported it, no module is of its class.
+    for module in model.modules():
+        if isinstance(module, _fsdp()):
+            module.reshard()  # type: ignore[operator]
+
+
+def kind_of(model: nn.Module) -> type:
+    """The class of a model, without the one that ``fully_shard`` puts before it."""
+    return next(kind for kind in type(model).__mro__ if not issubclass(kind, _fsdp()))
+
+
+def _fsdp() -> tuple[type, ...]:
+    """FSDP2's class; none where nobody has imported it, so that no module is of it."""
     kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
-    if kind is not None:
-        for module in model.modules():
-            if isinstance(module, kind):
-                module.reshard()
+    return () if kind is None else (kind,)
 
 
 def mesh_of(tensors: Iterable[Tensor]) -> DeviceMesh | None:

@@ -27,7 +27,7 @@ from tests.adapters.test_inject import snapshot, untouched
 from tests.adapters.tiny_models import adapted, fill, gpt2, llama, run, toy
 
 peft = pytest.importorskip("peft")
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore:The following (rank|alpha)_pattern keys")
@@ -90,7 +90,7 @@ def test_peft_loads_what_we_write(make: Callable[[], nn.Module], case: str, tmp_
     ours, back = ((tmp_path / who / "adapter_model.safetensors").read_bytes() for who in ("ours", "theirs"))
     assert ours == back
     config, again = (json.loads((tmp_path / who / "adapter_config.json").read_text()) for who in ("ours", "theirs"))
-    for key in config.keys() - {"auto_mapping", "base_model_name_or_path"}:  # notes that PEFT fills in
+    for key in config:
         value, other = config[key], again[key]
         assert (sorted(value) == sorted(other)) if isinstance(value, list) else value == other, key
     assert config["fan_in_fan_out"] == (make is gpt2)
@@ -622,3 +622,33 @@ def test_old_leftovers_do_not_disturb(saved: Path) -> None:
     shutil.copytree(saved, litter)
     fastlora.save_adapter(adapted(llama(), ["q_proj"], r=4), saved)
     assert fastlora.load_adapter(llama(), saved).layers[0].r == 4
+
+
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+@pytest.mark.parametrize("said", ["when it is made", "when it is saved"])
+def test_peft_s_auto_classes_load_what_we_write(task_type: str | None, said: str, tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    made, saved = (task_type, None) if said == "when it is made" else (None, task_type)
+    fastlora.inject(model, "all-linear", r=3, lora_alpha=7, task_type=made)
+    fill(model)
+    fastlora.save_adapter(model, tmp_path / "adapter", task_type=saved)
+    kinds = [peft.AutoPeftModelForCausalLM] if task_type else [peft.AutoPeftModel, peft.AutoPeftModelForCausalLM]
+    for kind in kinds:
+        check_outputs(model, kind.from_pretrained(tmp_path / "adapter").eval())
+        model.float()
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    fastlora.load_adapter(again, tmp_path / "adapter")
+    fastlora.save_adapter(again, tmp_path / "again")
+    assert (tmp_path / "again" / "adapter_config.json").read_bytes() == (
+        tmp_path / "adapter" / "adapter_config.json"
+    ).read_bytes()
+
+
+def test_an_unknown_task_is_told_the_known_ones(tmp_path: Path) -> None:
+    model = adapted(llama(), target_modules=["q_proj"])
+    with pytest.raises(ValueError, match=r"task_type must be one of SEQ_CLS, .* or None, got 'CHAT'"):
+        fastlora.save_adapter(model, tmp_path / "a", task_type="CHAT")
+    with pytest.raises(ValueError, match="task_type must be one of"):
+        fastlora.inject(llama(), ["q_proj"], task_type="CHAT")
+    assert not (tmp_path / "a").exists()
