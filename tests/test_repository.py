@@ -37,6 +37,7 @@ FLOORS: tuple[set[str], ...] = (
 
 # Files that import an optional dependency as they load, and so are imported inside functions only.
 NEEDS = {
+    "fastlora.adapters.trainer": {"transformers"},
     "fastlora.peft.layer": {"peft", "transformers"},
     "fastlora.peft.dora": {"peft"},
     "fastlora.peft.quantised": {"peft"},

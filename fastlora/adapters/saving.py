@@ -174,7 +174,11 @@ def load_adapter(
     state = state_of(model) if isinstance(model, nn.Module) else None
     if state is not None and adapter_name in state.configs:
         found = grouping.find(model, groups, mlp)
-        _replace_values(model, adapter_name, config, adapters, adapter_dtype, source)
+        if adapter_dtype is not None:
+            raise ValueError(
+                f"adapter_dtype: the model has an adapter {adapter_name!r} already, whose dtype stays: leave it out"
+            )
+        replace_values(model, adapter_name, config, adapters, source)
         grouping.form(model, found)
         idle = [*unmatched.find(config, modules_of(model), list(adapters)), *found.unmatched]
         unmatched.warn(adapter_name, idle)
@@ -200,12 +204,13 @@ def _in_dtype_of_file(planned: Plan, adapters: Adapters) -> Plan:
     return replace(planned, layers=tuple(map(kept, planned.layers)))
 
 
-def _replace_values(
-    model: nn.Module, name: str, config: AdapterConfig, adapters: Adapters, dtype: torch.dtype | None, source: str
-) -> None:
+def replace_values(model: nn.Module, name: str, config: AdapterConfig, adapters: Adapters, source: str) -> None:
+    """Copies what was read of ``source`` into an adapter that the model has.
+
+    Raises:
+        ValueError: it does not fit, or the adapter is merged or sharded; nothing is changed then.
+    """
     layers = dict(adapted_layers(model, name))
-    if dtype is not None:
-        raise ValueError(f"adapter_dtype: the model has an adapter {name!r} already, whose dtype stays: leave it out")
     if any(layer.merged and layer.active_adapter == name for layer in layers.values()):
         raise ValueError(f"adapter {name!r} is merged into the base: call fastlora.unmerge_adapter first")
     for key, layer in layers.items():
