@@ -22,6 +22,7 @@ from .ops.dora import dora_linear
 from .ops.linear import lora_linear
 from .ops.norms import zero_row
 from .start import check_rank_and_dropout, scale_of, start_adapter, start_linear
+from .text import class_name
 
 _OPERANDS = ("weight", "lora_A", "lora_B", "bias")
 
@@ -138,7 +139,7 @@ class LoRALinear(Mergeable):
             return QuantisedLoRALinear(linear, r, lora_alpha, lora_dropout, use_rslora, adapter_dtype, use_dora)
         if type(linear) is not nn.Linear:
             raise TypeError(
-                f"linear must be an nn.Linear itself, got {type(linear).__name__}: dequantise it or remove its "
+                f"linear must be an nn.Linear itself, got {class_name(linear)}: dequantise it or remove its "
                 "parametrizations first"
             )
         if dtensor.is_sharded(linear.weight):

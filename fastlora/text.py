@@ -15,6 +15,16 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+# Names that several libraries give to classes of their own.
+_COMMON = frozenset({"Conv1D", "Linear", "Linear4bit", "Linear8bitLt", "Parameter", "Tensor"})
+
+
+def class_name(value: object) -> str:
+    """Writes the class of a value; with its module, where the bare name is that of another class too."""
+    kind = type(value)
+    return f"{kind.__module__}.{kind.__name__}" if kind.__name__ in _COMMON else kind.__name__
+
+
 def shown(value: Any, most: int = 80) -> str:
     """Writes a value as Python does, cut after ``most`` characters."""
     text = repr(value)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..dtypes import FLOATING
 from ..ownership import owner_of
 from ..quantised import is_quantised, why_not_stored
-from ..text import dtype_name
+from ..text import class_name, dtype_name
 from .layer import AdaptedLinear
 from .matching import is_conv1d
 
@@ -22,7 +22,7 @@ def obstacle(module: nn.Module, parent: nn.Module | None = None) -> str | None:
         module: any module.
         parent: the module that holds it.
     """
-    kind = type(module).__name__
+    kind = class_name(module)
     weight: Any = module._parameters.get("weight")
     if isinstance(module, AdaptedLinear):
         return _owned(module, weight)
@@ -34,7 +34,11 @@ def obstacle(module: nn.Module, parent: nn.Module | None = None) -> str | None:
             "torch.backends.mha.set_fastpath_enabled(False) first"
         )
     quantised = is_quantised(module)
-    if type(module) is not nn.Linear and not (is_conv1d(module) and kind == "Conv1D") and not quantised:
+    if (
+        type(module) is not nn.Linear
+        and not (is_conv1d(module) and type(module).__name__ == "Conv1D")
+        and not quantised
+    ):
         if isinstance(module, nn.Linear) or is_conv1d(module):
             return f"{kind} is a subclass, which may store something else as its weight: dequantise or unwrap it first"
         return f"{kind} is no linear layer: fastlora adapts nn.Linear, transformers' Conv1D and bitsandbytes' layers"

@@ -46,12 +46,11 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     """
     _check(bias)
     state: dict[str, Tensor] = model.state_dict()
-    beside = {name.split("lora_")[0] + "bias" for name in state if "lora_" in name} if bias == "lora_only" else set()
-    return {
-        name: tensor
-        for name, tensor in state.items()
-        if "lora_" in name or (bias == "all" and "bias" in name) or name in beside
-    }
+    names = [name for name in state if "lora_" in name or (bias == "all" and "bias" in name)]
+    if bias == "lora_only":
+        # Each bias behind the first key that it is beside, which is loralib's order.
+        names = [each for name in names for each in (name, name.split("lora_")[0] + "bias") if each in state]
+    return {name: state[name] for name in names}
 
 
 def _check(bias: str) -> None:

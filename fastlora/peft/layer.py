@@ -29,7 +29,7 @@ from ..ops.base import StoredWeight
 from ..ops.dora import dora_linear, forget_norms
 from ..ops.group import Branch
 from ..ops.linear import lora_linear
-from ..text import dtype_name
+from ..text import class_name, dtype_name
 from . import calls
 from .adapter import Adapter, adapter_of
 from .named import PatchedLayer
@@ -52,7 +52,8 @@ from .reasons import (
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _log_while_compiling(reason: str) -> None:
     # Dynamo runs this once, while it traces, and cannot pass the layer.
-    calls.log_reason("a layer that torch.compile traces", reason, asked_for=reason in ASKED_FOR)
+    tracer = "torch.export" if torch.compiler.is_exporting() else "torch.compile"
+    calls.log_reason(f"a layer that {tracer} traces", reason, asked_for=reason in ASKED_FOR)
 
 
 class Base(NamedTuple):
@@ -226,7 +227,7 @@ class FusedLoraLinear(Fused, lora.Linear):
     def base_refusal(base: Any) -> Reason | None:
         """The reason for leaving another layer than nn.Linear or Conv1D itself, or another weight, to PEFT."""
         if type(base) is not nn.Linear and type(base) is not Conv1D:
-            kind = type(base).__name__
+            kind = class_name(base)
             return f"base_layer is a {kind}, not nn.Linear or Conv1D itself (quantised, parametrised or wrapped)"
         weight = base._parameters.get("weight")
         return exotic("base_layer", weight) if is_exotic(weight) else None
@@ -295,6 +296,8 @@ def _context() -> Reason | None:
     if _has_any_global_hook():
         return "a global module hook would miss the submodules' calls"
     if torch.compiler.is_compiling():
+        if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+            return "torch.export with strict=False traces with tensors that have no data: pass strict=True"
         return None
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "torch.func transforms and forward-mode AD need plain torch operators"

@@ -18,7 +18,7 @@ from ..dtypes import FLOATING, wide_of
 from ..mergeable import Keep, Update, base_weight, folded, folded_bias, give, kept, scaled_bias
 from ..ownership import why_not_mergeable
 from ..quantised import dense_linear, is_quantised
-from ..text import dtype_name
+from ..text import class_name, dtype_name
 from .reasons import Reason
 
 _FOLDABLE = {
@@ -68,7 +68,7 @@ def _why_not_base(base: Any) -> Reason | None:
 
     kind = type(base)
     if kind is not Conv1D and not (isinstance(base, nn.Linear) and kind.forward is nn.Linear.forward):
-        return f"base_layer is a {kind.__name__}, whose forward is not known: nn.Linear and Conv1D can hold a sum"
+        return f"base_layer is a {class_name(base)}, whose forward is not known: nn.Linear and Conv1D can hold a sum"
     if (reason := why_not_mergeable(base)) is not None:
         return reason
     weight = base.weight

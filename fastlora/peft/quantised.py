@@ -17,7 +17,7 @@ from torch import Tensor
 from ..dtypes import HALF
 from ..gated import is_watched
 from ..quantised import dense_dtype, is_quantised, quantised_as, stored_weight, why_not_stored
-from ..text import dtype_name
+from ..text import class_name, dtype_name
 from .adapter import Adapter
 from .layer import KINDS, Base, Fused
 from .reasons import STRICT, WATCHED, Reason, exotic, is_exotic, refused_input
@@ -104,7 +104,7 @@ class Quantised(Fused):
 
 
 def _another(base: Any) -> Reason:
-    return f"base_layer is a {type(base).__name__}, not Linear4bit or Linear8bitLt of bitsandbytes itself"
+    return f"base_layer is a {class_name(base)}, not Linear4bit or Linear8bitLt of bitsandbytes itself"
 
 
 class FusedLinear4bit(Quantised, bnb.Linear4bit):

@@ -938,3 +938,12 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
             assert capsys.readouterr().out == block
     assert sum(language == "python" for language, _ in blocks) >= 6
     peft.PeftModel.from_pretrained(names["build_model"](), tmp_path / "adapter")
+
+
+def test_a_refusal_names_a_class_by_its_module_where_the_name_is_another_s_too() -> None:
+    foreign = torch.ao.nn.qat.Linear(8, 4, qconfig=torch.ao.quantization.default_qat_qconfig)
+    model = nn.Sequential(foreign, nn.Linear(4, 6))
+    report = fastlora.inject(model, ["0", "1"])
+    assert "torch.ao.nn.qat.modules.linear.Linear is a subclass" in report.refused["0"]
+    with pytest.raises(TypeError, match=r"an nn.Linear itself, got torch\.ao\.nn\.qat\.modules\.linear\.Linear"):
+        fastlora.LoRALinear.from_linear(foreign)

@@ -227,6 +227,7 @@ def test_the_helpers_choose_what_loralibs_choose(bias: str) -> None:
     trainable = [name for name, p in mine.named_parameters() if p.requires_grad]
     assert trainable == [name for name, p in other.named_parameters() if p.requires_grad]
     state, expected = ours.lora_state_dict(mine, bias=bias), theirs.lora_state_dict(other, bias=bias)
+    assert list(state) == list(expected)
     assert set(state) == set(expected)
     assert all(torch.equal(state[name], expected[name]) for name in state)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +20,7 @@ from fastlora.ops import plain
 from tests.adapters.tiny_models import fill
 
 K, N, R = 8, 4, 3
+ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.trace(_method)?. is deprecated:DeprecationWarning")
 
@@ -163,6 +167,43 @@ def test_functional_call_takes_other_parameters(entry: str) -> None:
         for name, p in module.named_parameters():
             p.copy_(other[name])
         torch.testing.assert_close(called, module(x))
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def test_what_was_exported_needs_the_package_and_runs_in_a_new_process(tmp_path: Path) -> None:
+    module, x = made("LoRALinear").eval(), torch.randn(5, K, dtype=torch.float64)
+    with torch.no_grad():
+        torch.export.save(torch.export.export(module, (x,)), tmp_path / "layer.pt2")
+        torch.save((x, module(x)), tmp_path / "expected.pt")
+    code = (
+        "import torch, fastlora\n"
+        f"x, y = torch.load({str(tmp_path / 'expected.pt')!r})\n"
+        f"assert torch.equal(torch.export.load({str(tmp_path / 'layer.pt2')!r}).module()(x), y)\n"
+    )
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    lost = subprocess.run(
+        [sys.executable, "-c", code.replace(", fastlora", "")], capture_output=True, text=True, cwd=ROOT
+    )
+    assert lost.returncode != 0
+    assert "fastlora" in lost.stderr
+
+
+def test_a_trace_needs_nothing_of_the_package(tmp_path: Path) -> None:
+    module, x = made("LoRALinear"), torch.randn(5, K, dtype=torch.float64)
+    torch.jit.save(trace(module, torch.randn(2, K, dtype=torch.float64)), tmp_path / "layer.pt")
+    torch.save((x, module(x).detach()), tmp_path / "expected.pt")
+    code = (
+        "import sys, torch\n"
+        f"x, y = torch.load({str(tmp_path / 'expected.pt')!r})\n"
+        f"torch.testing.assert_close(torch.jit.load({str(tmp_path / 'layer.pt')!r})(x).detach(), y)\n"
+        "assert 'fastlora' not in sys.modules\n"
+    )
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
 
 
 def test_nothing_is_traced_outside_of_a_trace() -> None:

@@ -518,3 +518,13 @@ def test_compiled_by_inductor() -> None:
     actual = {name.removeprefix("_orig_mod."): t for name, t in step(compiled, tokens(16, 9)).items()}
     assert_as_good_as(actual, reference, tokens(16, 9))
     torch._dynamo.reset()
+
+
+def test_an_export_that_is_not_strict_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    options = LoraConfig(r=2, target_modules=["0"])
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 4)), options).eval()
+    fastlora.patch_peft(model)
+    with torch.no_grad():
+        torch.export.export(model.base_model.model, (torch.randn(3, 8),), strict=False)
+    said = "a layer that torch.export traces runs PEFT's own forward: torch.export with strict=False"
+    assert any(record.getMessage().startswith(said) for record in caplog.records)
