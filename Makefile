@@ -1,11 +1,13 @@
-# make test | bench | publish | lint | format | csrc | gate | hardware | test-gpu | sanitizer | test-newest-triton: each
-# works on a fresh clone.
+# make test | bench | publish | lint | format | csrc | gate | hardware | test-gpu | sanitizer | test-newest-triton |
+# test-oldest-peft: each works on a fresh clone.
 # PY=python3 uses an interpreter that has the requirements already, and makes no .venv.
 
 PYTHON ?= python3
 VENV := .venv
 NEWEST_TRITON := 3.9.0
+OLDEST_PEFT := 0.18.0
 TRITON_TESTS := $(addprefix tests/kernels/test_,kernels.py skinny.py skinny_group.py swiglu.py)
+PEFT_TESTS := $(addprefix tests/peft/test_,layer.py patch.py lora_bias.py dora.py groups.py gated.py merging.py quantised.py)
 # Where what a GPU said goes, and the kernels that are meant, such as KERNELS="triton-skinny cuda-z_jobs".
 OUT ?= build/hardware
 HARDWARE = $(PY) -m benchmarks.hardware --out $(OUT) --seconds 570 $(if $(KERNELS),--kernels $(KERNELS))
@@ -19,7 +21,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: help test bench publish lint format csrc gate hardware test-gpu sanitizer test-newest-triton clean
+.PHONY: help test bench publish lint format csrc gate hardware test-gpu sanitizer test-newest-triton test-oldest-peft clean
 
 help:
 	@echo "make test                the tests: oracle, autograd, interpreter, host model, launches without a GPU"
@@ -33,6 +35,7 @@ help:
 	@echo "make test-gpu            the tests alone; KERNELS=\"triton-skinny cuda-z_jobs\" picks kernels"
 	@echo "make sanitizer           the kernels' tests under compute-sanitizer"
 	@echo "make test-newest-triton  the kernel tests on Triton $(NEWEST_TRITON)"
+	@echo "make test-oldest-peft    the tests of PEFT's layers on PEFT $(OLDEST_PEFT)"
 
 $(VENV)/.ready: requirements.txt pyproject.toml setup.py csrc/build.py
 	$(PYTHON) -m venv $(VENV)
@@ -83,6 +86,10 @@ sanitizer: $(READY)
 test-newest-triton: $(READY)
 	$(PY) -m pip install --quiet --no-deps --upgrade --target .cache/triton-$(NEWEST_TRITON) triton==$(NEWEST_TRITON)
 	PYTHONPATH=.cache/triton-$(NEWEST_TRITON) $(PY) -m pytest $(TRITON_TESTS)
+
+test-oldest-peft: $(READY)
+	$(PY) -m pip install --quiet --no-deps --upgrade --target .cache/peft-$(OLDEST_PEFT) peft==$(OLDEST_PEFT)
+	PYTHONPATH=.cache/peft-$(OLDEST_PEFT) $(PY) -m pytest $(PEFT_TESTS)
 
 clean:
 	rm -rf fastlora/*.so $(VENV) .cache build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -43,6 +43,9 @@ READ = (
     "cast_input_dtype_enabled",
 )
 
+# What is tested: the oldest version that there is for transformers 5, and the pinned one.
+OLDEST, NEWEST = "0.18.0", "0.21.2"
+
 # Modules whose frames a warning skips, to be about the caller's line; a with statement calls through contextlib.
 _NOT_CALLERS = (__name__.split(".")[0], "contextlib")
 
@@ -57,7 +60,8 @@ def patch_peft(
     where anything but this formula, or DoRA's (:func:`fastlora.dora_linear`), would run (merged, disabled, hooks, ...:
     docs/peft.md has the table), PEFT's own forward does, and the first time its reason is logged by
     ``logging.getLogger("fastlora")``. Patch once the model has its adapters and before DDP, FSDP or an engine wraps it;
-    layers that get their first adapter later need another call. Tested with peft 0.21.2 and bitsandbytes 0.50.2.
+    layers that get their first adapter later need another call. For peft 0.18.0 and later; tested
+    with 0.18.0 and 0.21.2, and bitsandbytes 0.50.2.
 
     Args:
         model: what ``get_peft_model`` returned, or any module that holds PEFT's layers.
@@ -77,7 +81,7 @@ def patch_peft(
     Raises:
         TypeError: ``model`` is no ``nn.Module``, or ``groups`` is something else.
         ValueError: names in ``groups`` are of different parents, or match nothing.
-        ImportError: peft is not installed.
+        ImportError: peft is not installed, or older than 0.18.0.
 
     Warns:
         UserWarning: no layer was patched, with the reasons counted; a patched layer's base weight is trainable; or
@@ -154,6 +158,12 @@ def _patch(
     _check_module(model)
     if importlib.util.find_spec("peft") is None:
         raise ImportError("patch_peft needs peft, which is not installed: pip install peft")
+    try:
+        importlib.import_module(f"{__package__}.layer")
+    except ImportError as error:
+        if (error.name or "").split(".")[0] != "peft":
+            raise
+        raise ImportError(f"this version of peft has no {error.name}: {_remedy()}", name=error.name) from error
 
     wanted: dict[type, type[Fused]] = {}
     for kind, (fused, strict) in kinds().items():
@@ -260,7 +270,7 @@ def refusal(layer: Any) -> str | None:
         return f"a {kind.__module__}.{kind.__name__} is not peft.tuners.lora.Linear itself"
     missing = [attribute for attribute in READ if not hasattr(layer, attribute)]
     if missing:
-        return f"this version of peft has no {', '.join(missing)} in its LoRA layers: install one docs/peft.md names"
+        return f"this version of peft has no {', '.join(missing)} in its LoRA layers: {_remedy()}"
     if "forward" in layer.__dict__:
         return "its forward was replaced on the instance (X-LoRA and accelerate's hooks do so)"
     if reason := kinds()[kind][0].base_refusal(layer.base_layer):
@@ -280,6 +290,10 @@ def _request(layer: Fused) -> Request | None:
         return None
     a, n, dtype = peft.lora_A[name].weight, peft.out_features, layer.base_dtype(base)
     return Request("lora_matmul", base.weight.device, dtype, a.dtype, TOKENS, a.shape[1], n, a.shape[0], False)
+
+
+def _remedy() -> str:
+    return f"install peft {OLDEST} or later (tested with {OLDEST} and {NEWEST})"
 
 
 def _warn_of(report: PatchReport) -> None:

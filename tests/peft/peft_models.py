@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -55,6 +56,15 @@ def adapted(
     model = get_peft_model(net, config(*targets, **options), autocast_adapter_dtype=autocast_adapter_dtype)
     wake(model)
     return model.train()
+
+
+def add_adapter(model: PeftModel, name: str, config: LoraConfig) -> None:
+    """Another adapter, in the dtype of the base: PEFT before 0.19 has no option for that."""
+    model.add_adapter(name, config)
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer) and name in layer.lora_A:
+            for part in (layer.lora_A, layer.lora_B):
+                part[name].to(layer.base_layer.weight.dtype)
 
 
 def first(model: PeftModel) -> Any:

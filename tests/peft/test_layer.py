@@ -23,7 +23,17 @@ from torch.nn.utils import parametrizations, weight_norm
 import fastlora
 from fastlora.peft import Calls, count_calls
 from tests.cases import Operands, assert_matches_reference, gradient_of, upcoming_dropout
-from tests.peft.peft_models import adapted, assert_as_good_as, assert_same_bits, config, first, step, tokens, wake
+from tests.peft.peft_models import (
+    adapted,
+    add_adapter,
+    assert_as_good_as,
+    assert_same_bits,
+    config,
+    first,
+    step,
+    tokens,
+    wake,
+)
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:fan_in_fan_out is set", "ignore:.*weight_norm. is deprecated", "ignore:.torch.jit.trace"
@@ -149,7 +159,7 @@ def test_eval_switches_dropout_off() -> None:
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 def test_several_active_adapters_are_one_product(alpha: int, dtype: torch.dtype) -> None:
     model = adapted(r=2, lora_alpha=3, lora_dropout=0.2, dtype=dtype, autocast_adapter_dtype=False)
-    model.add_adapter("other", config(r=6, lora_alpha=alpha), autocast_adapter_dtype=False)
+    add_adapter(model, "other", config(r=6, lora_alpha=alpha))
     model.base_model.set_adapter(["default", "other"])
     wake(model)
     reference = copy.deepcopy(model)

@@ -26,7 +26,7 @@ from fastlora.accuracy import assert_close_to_oracle
 from fastlora.mergeable import Update, folded
 from fastlora.peft import count_calls
 from tests.adapters.tiny_models import llama
-from tests.peft.peft_models import adapted, config, first, tokens, wake
+from tests.peft.peft_models import adapted, add_adapter, config, first, tokens, wake
 from tests.test_while_merged import Snapshot, each_dtype, each_keep
 
 FIRST = "base_model.model.first"
@@ -36,7 +36,7 @@ def two(**options: Any) -> PeftModel:
     """Two active adapters of different rank and scaling, and one that is not active."""
     model = adapted(**options)
     for name, r in (("other", 5), ("asleep", 2)):
-        model.add_adapter(name, config("first", r=r, lora_alpha=3), autocast_adapter_dtype=False)
+        add_adapter(model, name, config("first", r=r, lora_alpha=3))
     model.base_model.set_adapter(["default", "other"])
     wake(model)
     return model
