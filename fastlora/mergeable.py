@@ -124,7 +124,7 @@ def _check_finite(total: Tensor, name: str) -> None:
         )
 
 
-def kept(parameter: Tensor, keep: Keep) -> Tensor:
+def set_aside(parameter: Tensor, keep: Keep) -> Tensor:
     """What a parameter holds, to be given back: its own tensor, or a copy in CPU memory."""
     data = parameter.data
     if keep == "device":
@@ -132,7 +132,7 @@ def kept(parameter: Tensor, keep: Keep) -> Tensor:
     return torch.empty_like(data, device="cpu", pin_memory=data.is_cuda).copy_(data)
 
 
-def give(parameter: Tensor, values: Tensor, keep: Keep) -> None:
+def fill(parameter: Tensor, values: Tensor, keep: Keep) -> None:
     """Makes a parameter hold these values: the tensor itself, or a copy in the memory that it has."""
     if keep == "device":
         parameter.data = values
@@ -249,8 +249,14 @@ class Mergeable(nn.Module):
         if not self.merged:
             if (reason := why_not_mergeable(self._holder)) is not None:
                 raise RuntimeError(f"no sum can be stored in the weight: {reason}")
-            self._fold_in(f"a {type(self).__name__}", "device")
+            self._fold_in(self._called(), "device")
         return self
+
+    def _called(self) -> str:
+        """What a message calls the layer, which does not know its name in a model: class and shape."""
+        holder = self._holder
+        shape = (holder.out_features, holder.in_features) if is_quantised(holder) else holder.weight.shape
+        return f"a {type(self).__name__} {list(shape)}"
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -269,11 +275,11 @@ class Mergeable(nn.Module):
             if is_quantised(holder):
                 self._merged_weight = weight
             else:
-                self._base_weight = kept(holder.weight, keep)
-                give(holder.weight, weight, keep)
+                self._base_weight = set_aside(holder.weight, keep)
+                fill(holder.weight, weight, keep)
             if bias is not None:
-                self._base_bias = kept(holder.bias, keep)
-                give(holder.bias, bias, keep)
+                self._base_bias = set_aside(holder.bias, keep)
+                fill(holder.bias, bias, keep)
         except BaseException:  # no memory for a copy, or interrupted
             self.unmerge()
             raise
@@ -282,9 +288,9 @@ class Mergeable(nn.Module):
         """Puts the base weight and bias back, bit for bit. Not merged: no-op."""
         if self.merged:
             if self._base_weight is not None:
-                give(self._holder.weight, self._base_weight, self._keep)
+                fill(self._holder.weight, self._base_weight, self._keep)
             if self._base_bias is not None:
-                give(self._holder.bias, self._base_bias, self._keep)
+                fill(self._holder.bias, self._base_bias, self._keep)
             self._base_weight = self._base_bias = self._merged_weight = None
             self.merged = False
         return self
@@ -320,7 +326,7 @@ def _merge_loaded(layer: nn.Module, incompatible_keys: Any) -> None:
     if keep == "device":
         layer.merge()
     elif keep is not None:
-        layer._fold_in(f"a {type(layer).__name__}", keep)
+        layer._fold_in(layer._called(), keep)
 
 
 def _remove_hook(hooks: dict[int, Any], hook: Any) -> None:

@@ -148,7 +148,7 @@ class FourBit(StoredWeight):
     def __init__(self, weight: Tensor, quant_state: Any, dtype: torch.dtype | None) -> None:
         # bitsandbytes' Parameter would send each look at it through Python.
         with torch._C.DisableTorchFunctionSubclass():
-            self.source, self._packed, self._version = weight, weight.data, weight._version
+            self.source, self._packed, self._version = weight, weight.data, _version_of(weight)
         self._state_id, self._dtype = id(quant_state), dtype
         # On a CPU a later call without gradients may pack the weight anew, and changes its state in place.
         self._quant_state = _copied(quant_state) if self._packed.is_cpu else quant_state
@@ -170,6 +170,12 @@ class FourBit(StoredWeight):
             return made
         return made.to(dtype) if out is None else out.copy_(made)
 
+    def is_changed(self) -> bool:
+        """Whether the packed tensor was written into since."""
+        assert self.source is not None
+        with torch._C.DisableTorchFunctionSubclass():
+            return self._version != _version_of(self.source)
+
     def state(self) -> Hashable:
         """The packed tensor and its version, and the state that says how."""
         return self._packed.data_ptr(), self._version, self._state_id
@@ -187,6 +193,11 @@ class FourBit(StoredWeight):
         with torch.no_grad():
             y: Tensor = sys.modules["bitsandbytes"].matmul_4bit(x_mk, self._packed, self._quant_state, bias=bias)
         return y
+
+
+def _version_of(tensor: Tensor) -> int:
+    """How often a tensor was written into; one of inference mode does not count, and compilers do not ask."""
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
 def _copied(quant_state: Any) -> Any:
@@ -221,9 +232,9 @@ class EightBit(StoredWeight):
 
     def __init__(self, layer: Any, rows: Tensor, factors: Tensor) -> None:
         self._layer, self._rows, self._factors = layer, rows, factors
-        self.source = layer.weight
+        self.source: Tensor = layer.weight
         # The parameter shares the memory of the rows, but not their version.
-        self._state = tuple((t.data_ptr(), t._version) for t in (layer.weight, rows, factors))
+        self._state = tuple((t.data_ptr(), _version_of(t)) for t in (layer.weight, rows, factors))
         self.shape, self.device = rows.shape, rows.device
         self.fills = True
 
@@ -231,6 +242,11 @@ class EightBit(StoredWeight):
         """W [N, K] = rows · factors / 127."""
         memory = torch.empty(self.shape, dtype=dtype, device=self.device) if out is None else out
         return torch.mul(self._rows, (self._factors * (1.0 / 127.0)).unsqueeze(1), out=memory)
+
+    def is_changed(self) -> bool:
+        """Whether the rows or their factors were written into since."""
+        made_of: tuple[Any, ...] = (self.source, self._rows, self._factors)
+        return any(version != _version_of(t) for (_, version), t in zip(self._state, made_of, strict=True))
 
     def state(self) -> Hashable:
         """The int8 tensor and its factors, with their versions."""

@@ -305,3 +305,27 @@ def test_an_old_bitsandbytes_is_a_reason(make_layer: Callable[..., Any], monkeyp
     assert stored_weight(layer) == "bitsandbytes 0.48.2 is too old: pip install 'bitsandbytes>=0.49'"
     monkeypatch.setattr(bnb, "__version__", "1.0.0.dev0")
     assert isinstance(stored_weight(layer), StoredWeight)
+
+
+@pytest.mark.parametrize("make_layer", [*FOUR.values(), *EIGHT.values()], ids=[*FOUR, *EIGHT])
+def test_a_weight_that_changes_before_the_backward_is_an_error(make_layer: Callable[..., Any]) -> None:
+    layer = make_layer(dtype=F32).train()
+    operands = operands_for(layer, F32, F32)
+    y = call(operands, layer)
+    with torch.no_grad():
+        layer.weight.copy_(layer.weight.flip(0))
+    with pytest.raises(RuntimeError, match="weight were changed in place between forward and backward"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("make_layer", [*FOUR.values(), *EIGHT.values()], ids=[*FOUR, *EIGHT])
+def test_a_weight_of_inference_mode_multiplies(make_layer: Callable[..., Any]) -> None:
+    torch.manual_seed(1)
+    layer = make_layer(dtype=F32).eval()
+    torch.manual_seed(1)
+    with torch.inference_mode():
+        inferred = make_layer(dtype=F32).eval()
+        x = torch.randn(5, K)
+        a, b = torch.randn(3, K), torch.randn(N, 3)
+        expected = lora_linear(x, stored_of(layer, x), a, b, scale=SCALE, bias=layer.bias)
+        assert torch.equal(lora_linear(x, stored_of(inferred, x), a, b, scale=SCALE, bias=inferred.bias), expected)

@@ -138,7 +138,7 @@ def test_an_exception_in_the_block_puts_all_back(keep: Any) -> None:
 
 
 @each_keep
-@pytest.mark.parametrize("where", ["folded", "kept", "give"])
+@pytest.mark.parametrize("where", ["folded", "set_aside", "fill"])
 def test_a_failure_in_the_middle_of_merging_puts_all_back(
     where: str, keep: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

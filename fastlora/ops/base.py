@@ -52,6 +52,10 @@ class StoredWeight(ABC):
     def state(self) -> Hashable:
         """What is equal for two that give the same matrix: identity and version of what they are made of."""
 
+    def is_changed(self) -> bool:
+        """Whether what the weight is made of was changed in place since, so that a backward would be another's."""
+        return False
+
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype in which products with x are computed: autocast's where it is on, else that of x."""
         autocast = torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64
@@ -98,6 +102,11 @@ def opened(w: Any, dtype: torch.dtype, place: int = 0) -> Any:
     """
     if not isinstance(w, StoredWeight):
         return w
+    if not torch.compiler.is_compiling() and w.is_changed():
+        raise RuntimeError(
+            f"the tensors of a {type(w).__name__} weight were changed in place between forward and backward: change a "
+            "base weight before the forward, or after the backward"
+        )
     dense = w.dense(dtype, _workspace(w, dtype, place) if w.fills else None)
     # A trace is told of every size that is looked at.
     if torch._C._get_tracing_state() is None and (dense.shape != w.shape or dense.dtype is not dtype):

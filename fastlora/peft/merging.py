@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dtypes import FLOATING, wide_of
-from ..mergeable import Keep, Update, base_weight, folded, folded_bias, give, kept, scaled_bias
+from ..mergeable import Keep, Update, base_weight, fill, folded, folded_bias, scaled_bias, set_aside
 from ..ownership import why_not_mergeable
 from ..quantised import dense_linear, is_quantised
 from ..text import class_name, dtype_name
@@ -185,8 +185,8 @@ class Folding:
             else:
                 for which, total in (("weight", weight), ("bias", bias)):
                     if total is not None:
-                        self._bases[which] = kept(getattr(base, which), keep)
-                        give(getattr(base, which), total, keep)
+                        self._bases[which] = set_aside(getattr(base, which), keep)
+                        fill(getattr(base, which), total, keep)
             layer.merged_adapters = list(self.adapters)
             layer.unmerge, layer.merge = self.unmerge, _refuse_to_merge
             # torch sets an attribute of the hook, which a method has no room for.
@@ -207,7 +207,7 @@ class Folding:
             self._packed.train(layer.base_layer.training)
             layer.base_layer, self._packed = self._packed, None
         for which, base in self._bases.items():
-            give(getattr(layer.base_layer, which), base, self.keep)
+            fill(getattr(layer.base_layer, which), base, self.keep)
         self._bases = {}
         for handle in self._handles:
             handle.remove()
