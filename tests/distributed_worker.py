@@ -140,16 +140,26 @@ def plain_name(name: str) -> str:
     return name.replace("_fsdp_wrapped_module.", "").removeprefix("module.")
 
 
-def trained(model: nn.Module, part: Callable[[Tensor], Tensor] = lambda tokens: tokens) -> dict[str, Tensor]:
-    """Logits and gradients of the first step, and the adapters after the last; ``part`` is this rank's share."""
+def trained(
+    model: nn.Module, part: Callable[[Tensor], Tensor] = lambda tokens: tokens, accumulated: int = 1
+) -> dict[str, Tensor]:
+    """Logits and gradients of the first step, and the adapters after the last; ``part`` is this rank's share.
+
+    The gradients of so many pieces of it are accumulated, and those of the last piece bring the ranks together.
+    """
     parameters = {plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.SGD(parameters.values(), lr=0.3, momentum=0.9)
     found: dict[str, Tensor] = {}
     for tokens in map(part, batches()):
-        logits = model(tokens)
-        F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        outputs = []
+        for i, piece in enumerate(tokens.chunk(accumulated)):
+            with contextlib.nullcontext() if i == accumulated - 1 else model.no_sync():
+                logits = model(piece)
+                loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), piece[:, 1:].flatten())
+                (loss / accumulated).backward()
+            outputs.append(logits.detach())
         if not found:
-            found["logits"] = logits.detach().clone()
+            found["logits"] = torch.cat(outputs)
             found |= {f"gradient of {name}": whole(p.grad).clone() for name, p in parameters.items()}
         optimizer.step()
         optimizer.zero_grad()
@@ -194,6 +204,12 @@ def tensor_parallel(model: Decoder, mesh: DeviceMesh, styles: Any = None) -> Dec
 def ddp(mesh: DeviceMesh) -> None:
     for kind in DATA_KINDS:
         assert_as_alone(trained(DistributedDataParallel(decoder(kind)), share), kind, split=True)
+
+
+@check
+def ddp_that_accumulates(mesh: DeviceMesh) -> None:
+    for kind in DATA_KINDS:
+        assert_as_alone(trained(DistributedDataParallel(decoder(kind)), share, accumulated=2), kind, split=True)
 
 
 @check
