@@ -35,7 +35,7 @@ def refuses(request: Request) -> str | None:
         return f"nothing to compute: M={request.m} K={request.k} N={request.n}"
     if _interpreting():
         if request.dtype is torch.bfloat16:
-            return "Triton's interpreter multiplies bfloat16 wrongly"
+            return "Triton's interpreter multiplies bfloat16 wrongly: use float16 or float32 there"
         return None
     if request.device.type != "cuda":
         return f"x is on {request.device.type}: the kernels need a CUDA GPU (or TRITON_INTERPRET=1 to try them without)"
