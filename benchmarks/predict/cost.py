@@ -232,6 +232,14 @@ class Design(NamedTuple):
     backward: Callable[[Problem, Problem], Sequence[Kernel]]
 
 
+def _serial_forward(p: Problem) -> list[Kernel]:
+    return [*middle_triton(p), extended(p)]
+
+
+def _serial_backward(p: Problem, q: Problem) -> list[Kernel]:
+    return [*middle_triton(q), extended(q), *rank_grad_triton(p), *rank_grad_triton(q)]
+
+
 # Kernels of the package under their own names, and what they are compared with.
 DESIGNS = {
     "frozen": Design("x wᵀ, dy w: the floor", lambda p: [gemm(p)], lambda p, q: [gemm(q)]),
@@ -251,9 +259,14 @@ DESIGNS = {
         lambda p, q: [Kernel(2 * middle(q).flops, q.moved(x=1, a=2, z=2)), extended(q), rank_grad(p)],
     ),
     "triton-serial": Design(
-        "the same as built: t and db each read dy, da and db go through fp32 partial sums (triton-portable, too)",
-        lambda p: [*middle_triton(p), extended(p)],
-        lambda p, q: [*middle_triton(q), extended(q), *rank_grad_triton(p), *rank_grad_triton(q)],
+        "the same as built: t and db each read dy, da and db go through fp32 partial sums",
+        _serial_forward,
+        _serial_backward,
+    ),
+    "triton-portable": Design(
+        "the same launches with pointer loads, from sm_80 up: by FLOPs and bytes no other than triton-serial",
+        _serial_forward,
+        _serial_backward,
     ),
     "triton-skinny": Design(
         "the vendor's GEMM adds to a product that Triton wrote; t and db from one read of dy; sums in fp32 partials",

@@ -16,6 +16,7 @@ from benchmarks.predict import command as predict
 from benchmarks.predict import cost
 from benchmarks.predict.command import DEVICES, Prediction
 from benchmarks.predict.cost import DESIGNS, Kernel, Problem
+from fastlora.backends import dispatch
 
 H200 = DEVICES["h200"]
 
@@ -142,6 +143,7 @@ def test_bytes_by_hand() -> None:
         "library": [x + a + z, x + w + y, z + b + 2 * y],
         "serial-ideal": [x + a + z, x + w + y + z + b],
         "triton-serial": [x + a + z, x + w + y + z + b],
+        "triton-portable": [x + a + z, x + w + y + z + b],
         "triton-skinny": [x + a + z, z + b + y, x + w + 2 * y],
         "cuda-serial": [x + a + z, x + w + y + z + b],
         "cuda-z_jobs": [2 * x + w + y + 2 * z + a + b],
@@ -154,6 +156,7 @@ def test_bytes_by_hand() -> None:
         "library": [y + b + z, y + w + x, z + a + 2 * x, x + z + a, y + z + b],
         "serial-ideal": [y + b + z + z + b, y + w + x + z + a, x + z + a],
         "triton-serial": [y + b + z, y + w + x + z + a, x + z + a, y + z + b],
+        "triton-portable": [y + b + z, y + w + x + z + a, x + z + a, y + z + b],
         "triton-skinny": [y + b + z + z + b, z + a + x, y + w + 2 * x, x + z + a],
         "cuda-serial": [y + b + z, y + w + x + z + a, x + z + a + partial[k], y + z + b + partial[n]],
         "cuda-z_jobs": [2 * y + w + x + 2 * z + a + b, x + z + a + partial[k], y + z + b + partial[n]],
@@ -167,6 +170,11 @@ def test_bytes_by_hand() -> None:
     least = cost.minimum(p)
     assert least["forward"].bytes == x + w + a + b + y + z
     assert least["backward"].bytes == (y + w + a + b + x + z) + (x + a + b)
+
+
+def test_kernels_are_predicted_under_their_own_names() -> None:
+    kernels = {kernel.name for kernel in dispatch.KERNELS["lora_matmul"]} - {"reference"}
+    assert {name for name in DESIGNS if name.partition("-")[0] in ("triton", "cuda", "library")} == kernels
 
 
 def test_nothing_goes_below_the_minimum() -> None:
@@ -322,7 +330,7 @@ def test_the_default_shapes_print(capsys: pytest.CaptureFixture[str], monkeypatc
     assert lines[0].startswith("Predictions for h200: 790 TFLOP/s bf16, 4.3 TB/s, 132 SMs")
     for name, rank in product(("llama3-8b.q", "llama3-70b.gate", "llama3-8b.kv"), (16, 64)):
         start = next(i for i, line in enumerate(lines) if line.startswith(f"{name}  M=8192") and f"R={rank} " in line)
-        block = {line.split("  ")[1]: line.split() for line in lines[start + 1 : start + 16]}
+        block = {line.split("  ")[1]: line.split() for line in lines[start + 1 : start + 7 + len(DESIGNS)]}
         assert set(DESIGNS) <= set(block)
         rows = ratios(LAYERS[name].k, LAYERS[name].n, rank)
         for design in DESIGNS:
