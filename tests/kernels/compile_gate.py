@@ -505,6 +505,14 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([str(_TOOLS / name), *arguments], capture_output=True, text=True, check=True).stdout
 
 
+def _tell(done: int, of: int) -> None:
+    """Counts in place on a terminal; in a pipe or a log a line for each tenth."""
+    if sys.stderr.isatty():
+        print(f"\r{done}/{of} compiled", end="\n" if done == of else "", file=sys.stderr, flush=True)
+    elif done * 10 // of > (done - 1) * 10 // of:
+        print(f"{done}/{of} compiled", file=sys.stderr, flush=True)
+
+
 def main() -> int:
     """Runs the gate, prints its table, and returns the number of faulty kernels as an exit status of 0 or 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -515,13 +523,13 @@ def main() -> int:
 
     start = time.monotonic()
     work = list(dict.fromkeys(cases(tuple(named[name] for name in options.arch))))
+    print(f"compiling {len(work)} cases in {options.jobs} processes", file=sys.stderr, flush=True)
     context = multiprocessing.get_context("spawn")
     findings: dict[tuple, Finding] = {}
     with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
         for done, batch in enumerate(pool.map(examine, work, chunksize=4), 1):
             findings |= {finding[:4]: finding for finding in batch}
-            if sys.stderr.isatty():
-                print(f"\r{done}/{len(work)} compiled", end="", file=sys.stderr)
+            _tell(done, len(work))
     rows = sorted(findings.values(), key=lambda f: (f.kernel, f.capability))
     print(
         f"{'kernel':<24}{'tile':<16}{'arch':<9}{'regs':>4}{'spills':>7}{'shared':>8}{'fence':>8}{'serial':>7}"

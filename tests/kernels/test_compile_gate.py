@@ -199,3 +199,9 @@ def test_fp32_in_the_tile_of_other_architectures_spills_on_gfx11(tmp_path: Path)
 def test_both_directions_are_compiled_with_and_without_a_bias(kernel: str) -> None:
     pairs = f"{{(c.backward, c.bias) for c in gate.cases((90,)) if c.kernel == {kernel!r} and c.dtype.itemsize == 2}}"
     assert in_gate(f"sorted({pairs})") == "[(False, False), (False, True), (True, False), (True, True)]"
+
+
+def test_progress_shows_in_a_pipe_a_line_for_each_tenth() -> None:
+    before = "sys.stderr = sys.stdout; [gate._tell(done, 37) for done in range(1, 38)]"
+    lines = in_gate("'end'", before).splitlines()
+    assert lines == [*(f"{-(-37 * tenth // 10)}/37 compiled" for tenth in range(1, 11)), "end"]
