@@ -1,5 +1,5 @@
-# make test | bench | publish | lint | format | csrc | gate | hardware | test-gpu | sanitizer | test-newest-triton |
-# test-oldest-peft: each works on a fresh clone.
+# make venv | test | bench | publish | lint | format | csrc | gate | hardware | test-gpu | sanitizer |
+# test-newest-triton | test-oldest-peft: each works on a fresh clone.
 # PY=python3 uses an interpreter that has the requirements already, and makes no .venv.
 
 PYTHON ?= python3
@@ -21,21 +21,27 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: help test bench publish lint format csrc gate hardware test-gpu sanitizer test-newest-triton test-oldest-peft clean
+.PHONY: help venv test bench publish lint format csrc gate hardware test-gpu sanitizer test-newest-triton test-oldest-peft clean
 
 help:
-	@echo "make test                the tests: oracle, autograd, interpreter, host model, launches without a GPU"
-	@echo "make bench               what a LoRA layer and a LoRA model cost here, then a real fine-tune"
+	@echo "Times are those of two cores, without what the first of them takes to fill .venv."
+	@echo "make venv                makes .venv, with the pinned requirements and this tree; the others do it themselves"
+	@echo "make test                8 min   the tests: oracle, autograd, interpreter, host model, launches without a GPU"
+	@echo "make bench               4 min   what a LoRA layer and a LoRA model cost here, then a real fine-tune"
 	@echo "make publish             measures this machine for benchmarks/results/ and renders README.md from it"
-	@echo "make lint                ruff, clang-format and mypy"
+	@echo "make lint                10 s    ruff, clang-format and mypy"
 	@echo "make format              writes what make lint wants of the layout"
 	@echo "make csrc                the CUDA kernels, compiled where nvcc is: what changed"
-	@echo "make gate                every kernel compiled: registers, spills, shared memory, fences, matrix instructions"
-	@echo "make hardware            proves and times every kernel on this machine's GPU, in ten minutes; OUT=DIR"
+	@echo "make gate                4 min   every kernel compiled: registers, spills, shared memory, fences, instructions"
+	@echo "make hardware            proves and times every kernel on this machine's GPU, in at most ten minutes; OUT=DIR"
 	@echo "make test-gpu            the tests alone; KERNELS=\"triton-skinny cuda-z_jobs\" picks kernels"
 	@echo "make sanitizer           the kernels' tests under compute-sanitizer"
-	@echo "make test-newest-triton  the kernel tests on Triton $(NEWEST_TRITON)"
+	@echo "make test-newest-triton  3 min   the kernel tests on Triton $(NEWEST_TRITON)"
 	@echo "make test-oldest-peft    the tests of PEFT's layers on PEFT $(OLDEST_PEFT)"
+	@echo "One file: $(PY) -m pytest tests/backends/test_dispatch.py"
+
+venv: $(READY)
+	@echo "$(PY) is ready"
 
 $(VENV)/.ready: requirements.txt pyproject.toml setup.py csrc/build.py
 	$(PYTHON) -m venv $(VENV)
