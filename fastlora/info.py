@@ -8,8 +8,9 @@ import platform
 import torch
 
 from . import __version__
-from .backends import dropout_cpu, measured
+from .backends import dropout_cpu, measured, triton
 from .backends.machine import version as version
+from .kernels.tiles import architecture
 from .ops.linear import explain
 
 PACKAGES = ("torch", "triton", "numpy", "peft", "transformers", "safetensors")
@@ -34,8 +35,7 @@ def report() -> str:
     lines.append(f"  {'CPU code':<14}{'built' if built else 'not built: dropout on a CPU takes torch operators'}")
     devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     for device in devices:
-        major, minor = torch.cuda.get_device_capability(device)
-        lines.append(f"  {device!s:<14}{torch.cuda.get_device_name(device)}, sm_{major}{minor}")
+        lines.append(f"  {device!s:<14}{_gpu(device)}")
     if not devices:
         lines.append("  no CUDA GPU: everything runs on the CPU")
     devices.append(torch.device("cpu"))
@@ -46,6 +46,10 @@ def report() -> str:
         for dtype, dropout_p in ((torch.bfloat16, 0.0), (torch.bfloat16, 0.1), (torch.float32, 0.0)):
             lines.append(_explained(device, dtype, dropout_p))
     return "\n".join(lines)
+
+
+def _gpu(device: torch.device) -> str:
+    return f"{torch.cuda.get_device_name(device)}, {architecture(triton.capability_of(device))}"
 
 
 def _table(device: torch.device) -> str:

@@ -39,6 +39,12 @@ def test_every_variable_that_is_read_is_named() -> None:
     assert {"FASTLORA_BACKEND", "FASTLORA_CACHE", "FASTLORA_TABLE"} <= read <= set(info.VARIABLES)
 
 
+def test_an_amd_gpu_is_named_by_its_own_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "AMD Instinct MI300X")
+    monkeypatch.setattr(info.triton, "capability_of", lambda device: 0x942)
+    assert info._gpu(torch.device("cuda", 0)) == "AMD Instinct MI300X, gfx942"
+
+
 def test_without_a_table_it_names_the_command() -> None:
     assert "  table of cpu            none: `python -m fastlora.tune` makes one" in lines()
 
