@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
+from collections.abc import Sequence
 
 import torch
 
-from . import __version__
+from . import __version__, variables
 from .backends import dropout_cpu, measured, triton
 from .backends.machine import version as version
 from .kernels.tiles import architecture
 from .ops.linear import explain
 
 PACKAGES = ("torch", "triton", "numpy", "peft", "transformers", "safetensors")
-VARIABLES = (
-    "FASTLORA_BACKEND",
-    "FASTLORA_CACHE",
-    "FASTLORA_CHECK",
-    "FASTLORA_CUDA_LIBRARY",
-    "FASTLORA_TABLE",
-    "TRITON_INTERPRET",
-)
+VARIABLES = (*variables.READ, "TRITON_INTERPRET")
 
 
 def report() -> str:
@@ -31,6 +26,7 @@ def report() -> str:
     lines.append(f"  {'CUDA':<14}{torch.version.cuda or 'this torch has none'}")
     for variable in VARIABLES:
         lines.append(f"  {variable:<24}{os.environ.get(variable, 'not set')}")
+    lines += [f"  {name:<24}{why}" for name, why in variables.unknown().items()]
     built = dropout_cpu.is_built()
     lines.append(f"  {'CPU code':<14}{'built' if built else 'not built: dropout on a CPU takes torch operators'}")
     devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
@@ -41,11 +37,7 @@ def report() -> str:
     devices.append(torch.device("cpu"))
     for device in devices:
         lines.append(f"  {f'table of {device}':<24}{_table(device)}")
-    lines.append("")
-    for device in devices:
-        for dtype, dropout_p in ((torch.bfloat16, 0.0), (torch.bfloat16, 0.1), (torch.float32, 0.0)):
-            lines.append(_explained(device, dtype, dropout_p))
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_explained(devices)])
 
 
 def _gpu(device: torch.device) -> str:
@@ -57,15 +49,32 @@ def _table(device: torch.device) -> str:
     return "; ".join(map(str, sources)) or f"none: `{measured.COMMAND}` makes one"
 
 
-def _explained(device: torch.device, dtype: torch.dtype, dropout_p: float) -> str:
-    x = torch.empty(256, 1024, dtype=dtype, device=device)
-    weight = torch.empty(1024, 1024, dtype=dtype, device=device)
-    lora_a = torch.empty(16, 1024, dtype=dtype, device=device)
-    try:
-        return str(explain(x, weight, lora_a, lora_a.T, dropout_p=dropout_p))
-    except RuntimeError as error:
-        return str(error)
+def _explained(devices: Sequence[torch.device]) -> list[str]:
+    """What would run a few usual calls; what the kernels answer, and what is wrong, once for all calls alike."""
+    headings: dict[str, list[str]] = {}
+    for device in devices:
+        for dtype, dropout_p in ((torch.bfloat16, 0.0), (torch.bfloat16, 0.1), (torch.float32, 0.0)):
+            x = torch.empty(256, 1024, dtype=dtype, device=device)
+            weight = torch.empty(1024, 1024, dtype=dtype, device=device)
+            lora_a = torch.empty(16, 1024, dtype=dtype, device=device)
+            try:
+                explanation = explain(x, weight, lora_a, lora_a.T, dropout_p=dropout_p)
+                headings.setdefault(explanation.answers, []).append(explanation.heading)
+            except RuntimeError as error:
+                headings.setdefault(str(error), [])
+    return [line for answers, calls in headings.items() for line in (*calls, answers)]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fastlora.info",
+        description="Prints the versions, variables and tables in use, which kernel would run a few usual calls on "
+        "each device, and what every other one answers.",
+    )
+    parser.parse_args(arguments)
+    print(report())
 
 
 if __name__ == "__main__":
-    print(report())
+    main()

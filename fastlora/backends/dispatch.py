@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..kernels.tiles import architecture
 from ..text import dtype_name
+from ..variables import warn_of_unknown
 from . import cuda, first_use, library, measured, reference, replay, triton, triton_skinny
 from .dropout import Dropout
 from .request import Kernel, Product, Request, Together
@@ -56,18 +57,27 @@ class Explanation(NamedTuple):
     tile: str | None = None
     check: str | None = None
 
-    def __str__(self) -> str:
+    @property
+    def heading(self) -> str:
+        """The call, what would run it, and why."""
         r = self.request
         chosen = (self.chosen or "nothing") + (f" ({self.tile})" if self.tile else "")
-        lines = [
+        return (
             f"{r.verb} on {r.device}: M={r.m} K={r.k} N={r.n} R={r.r} {dtype_name(r.dtype)}, "
-            f"adapters {dtype_name(r.adapter_dtype)}, {'with' if r.dropout else 'no'} dropout -> {chosen}",
-            f"  {self.why}",
-        ]
+            f"adapters {dtype_name(r.adapter_dtype)}, {'with' if r.dropout else 'no'} dropout -> {chosen}\n  {self.why}"
+        )
+
+    @property
+    def answers(self) -> str:
+        """What each kernel answered, a line each."""
+        lines = []
         for v in self.verdicts:
-            note = f": {self.check}" if self.check and v.kernel == first_use.KERNELS[r.verb] else ""
+            note = f": {self.check}" if self.check and v.kernel == first_use.KERNELS[self.request.verb] else ""
             lines.append(f"  {v.kernel:<16} {'can run' + note if v.reason is None else v.reason}")
         return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return f"{self.heading}\n{self.answers}"
 
 
 def lora_matmul(p: Product) -> tuple[Tensor | None, Tensor]:
@@ -178,6 +188,7 @@ def _simple(verb: str) -> Kernel | None:
 
 @functools.cache
 def _library(verb: str) -> Kernel:
+    warn_of_unknown()
     return next(kernel for kernel in KERNELS[verb] if kernel.name == "library")
 
 
@@ -232,6 +243,7 @@ def _choose(request: Request, forced: str) -> Kernel:
 
 
 def _decide(request: Request, forced: str) -> Kernel:
+    warn_of_unknown()
     failures = len(first_use.failed)
     explanation = _explain(request, forced)
     if explanation.chosen is None:
