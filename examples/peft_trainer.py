@@ -11,17 +11,22 @@ leaves fastlora out, to compare.
 from __future__ import annotations
 
 import argparse
+import logging
 import tempfile
 from collections.abc import Sequence
 
 import torch
 from corpus import python_reference
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import fastlora
 from fastlora.peft import count_calls
+
+# bitsandbytes, which PEFT imports, warns of a kernel for CPUs that is not installed; nothing here needs it.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training  # noqa: E402
 
 CONTEXT = 127
 

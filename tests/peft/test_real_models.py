@@ -391,6 +391,7 @@ def test_the_example_runs_and_says_what_ran_where(base: str) -> None:
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "28 of 28 adapter layers patched" in done.stdout
+    assert "gemm_4bit_forward" not in done.stderr
     # 28 layers, a step of 2 accumulated batches, each forward run again for its checkpoint.
     assert "112 calls ran on fastlora, 0 on PEFT's own forward" in done.stdout
     distance = float(re.search(r"logits differ by at most (\S+) of their largest", done.stdout).group(1))
