@@ -66,7 +66,8 @@ def merge_folders(
     """Writes a copy of a model's folder with an adapter merged into it; ``out`` appears when it is complete.
 
     Args:
-        base: folder with ``model.safetensors``, or shards and their index.
+        base: folder with ``model.safetensors``, another single safetensors file, or shards and their index; of a
+            transformers model or any other.
         adapter: folder that PEFT or ``fastlora.save_adapter`` wrote.
         out: folder to write. Configuration and tokenizer are copied too, weights in other formats are not.
         force: True to replace a model in ``out``.
@@ -113,7 +114,7 @@ def merge_folders(
                         layers += measured
     dtypes = ", ".join(sorted({dtype_name(layer.dtype) for layer in layers}))
     note = (
-        f"merged into the {dtypes} weights of {base}; an adapter that was trained on a quantised copy of it was "
+        f"merged into the {dtypes} weights of '{base}'; an adapter that was trained on a quantised copy of it was "
         "trained on other weights: to merge into those, load it in 4 bits and call fastlora.merge_and_unload"
     )
     return MergeReport(tuple(layers), note)
@@ -208,7 +209,7 @@ def _names(checkpoint: Checkpoint, layers: list[str], base: Path) -> dict[str, s
     missing = next((layer for layer in layers if f"{layer}.weight" not in checkpoint.tensors), first)
     known = sorted(name for name, entry in checkpoint.tensors.items() if len(entry.shape) == 2)
     raise ValueError(
-        f"the adapter is for another model: {base} has no {missing}.weight, which {key_of(missing, 'lora_A')} needs "
+        f"the adapter is for another model: '{base}' has no {missing}.weight, which {key_of(missing, 'lora_A')} needs "
         f"(a tied weight is stored under its other name, and cannot be merged); it has {', '.join(known[:4])} …"
     )
 
@@ -227,14 +228,14 @@ def _check_not_quantised(base: Path) -> None:
 def _check_out(base: Path, adapter: Path, out: Path, force: bool) -> None:
     for name, other in (("base", base.resolve()), ("adapter", adapter.resolve())):
         if out.resolve() == other or out.resolve() in other.parents or other in out.resolve().parents:
-            raise ValueError(f"out {out} and {name} {other} lie in one another: expected a folder apart")
+            raise ValueError(f"out '{out}' and {name} '{other}' lie in one another: expected a folder apart")
     if not out.exists():
         return
     if not force:
-        raise FileExistsError(f"out {out} exists: choose another folder, or pass --force to replace a model in it")
+        raise FileExistsError(f"out '{out}' exists: choose another folder, or pass --force to replace a model in it")
     if not out.is_dir() or (any(out.iterdir()) and not any(out.glob("*.safetensors"))):
         raise FileExistsError(
-            f"out {out} holds no safetensors model: --force replaces nothing else; delete it yourself"
+            f"out '{out}' holds no safetensors model: --force replaces nothing else; delete it yourself"
         )
 
 
@@ -260,9 +261,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m fastlora.merge",
-        description="Merges a LoRA adapter of PEFT's format into safetensors files: in float32, rounded once.",
+        description="Merges a LoRA adapter of PEFT's format into the safetensors files of a model, transformers' or "
+        "any other: in float32, rounded once.",
     )
-    parser.add_argument("base", type=Path, help="folder of the model: model.safetensors, or shards and their index")
+    parser.add_argument("base", type=Path, help="folder of the model: one safetensors file, or shards and their index")
     parser.add_argument(
         "adapter", type=Path, help="folder of the adapter: adapter_config.json, adapter_model.safetensors"
     )
@@ -281,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(report)
-    print(f"written to {options.out}")
+    print(f"written to '{options.out}'")
     return 0
 
 

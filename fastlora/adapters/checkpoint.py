@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from .folder import safetensors
+from .folder import NO_FOLDER, safetensors
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 _CHUNK = 1 << 22
@@ -49,11 +49,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         ValueError: a file or the index is damaged, or more than one model lies in the folder.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"base {folder} does not exist or is no folder: expected a model's folder")
+        raise FileNotFoundError(f"base '{folder}' {NO_FOLDER}")
     indices = sorted(folder.glob("*.safetensors.index.json"))
     single = sorted(folder.glob("*.safetensors"))
     if len(indices) > 1:
-        raise ValueError(f"base {folder} holds several models ({', '.join(i.name for i in indices)}): expected one")
+        raise ValueError(f"base '{folder}' holds several models ({', '.join(i.name for i in indices)}): expected one")
     if indices:
         files = _files_of_index(indices[0])
     elif (folder / "model.safetensors") in single:
@@ -61,11 +61,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     elif len(single) == 1:
         files = single
     elif single:
-        raise ValueError(f"base {folder} holds {len(single)} safetensors files and no index: expected one of either")
+        raise ValueError(f"base '{folder}' holds {len(single)} safetensors files and no index: expected one of either")
     else:
         raise FileNotFoundError(
-            f"base {folder} holds no safetensors file, and nothing else is read (a pickle can run any code): load the "
-            "model and save it again with save_pretrained"
+            f"base '{folder}' holds no safetensors file, and nothing else is read (a pickle can run any code): load "
+            "the model and save it again with save_pretrained"
         )
     tensors: dict[str, Entry] = {}
     for file in files:

@@ -25,6 +25,10 @@ from .config import AdapterConfig
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
+# Said of what was named as a folder.
+NO_FOLDER = (
+    "does not exist or is no folder: fastlora reads local folders (huggingface_hub's snapshot_download brings one)"
+)
 # The ends of the names in the file, by the names of the parts in a layer.
 _ENDS = {
     "lora_A": "lora_A.weight",
@@ -54,10 +58,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> tuple[AdapterConfig, Adapter
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"folder {folder} does not exist or is no folder: fastlora reads local folders (huggingface_hub's "
-            "snapshot_download brings one)"
-        )
+        raise FileNotFoundError(f"folder '{folder}' {NO_FOLDER}")
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             remedy = "expected a folder that PEFT or fastlora.save_adapter wrote"
@@ -66,7 +67,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> tuple[AdapterConfig, Adapter
                     f"{_PICKLE} is a pickle, which can run any code when opened, so fastlora does not read it: load it "
                     "with PEFT where you trust it and save it again (save_pretrained writes safetensors)"
                 )
-            raise FileNotFoundError(f"{folder} has no {name}: {remedy}")
+            raise FileNotFoundError(f"folder '{folder}' has no {name}: {remedy}")
     config_file, weights_file = folder / CONFIG, folder / WEIGHTS
     try:
         text = config_file.read_text(encoding="utf-8")

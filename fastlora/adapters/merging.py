@@ -31,6 +31,9 @@ _FORGET = (
     "quantised"
 )
 
+# How many layers a report has a line of.
+_WORST = 3
+
 # Elements measured at a time: float64 copies of a whole weight would take several times its memory.
 _BLOCK = 1 << 18
 
@@ -80,7 +83,10 @@ class MergeReport:
             lines.append(
                 f"  {count} into the {into} weight, in {dtype_name(dtype)}: not into the one that was quantised"
             )
-        for layer in sorted(self.layers, key=lambda layer: -layer.lost)[:3]:
+        worst = sorted(self.layers, key=lambda layer: -layer.lost)[:_WORST]
+        if len(worst) < len(self.layers):
+            lines.append(f"  the {len(worst)} that lost the most:")
+        for layer in worst:
             lines.append(
                 f"  {layer.name}: update RMS {layer.rms_update:.3g}, rounding RMS {layer.rms_error:.3g} "
                 f"({layer.lost:.2%}), at most {layer.max_error:.3g}"

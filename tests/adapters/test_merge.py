@@ -122,9 +122,12 @@ def test_report_in_words() -> None:
     text = str(fastlora.merge_adapter(adapted(toy().bfloat16(), ["up", "down"])))
     lines = text.splitlines()
     assert lines[0].startswith("6 layers merged in bfloat16: rounding lost at most 0.00")
-    assert len(lines) == 4
-    assert "update RMS" in lines[1]
-    assert "%)" in lines[1]
+    assert len(lines) == 5
+    assert lines[1] == "  the 3 that lost the most:"
+    assert "update RMS" in lines[2]
+    assert "%)" in lines[2]
+    few = str(fastlora.merge_adapter(adapted(toy(), ["0.up", "1.up"])))
+    assert len(few.splitlines()) == 3
 
 
 def test_merge_and_unload_agrees_with_peft(make: Callable[[], nn.Module], dtype: torch.dtype, tmp_path: Path) -> None:
@@ -427,7 +430,7 @@ def test_what_cannot_be_merged_is_said_and_leaves_nothing(case: str, tmp_path: P
 def test_where_it_may_write(tmp_path: Path) -> None:
     folders = Folders(tmp_path, llama, torch.float32, target_modules=["q_proj"])
     for out in (folders.base, folders.base / "sub", folders.adapter, tmp_path):
-        with pytest.raises(ValueError, match=r"out .* lie in one another"):
+        with pytest.raises(ValueError, match=r"out '.*' and .* '.*' lie in one another"):
             merge_folders(folders.base, folders.adapter, out, force=True)
     folders.out.mkdir()
     (folders.out / "thesis.txt").touch()
@@ -471,12 +474,12 @@ def test_command(tmp_path: Path) -> None:
     assert done.returncode == 0
     assert done.stderr == ""  # no bar where nobody watches
     assert done.stdout.startswith("2 layers merged in bfloat16: rounding lost at most ")
-    assert done.stdout.endswith(f"written to {folders.out}\n")
+    assert done.stdout.endswith(f"written to '{folders.out}'\n")
     again = command(folders.base, folders.adapter, folders.out)
     assert again.returncode == 1
     assert (
         again.stderr
-        == f"error: out {folders.out} exists: choose another folder, or pass --force to replace a model in it\n"
+        == f"error: out '{folders.out}' exists: choose another folder, or pass --force to replace a model in it\n"
     )
     text = command("--help")
     assert text.returncode == 0

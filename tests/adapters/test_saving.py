@@ -323,7 +323,7 @@ def test_configs_that_are_none(text: str, saved: Path) -> None:
 
 
 def test_missing_files(saved: Path) -> None:
-    refused(llama(), saved / "nowhere", "folder .*nowhere does not exist", FileNotFoundError)
+    refused(llama(), saved / "nowhere", "folder '.*nowhere' does not exist", FileNotFoundError)
     weights = saved / "adapter_model.safetensors"
     weights.rename(saved / "adapter_model.bin")
     refused(llama(), saved, r"no adapter_model\.safetensors: adapter_model\.bin is a pickle, .*PEFT", FileNotFoundError)
