@@ -2,7 +2,7 @@
 
 from .adapters.inject import inject
 from .adapters.merging import merge_adapter, merge_and_unload, unmerge_adapter
-from .adapters.model import delete_adapter, disable, enable, set_adapter, unload
+from .adapters.model import AdapterStatus, adapter_status, delete_adapter, disable, enable, set_adapter, unload
 from .adapters.saving import load_adapter, save_adapter
 from .module import LoRALinear
 from .module_group import LoRALinearGroup
@@ -18,12 +18,14 @@ from .while_merged import merged
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterStatus",
     "Branch",
     "LoRALinear",
     "LoRALinearGroup",
     "PatchReport",
     "StoredWeight",
     "__version__",
+    "adapter_status",
     "delete_adapter",
     "disable",
     "dora_linear",

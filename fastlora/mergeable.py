@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -16,6 +17,11 @@ from .text import dtype_name
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+_log = logging.getLogger("fastlora")
+
+# The kinds of merged layers of which no more need be said when they train.
+_told: set[type] = set()
 
 # Where a base waits while its weight holds a sum: on its device, beside the sum, or in CPU memory.
 Keep: TypeAlias = Literal["device", "cpu"]
@@ -252,6 +258,19 @@ class Mergeable(nn.Module):
             self._fold_in(self._called(), "device")
         return self
 
+    def _note_training(self) -> None:
+        """Logs, once for each kind of layer and merge, that a merged layer is called as if its adapter trained."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or type(self) in _told:
+            return
+        if any(p.requires_grad for name, p in self.named_parameters() if "lora_" in name):
+            tell_no_more([self])
+            _log.warning(
+                "%s was called in training mode with gradients enabled while its adapter is merged, so that this gets "
+                "none: unmerge before you train (fastlora.unmerge_adapter(model) or layer.unmerge()); to evaluate, "
+                "call model.eval() or use torch.no_grad()",
+                self._called(),
+            )
+
     def _called(self) -> str:
         """What a message calls the layer, which does not know its name in a model: class and shape."""
         holder = self._holder
@@ -293,6 +312,7 @@ class Mergeable(nn.Module):
                 fill(self._holder.bias, self._base_bias, self._keep)
             self._base_weight = self._base_bias = self._merged_weight = None
             self.merged = False
+            _told.discard(type(self))
         return self
 
     def _forget_norms(self) -> None:
@@ -311,6 +331,11 @@ class Mergeable(nn.Module):
             self._merge_after_load = self._keep
             self.unmerge()
         super()._load_from_state_dict(*args, **kwargs)
+
+
+def tell_no_more(layers: Iterable[nn.Module]) -> None:
+    """Of layers of these kinds it has been said that they are merged and do not train."""
+    _told.update(type(layer) for layer in layers if isinstance(layer, Mergeable))
 
 
 def _save_base(layer: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:

@@ -21,7 +21,7 @@ from .ops import dtensor
 from .ops.dora import dora_linear
 from .ops.linear import lora_linear
 from .ops.norms import zero_row
-from .start import check_rank_and_dropout, scale_of, start_adapter, start_linear
+from .start import check_rank_and_dropout, scale_of, start_adapter, start_linear, warn_of_rank
 from .text import class_name
 
 _OPERANDS = ("weight", "lora_A", "lora_B", "bias")
@@ -97,6 +97,7 @@ class LoRALinear(Mergeable):
         use_dora: bool,
     ) -> None:
         check_rank_and_dropout(r, lora_dropout)
+        warn_of_rank(r, in_features, out_features)
         self.in_features = in_features
         self.out_features = out_features
         self.r = r
@@ -194,6 +195,8 @@ class LoRALinear(Mergeable):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> y [..., out_features]; merged, exactly one GEMM and no gradient to A and B."""
         if self.merged:
+            if self.training:
+                self._note_training()
             return F.linear(x, self.weight, self.bias)
         # Not through _multiply: with few tokens a call of a function shows.
         weight, a, b, bias = parameters_of(self, _OPERANDS)
@@ -324,6 +327,8 @@ class QuantisedLoRALinear(LoRALinear):
         """x [..., in_features] -> y [..., out_features]; merged, exactly one GEMM and no gradient to A and B."""
         if not self.merged:
             return self._multiply(x, *self._operands(x))
+        if self.training:
+            self._note_training()
         weight: Any = self._merged_weight
         return quantised.dense_linear(x, weight, self.bias)
 

@@ -34,6 +34,17 @@ def why_not_mergeable(layer: nn.Module) -> str | None:
     return f"weight belongs to {owner}: gather the state dict, load it into an unsharded model and merge there"
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Returns the model inside the wrappers of torch.compile and data parallel, whose names the adapters have."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
 def check_untied(model: nn.Module, holders: Mapping[str, nn.Module], last: str = "weight") -> None:
     """Looks for the weights in which sums are to be stored in the rest of the model.
 

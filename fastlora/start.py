@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 
 from torch import Tensor, nn
+
+_log = logging.getLogger("fastlora")
 
 
 def check_rank_and_dropout(r: int, lora_dropout: float) -> None:
@@ -13,6 +17,23 @@ def check_rank_and_dropout(r: int, lora_dropout: float) -> None:
         raise ValueError(f"r must be at least 1, got {r}")
     if not 0 <= lora_dropout < 1:
         raise ValueError(f"lora_dropout must be at least 0 and below 1, got {lora_dropout}")
+
+
+def is_above_full(r: int, k: int, n: int) -> bool:
+    """Whether a rank is above the highest that a weight [n, k] can have, and so buys nothing."""
+    return r > min(k, n)
+
+
+# Once for each shape: a model has many layers of one.
+@functools.cache
+def warn_of_rank(r: int, k: int, n: int) -> None:
+    """Logs a warning where a rank is above the highest that a weight [n, k] can have."""
+    if is_above_full(r, k, n):
+        _log.warning(
+            "r=%d is above min(in_features, out_features) = %d: no update of a layer of this shape has a higher rank, "
+            "and the adapter is larger than the layer",
+            r, min(k, n),
+        )  # fmt: skip
 
 
 def scale_of(lora_alpha: float, r: int, use_rslora: bool) -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters.model import share_states
-from .mergeable import Keep, Mergeable
+from .mergeable import Keep, Mergeable, tell_no_more
 from .ops.dtensor import is_sharded
 from .ownership import check_untied, why_not_mergeable
 from .peft import merging as peft_merging
@@ -185,6 +185,7 @@ class _NoTraining:
     def __call__(self, model: nn.Module, args: Sequence[Any]) -> None:
         if model.training and torch.is_grad_enabled():
             self.remove()
+            tell_no_more(model.modules())
             warnings.warn(
                 "the model was called in training mode with gradients enabled inside of fastlora.merged: its adapters "
                 "are folded into the base weights and get no gradients. Train outside of the block; to evaluate, call "

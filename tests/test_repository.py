@@ -126,12 +126,14 @@ def test_public_names() -> None:
     import fastlora
 
     assert fastlora.__all__ == [
+        "AdapterStatus",
         "Branch",
         "LoRALinear",
         "LoRALinearGroup",
         "PatchReport",
         "StoredWeight",
         "__version__",
+        "adapter_status",
         "delete_adapter",
         "disable",
         "dora_linear",

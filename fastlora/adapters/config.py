@@ -91,11 +91,11 @@ class AdapterConfig:
         _check_number("lora_dropout", self.lora_dropout, 0, below=1)
         for name in ("use_rslora", "fan_in_fan_out", "lora_bias", "use_dora"):
             if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+                raise TypeError(f"{name} must be True or False, got {shown(getattr(self, name))}")
         for name, low in (("rank_pattern", 1), ("alpha_pattern", None)):
             patterns = getattr(self, name)
             if not isinstance(patterns, dict) or not all(isinstance(key, str) for key in patterns):
-                raise TypeError(f"{name} must be a dict from name patterns to numbers, got {patterns!r}")
+                raise TypeError(f"{name} must be a dict from name patterns to numbers, got {shown(patterns)}")
             for key, value in patterns.items():
                 _check_regex(name, key)
                 _check_number(f"{name}[{key!r}]", value, low, integer=name == "rank_pattern")
@@ -253,15 +253,29 @@ def _check_names(name: str, value: Any, if_string: str) -> None:
     if isinstance(value, str):
         _check_regex(name, value)
     elif not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise TypeError(f"{name} must be a list of module names or a string ({if_string}), got {value!r}")
+        has_some = isinstance(getattr(value, name, None), (str, list, tuple, set))
+        remedy = f": pass its fields, {name}=config.{name} and so on" if has_some else ""
+        raise TypeError(f"{name} must be a list of module names or a string ({if_string}), got {shown(value)}{remedy}")
     if name == "target_modules" and (not value or (isinstance(value, list) and "" in value)):
         raise ValueError(f"{name} must name at least one module, got {value!r}")
 
 
 def _check_regex(name: str, pattern: Any) -> None:
     if not isinstance(pattern, str):
-        raise TypeError(f"{name} must be a string or a list of strings, got {pattern!r}")
+        raise TypeError(f"{name} must be a string or a list of strings, got {shown(pattern)}")
     try:
         re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"{name}: {pattern!r} is no regular expression ({error})") from None
+        raise ValueError(f"{name}: {pattern!r} is no regular expression ({error}){_for_globs(name, pattern)}") from None
+
+
+def _for_globs(name: str, pattern: str) -> str:
+    """What to say of a pattern that would do as one of file names, such as ``*.q_proj``."""
+    regex = re.sub(r"(?<!\.)\*", ".*", re.sub(r"(?<!\\)\.(?!\*)", r"\.", pattern))
+    try:
+        re.compile(regex)
+    except re.error:
+        return ""
+    ending = pattern.removeprefix("*.")
+    as_list = name in ("target_modules", "exclude_modules") and re.fullmatch(r"[\w.]+", ending)
+    return f": a star repeats what is before it, write r'{regex}'" + (f" or the list [{ending!r}]" if as_list else "")

@@ -16,7 +16,7 @@ from ..gated import GatedMLP
 from ..mergeable import base_weight
 from ..ops.norms import forget_norms, row_norms, zero_row
 from ..siblings import Groups
-from ..start import start_adapter, start_bias
+from ..start import is_above_full, start_adapter, start_bias
 from ..text import listed, starred
 from . import groups as grouping
 from . import unmatched
@@ -222,6 +222,12 @@ def attach(
     unmatched.warn(name, idle)
     if plan.config.lora_bias and (bare := [each.name for each in plan.layers if each.module.bias is None]):
         _log.warning("adapter %r: lora_bias cannot be merged into layers that have no bias: %s", name, listed(bare))
+    if high := [each.name for each in plan.layers if is_above_full(each.r, *features(each.module))]:
+        _log.warning(
+            "adapter %r: the rank is above min(in_features, out_features) in %s: no update of these has a higher one, "
+            "and the adapter is larger than the layer",
+            name, listed(high),
+        )  # fmt: skip
     for refused, reason in plan.refused.items():
         _log.warning("adapter %r: %s gets none: %s", name, refused, reason)
     return report(model, name, plan.refused, found, idle)

@@ -62,6 +62,8 @@ class AdaptedLinear(Mergeable, nn.Linear):
         if state.disabled or name not in self.scale:
             return self._base(x)
         if self.merged:
+            if self.training:
+                self._note_training()
             return self._merged(x)
         branch = self._branch(name, x)
         # In this order: with few tokens a call of a function shows.

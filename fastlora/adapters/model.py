@@ -8,26 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 
 from torch import nn
 
 from .. import gated
+from ..mergeable import Mergeable
+from ..ownership import unwrapped
 from ..text import shown_names
 from .config import AdapterConfig
 from .layer import AdaptedLinear, parts_of
 from .state import State
 from .swap import remove_adapter, restore
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Returns the model inside the wrappers of torch.compile and data parallel, whose names the adapters have."""
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif "_orig_mod" in model._modules:
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
 
 
 def state_of(model: nn.Module) -> State | None:
@@ -60,6 +52,12 @@ def adapted_model(model: nn.Module) -> tuple[nn.Module, State]:
     model = unwrapped(model)
     state = state_of(model)
     if state is None:
+        own = next((module for module in model.modules() if isinstance(module, Mergeable)), None)
+        if own is not None and not isinstance(own, AdaptedLinear):
+            raise ValueError(
+                f"model has no named adapters: its {type(own).__name__} layers keep theirs themselves, so save and "
+                "load the lora_ keys of model.state_dict(), and call layer.merge() and layer.unmerge()"
+            )
         raise ValueError(
             "model has no adapters: call fastlora.inject or fastlora.load_adapter on this very module first (a part of "
             "it, or a model around it, has its own)"
@@ -114,6 +112,42 @@ def check_merged(model: nn.Module, adapter_name: str | None) -> None:
             raise RuntimeError(
                 f"adapter {layer.active_adapter!r} is merged into the base: call fastlora.unmerge_adapter first"
             )
+
+
+@dataclass(frozen=True)
+class AdapterStatus:
+    """The adapters of a model; ``print`` it.
+
+    Attributes:
+        names: of all adapters, in the order in which they came.
+        active: the name of the active one, or None.
+        disabled: whether the adapters are switched off.
+        merged: the name of the one that is merged into the base, or None.
+    """
+
+    names: tuple[str, ...]
+    active: str | None
+    disabled: bool
+    merged: str | None
+
+    def __str__(self) -> str:
+        marks: dict[str, list[str]] = {name: [] for name in self.names}
+        for name, mark in ((self.active, "active"), (self.merged, "merged")):
+            if name in marks:
+                marks[name].append(mark)
+        listed = ", ".join(f"{name!r} ({', '.join(said)})" if said else repr(name) for name, said in marks.items())
+        return f"adapters: {listed}" + ("; all are switched off" if self.disabled else "")
+
+
+def adapter_status(model: nn.Module) -> AdapterStatus:
+    """Tells which adapters a model has, which one is active, and whether they are switched off or merged.
+
+    Raises:
+        ValueError: the model has no adapters.
+    """
+    model, state = adapted_model(model)
+    merged = next((layer.active_adapter for _, layer in adapted_layers(model) if layer.merged), None)
+    return AdapterStatus(tuple(state.configs), state.active, state.disabled, merged)
 
 
 def disable(model: nn.Module) -> AbstractContextManager[object]:

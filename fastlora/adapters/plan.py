@@ -11,12 +11,13 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..dtypes import wide_of
+from ..ownership import unwrapped
 from ..text import shown
 from . import unmatched
 from .config import AdapterConfig
 from .layer import PARTS, AdaptedLinear, base_dtypes, is_turned, shapes_of
 from .matching import ALL_LINEAR, all_linear
-from .model import state_of, unwrapped
+from .model import state_of
 from .obstacle import obstacle
 from .state import State
 from .unmatched import Unmatched
@@ -56,7 +57,7 @@ class Plan:
 
 def plan(model: nn.Module, config: AdapterConfig, adapter_name: str, adapter_dtype: torch.dtype | None = None) -> Plan:
     """Finds and checks the layers that would get the adapter; raises the errors of :func:`fastlora.inject`."""
-    state = _state_to_write(model)
+    model, state = _to_write(model)
     if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
         raise ValueError(f"adapter_name must be a word without dots, got {adapter_name!r}")
     if hasattr(nn.ParameterDict, adapter_name):
@@ -130,14 +131,21 @@ def _inside_adapter(name: str, model: nn.Module) -> bool:
     return last in PARTS and isinstance(model.get_submodule(parent), AdaptedLinear)
 
 
-def _state_to_write(model: nn.Module) -> State:
+def _to_write(model: nn.Module) -> tuple[nn.Module, State]:
+    """The model inside of what torch.compile made of it, which compiles anew, and its state."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if hasattr(model, "peft_config"):
+    inner = unwrapped(model)
+    if hasattr(inner, "peft_config"):
         raise ValueError(
             "model has PEFT's adapters already: keep using PEFT for it (fastlora.patch_peft makes it fast), or inject "
             "into the bare model"
         )
-    if unwrapped(model) is not model:
-        raise ValueError(f"model is wrapped in {type(model).__name__}: call this on the model inside, before wrapping")
-    return state_of(model) or State()
+    while model is not inner:
+        if "_orig_mod" not in model._modules:
+            raise ValueError(
+                f"model is wrapped in {type(model).__name__}, which would not know the new Parameters: call this on "
+                "the model inside, before wrapping"
+            )
+        model = model._orig_mod  # type: ignore[assignment]
+    return inner, state_of(inner) or State()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..ownership import owner_of
+from ..ownership import owner_of, unwrapped
 from ..siblings import Groups
 from ..text import shown_names
 from . import groups as grouping
@@ -171,8 +171,10 @@ def load_adapter(
     """
     config, adapters = read_adapter(folder)
     source = str(Path(folder) / WEIGHTS)
-    state = state_of(model) if isinstance(model, nn.Module) else None
+    inner = unwrapped(model) if isinstance(model, nn.Module) else model
+    state = state_of(inner) if isinstance(inner, nn.Module) else None
     if state is not None and adapter_name in state.configs:
+        model = inner
         found = grouping.find(model, groups, mlp)
         if adapter_dtype is not None:
             raise ValueError(
@@ -187,7 +189,7 @@ def load_adapter(
         planned = plan(model, config, adapter_name, adapter_dtype)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
-    _check_fit(model, adapters, {layer.name: layer.shapes for layer in planned.layers}, planned.refused, source)
+    _check_fit(planned.model, adapters, {layer.name: layer.shapes for layer in planned.layers}, planned.refused, source)
     for layer in planned.layers:
         if layer.module.weight.device.type == "meta":
             raise ValueError(f"{layer.name} is on the meta device, which holds no data: load the base model first")

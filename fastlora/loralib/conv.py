@@ -83,6 +83,8 @@ class ConvLoRA(MergingLayer):
         conv: Any = self.conv
         y: Tensor
         if self.merged or not self._adapted:
+            if self.merged and self.training:
+                self._note_training()
             y = conv(x)
             return y
         update = (self.lora_B @ self.lora_A).view(conv.weight.shape)

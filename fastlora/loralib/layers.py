@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..mergeable import Update, parameter_of
 from ..ops.linear import lora_linear
-from ..start import start_adapter, start_linear
+from ..start import start_adapter, start_linear, warn_of_rank
+from ..text import shown
 from .base import MergingLayer
 
 
@@ -21,6 +22,7 @@ class _LinearLayer(MergingLayer, nn.Linear):
     def _start(self, a_shape: tuple[int, int], b_shape: tuple[int, int], fan_in_fan_out: bool) -> None:
         """Ends a constructor: adds the adapter, draws the initial values, turns the weight."""
         if self.r > 0 and 0 not in a_shape:
+            warn_of_rank(b_shape[1], a_shape[1], b_shape[0] * self.r // a_shape[0])
             self._add_adapter(a_shape, b_shape)
         # loralib draws the base twice, in nn.Linear's constructor and here, and a seed must give its numbers.
         self.reset_parameters()
@@ -51,6 +53,8 @@ class _LinearLayer(MergingLayer, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> y [..., out_features]; merged or without an adapter, exactly one GEMM."""
         if self.merged or not self._adapted:
+            if self.merged and self.training:
+                self._note_training()
             return F.linear(x, self._weight_nk, self.bias)
         return lora_linear(
             x,
@@ -127,6 +131,7 @@ class MergedLinear(_LinearLayer):
         kwargs: keyword arguments of ``nn.Linear``: bias, device, dtype.
 
     Raises:
+        TypeError: ``enable_lora`` is no list of bools.
         ValueError: ``enable_lora`` is empty or its length does not divide ``out_features``; r is negative; or
             ``lora_dropout`` is outside [0, 1).
     """
@@ -143,6 +148,8 @@ class MergedLinear(_LinearLayer):
         merge_weights: bool = True,
         **kwargs: Any,
     ) -> None:
+        if not isinstance(enable_lora, (list, tuple)) or not all(isinstance(each, int) for each in enable_lora):
+            raise TypeError(f"enable_lora must be a list of bools, one for each block, got {shown(enable_lora)}")
         if not enable_lora or out_features % len(enable_lora):
             raise ValueError(
                 f"enable_lora has {len(enable_lora)} entries: expected one for each equal block of the {out_features} "
@@ -235,6 +242,8 @@ class Embedding(MergingLayer, nn.Embedding):
         """x, integers of any shape -> [..., embedding_dim]."""
         rows = nn.Embedding.forward(self, x)
         if self.merged or not self._adapted:
+            if self.merged and self.training:
+                self._note_training()
             return rows
         # Never sparse: the rows that are looked up are columns of A, and no sparse gradient has columns.
         z = F.embedding(x, self.lora_A.T, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq)

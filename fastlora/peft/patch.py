@@ -20,6 +20,8 @@ from torch import nn
 
 from .. import gated, siblings
 from ..backends.request import Request
+from ..mergeable import Mergeable
+from ..ownership import unwrapped
 from ..siblings import Groups
 from ..text import listed
 from . import calls
@@ -59,9 +61,9 @@ def patch_peft(
     PEFT's ``Linear4bit`` or ``Linear8bitLt`` on a layer of bitsandbytes (QLoRA). Each call looks at the layer's state;
     where anything but this formula, or DoRA's (:func:`fastlora.dora_linear`), would run (merged, disabled, hooks, ...:
     docs/peft.md has the table), PEFT's own forward does, and the first time its reason is logged by
-    ``logging.getLogger("fastlora")``. Patch once the model has its adapters and before DDP, FSDP or an engine wraps it;
-    layers that get their first adapter later need another call. For peft 0.18.0 and later; tested
-    with 0.18.0 and 0.21.2, and bitsandbytes 0.50.2.
+    ``logging.getLogger("fastlora")``. Patch once the model has its adapters and before FSDP or an engine wraps it; DDP
+    and ``torch.compile`` are looked through. Layers that get their first adapter later need another call.
+    For peft 0.18.0 and later; tested with 0.18.0 and 0.21.2, and bitsandbytes 0.50.2.
 
     Args:
         model: what ``get_peft_model`` returned, or any module that holds PEFT's layers.
@@ -156,6 +158,8 @@ def _patch(
 ) -> tuple[PatchReport, dict[nn.Module, type]]:
     """Patches, and returns the report and the old class of each layer whose class was changed."""
     _check_module(model)
+    # A patch changes no Parameter, so that no wrapper needs to know; torch.compile sees the classes and compiles anew.
+    model = unwrapped(model)
     if importlib.util.find_spec("peft") is None:
         raise ImportError("patch_peft needs peft, which is not installed: pip install peft")
     try:
@@ -195,7 +199,7 @@ def _patch(
             bases,
         )
         # Inside of the try, because a user may have made warnings errors.
-        _warn_of(report)
+        _warn_of(model, report)
         if mlp and not mlps:
             _warn(f"mlp=True {gated.why_none(model)}")
     except BaseException:
@@ -296,10 +300,12 @@ def _remedy() -> str:
     return f"install peft {OLDEST} or later (tested with {OLDEST} and {NEWEST})"
 
 
-def _warn_of(report: PatchReport) -> None:
+def _warn_of(model: nn.Module, report: PatchReport) -> None:
     if not report.patched and not report.already_patched:
         if report.skipped:
             why = "; ".join(f"{count} × {reason}" for reason, count in report.reasons.most_common())
+        elif own := next((type(module) for module in model.modules() if isinstance(module, Mergeable)), None):
+            why = f"its {own.__name__} layers run on fastlora already"
         else:
             why = "it holds no adapter layers of peft: pass what get_peft_model returned, unmerged"
         _warn(f"patch_peft patched no layer of model: {why}")

@@ -818,7 +818,7 @@ def _odd_layers() -> dict[str, tuple[nn.Module, str]]:
         "partitioned": (partitioned, "its weight belongs to DeepSpeed ZeRO-3: inject before"),
         "integer": (integer, "its weight is int8"),
         "conv": (nn.Conv1d(4, 3, 1), "Conv1d is no linear layer"),
-        "lora": (fastlora.LoRALinear(4, 3), "LoRALinear is no linear layer"),
+        "lora": (fastlora.LoRALinear(4, 3, r=2), "LoRALinear is no linear layer"),
         "shared": (nn.Sequential(shared, shared), "one module in several places"),
     }
 
@@ -829,7 +829,7 @@ def test_what_cannot_have_an_adapter_is_left_alone_with_the_reason(case: str, ca
     odd, reason = _odd_layers()[case]
     model = nn.ModuleDict({"odd": odd, "plain": nn.Linear(4, 3)})
     with caplog.at_level(logging.WARNING, logger="fastlora"):
-        report = fastlora.inject(model, r"odd(\.0)?|plain")
+        report = fastlora.inject(model, r"odd(\.0)?|plain", r=2)
     assert [layer.name for layer in report.layers] == ["plain"]
     assert list(report.refused)[-1] in ("odd", "odd.0")
     assert re.search(reason, list(report.refused.values())[-1])
@@ -871,8 +871,8 @@ def test_models_of_others() -> None:
         fastlora.inject(theirs, ["v_proj"])
     with pytest.raises(ValueError, match="model has PEFT's adapters, not fastlora's"):
         fastlora.set_adapter(theirs, "default")
-    with pytest.raises(ValueError, match="wrapped in OptimizedModule: call this on the model inside"):
-        fastlora.inject(torch.compile(toy()), ["up"])
+    with pytest.raises(ValueError, match="wrapped in DataParallel, which would not know the new Parameters: call this"):
+        fastlora.inject(torch.compile(nn.DataParallel(toy())), ["up"])
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
         fastlora.inject("llama", ["up"])
 
@@ -882,7 +882,7 @@ def test_models_of_others() -> None:
     [
         fastlora.unload, fastlora.disable, fastlora.enable, fastlora.merge_adapter, fastlora.unmerge_adapter,
         fastlora.merge_and_unload, lambda m: fastlora.set_adapter(m, "default"),
-        lambda m: fastlora.delete_adapter(m, "default"),
+        lambda m: fastlora.delete_adapter(m, "default"), fastlora.adapter_status,
     ],
 )  # fmt: skip
 def test_a_model_without_adapters(act: Callable[[nn.Module], Any]) -> None:

@@ -619,9 +619,15 @@ def test_a_whole_state_dict_goes_both_ways_strictly(released: tuple[Any, Path, P
             "enable_lora has 2 entries.*the 5",
         ),
         (lambda: ours.MergedLinear(4, 5, r=2, enable_lora=[]), ValueError, "enable_lora has 0 entries"),
+        (
+            lambda: ours.MergedLinear(4, 5, r=2, enable_lora=True),
+            TypeError,
+            "enable_lora must be a list of bools, one for each block, got True",
+        ),
+        (lambda: ours.MergedLinear(4, 6, r=2, enable_lora="qkv"), TypeError, "enable_lora must be .*, got 'qkv'"),
         (lambda: ours.Conv2d(4, 5, (3, 3), r=2), TypeError, r"kernel_size must be an int.*got \(3, 3\)"),
     ],
-    ids=["rank", "dropout", "blocks", "no_blocks", "kernel_size"],
+    ids=["rank", "dropout", "blocks", "no_blocks", "no_list", "a_string", "kernel_size"],
 )
 def test_constructors_name_the_bad_argument(
     make: Callable[[], nn.Module], exception: type[Exception], message: str

@@ -9,6 +9,7 @@ import logging
 import pickle
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,42 @@ def test_no_adapter_layers_is_a_warning_with_the_remedy() -> None:
     with pytest.warns(UserWarning, match="holds no adapter layers of peft: pass what get_peft_model returned"):
         report = fastlora.patch_peft(Net())
     assert (report.patched, report.skipped) == ((), {})
+    injected = Net()
+    fastlora.inject(injected, ["first"], r=6)
+    with pytest.warns(UserWarning, match="no layer of model: its AdaptedLinear layers run on fastlora already"):
+        fastlora.patch_peft(injected)
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrap", ["compile", "ddp", "both"])
+def test_a_wrapped_model_is_patched_inside(wrap: str, process_group: None) -> None:
+    model = adapted()
+    reference = copy.deepcopy(model)
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    wrapped: Any = model
+    if wrap != "compile":
+        wrapped = nn.parallel.DistributedDataParallel(wrapped)
+    if wrap != "ddp":
+        wrapped = torch.compile(wrapped, backend=backend)
+    step(wrapped, tokens())
+    before = len(graphs)
+    assert fastlora.patch_peft(wrapped).patched == (FIRST, SECOND)
+    actual = step(wrapped, tokens())
+    assert (len(graphs) > before) == (wrap != "ddp")
+    bare = {name.replace("_orig_mod.", "").removeprefix("module."): value for name, value in actual.items()}
+    assert_as_good_as(bare, reference, tokens())
+    assert fastlora.unpatch_peft(wrapped) == 2
 
 
 def test_warnings_are_about_the_callers_line(recwarn: pytest.WarningsRecorder) -> None:
