@@ -11,18 +11,23 @@ from ..records.tables import (
     PAIRS,
     TIME,
     kernels,
+    memory,
     milliseconds,
-    speedups,
     timing,
     two_digits,
+    warning,
     wrapped,
 )
-from ..records.units import geometric_mean, readable_bytes
+from ..records.units import readable_bytes
+from ..records.verdict import STALLED, duels, stalled, verdict
 
 LEGEND = (
     "ms with half of its range p20 to p80; × the frozen layer's time; kept for the backward, and the peak of a step;\n"
     "the largest error over its bound; (arithmetic): the least that the FLOPs allow on any device"
 )
+
+_TIME_TITLE = "Step time over that of fastlora (geometric mean; above 1: fastlora is faster)"
+_MEMORY_TITLE = "Memory of fastlora over that of others (geometric mean; below 1: fastlora holds less)"
 
 # Column widths.
 _RATIO, _WALL = 6, 9
@@ -40,7 +45,8 @@ def render_case(rows: Sequence[LayerRow]) -> str:
     arms = {name: [row for row in present if row.arm == name] for name in dict.fromkeys(row.arm for row in present)}
     width = max(map(len, (*arms, "(arithmetic)")))
     noise = [f"{row.mode} {row.noise:.1%}" for row in rows if row.arm == FLOOR and row.noise is not None]
-    remarks = [*([f"noise: {', '.join(noise)}"] if noise else []), *kernels(rows)]
+    remarks = [*([STALLED.upper()] if stalled(rows) else []), *([f"noise: {', '.join(noise)}"] if noise else [])]
+    remarks += kernels(rows)
     heads = "".join(f"{mode + ' ms':>{TIME}}{'×':>{_RATIO}}" for mode in modes)
     heads += f"{'wall ms':>{_WALL}}" if on_gpu else ""
     least = "".join(f"{'':{TIME}}{rows[0].case.theory(mode):>{_RATIO}.3f}" for mode in modes)
@@ -51,17 +57,25 @@ def render_case(rows: Sequence[LayerRow]) -> str:
 
 
 def render_summary(rows: Sequence[LayerRow]) -> str:
-    """Step time of others over fastlora's: geometric mean and worst case over the layers, and the host's alone."""
-    lines = ["Step time over that of fastlora (above 1: fastlora is faster)"]
+    """The verdict: step time of others over fastlora's, of layers and of the host alone, and memory the other way."""
+    lines = []
     for ours, theirs in PAIRS:
         for what, host in (("layers", False), ("host overhead", True)):
-            ratios = speedups([row for row in rows if row.case.is_host is host], ours, theirs)
-            if ratios:
-                lines.append(
-                    f"  {theirs + ' / ' + ours:<26} {what}: geometric mean {geometric_mean(ratios):.2f}, "
-                    f"worst {min(ratios):.2f} of {len(ratios)}"
-                )
-    return "\n".join(lines) if len(lines) > 1 else ""
+            group = [row for row in rows if row.case.is_host is host]
+            if found := duels(group, ours, theirs):
+                lines.append(f"  {theirs + ' / ' + ours:<26} {what}: {verdict(found)}")
+    return "\n".join([_TIME_TITLE, *lines, *_memory(rows), *warning(rows)]) if lines else ""
+
+
+def _memory(rows: Sequence[LayerRow]) -> list[str]:
+    steps = [row for row in rows if row.mode == "step" and not row.case.is_host]
+    lines = []
+    for ours, theirs in PAIRS:
+        kept = memory(steps, ours, theirs, "kept", lambda row: row.kept_bytes)
+        peak = memory(steps, ours, theirs, "peak", lambda row: row.peak_bytes)
+        if kept or peak:
+            lines.append(f"  {ours + ' / ' + theirs:<26} {', '.join([*kept, *peak])}")
+    return [_MEMORY_TITLE, *lines] if lines else []
 
 
 def _arm_line(name: str, group: Sequence[LayerRow], on_gpu: bool) -> str:

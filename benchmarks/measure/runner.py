@@ -6,7 +6,6 @@ import argparse
 import math
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,8 +94,6 @@ class Run(Generic[C]):
             raise StopError(2, str(error)) from None
         except OSError as error:
             raise StopError(2, f"{self.path} cannot be written: {error.strerror}; --json PATH names another") from None
-        if self.device.type == "cpu" and (busy := environment.busy()):
-            print(busy, file=sys.stderr)
         progress = Progress([work(case) for case in self.cases])
         rows: list[R] = []
         with file:

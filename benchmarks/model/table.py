@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..records.rows import ModelRow
-from ..records.tables import BYTES, PAIRS, TIME, kernels, quotients, timing, two_digits, wrapped
-from ..records.units import geometric_mean, readable_bytes
+from ..records.tables import BYTES, PAIRS, TIME, kernels, memory, timing, two_digits, warning, wrapped
+from ..records.units import readable_bytes
+from ..records.verdict import STALLED, duels, stalled, verdict
 from .arms import FULL
 
 LEGEND = (
@@ -37,7 +38,8 @@ def render_case(rows: Sequence[ModelRow]) -> str:
     present = [row for row in rows if row.status != "absent"]
     width = max((len(row.arm) for row in present), default=0)
     noise = next((f"noise: {row.noise:.1%}" for row in rows if row.noise is not None), None)
-    remarks = [*_parameters(rows), *([noise] if noise else []), *kernels(rows)]
+    remarks = [*([STALLED.upper()] if stalled(rows) else []), *_parameters(rows), *([noise] if noise else [])]
+    remarks += kernels(rows)
     heads = f"{'step ms':>{TIME}}{'tokens/s':>{_SPEED}}{'×':>{_RATIO}}"
     heads += "".join(f"{name:>{_size_width(name)}}" for name in _SIZES) + f"{'error':>{_ERROR}}"
     full = next((row.tokens_per_second for row in rows if row.arm == FULL), None)
@@ -47,16 +49,14 @@ def render_case(rows: Sequence[ModelRow]) -> str:
 
 def render_summary(rows: Sequence[ModelRow]) -> str:
     """fastlora against the others over all cases: tokens a second, and the peak of memory."""
-    lines = ["fastlora over others (geometric mean; above 1: more tokens a second)"]
+    lines = ["fastlora over others (geometric means; above 1: more tokens a second, below 1: less memory)"]
     for ours, theirs in (*PAIRS, *_OTHERS, ("fastlora", FULL)):
-        speeds = quotients(rows, ours, theirs, lambda row: row.tokens_per_second)
-        peaks = quotients(rows, ours, theirs, lambda row: row.peak_bytes)
-        if speeds:
-            lines.append(
-                f"  {ours + ' / ' + theirs:<26} tokens/s {geometric_mean(speeds):.2f} (worst {min(speeds):.2f} of "
-                f"{len(speeds)}), peak memory {geometric_mean(peaks):.2f} (worst {max(peaks):.2f})"
-            )
-    return "\n".join(lines) if len(lines) > 1 else ""
+        if found := duels(rows, ours, theirs):
+            peak = memory(rows, ours, theirs, "peak memory", lambda row: row.peak_bytes)
+            kept = memory(rows, ours, theirs, "activations", lambda row: row.activation_bytes)
+            lines.append(f"  {ours + ' / ' + theirs:<26} tokens/s {verdict(found)}")
+            lines += [f"  {'':<26} {', '.join([*peak, *kept])}"] if peak or kept else []
+    return "\n".join([*lines, *warning(rows)]) if len(lines) > 1 else ""
 
 
 def _parameters(rows: Sequence[ModelRow]) -> list[str]:

@@ -165,14 +165,6 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
-def busy() -> str | None:
-    """A warning where other programs hold a good part of the processors; else None."""
-    load, cores = _load(), os.cpu_count() or 1
-    if load is None or load < 0.25 * cores:
-        return None
-    return f"this machine is busy (load {load:.1f} on {cores} cores): times will be long and noisy"
-
-
 def slug(device: torch.device) -> str:
     """The device's folder under ``results/``: ``cpu``, or the GPU's name, such as ``nvidia-h200``."""
     return "cpu" if device.type == "cpu" else slug_of(device_name(device))

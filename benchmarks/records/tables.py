@@ -6,7 +6,9 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
-from .rows import LayerRow, Measured, Spread
+from .rows import Measured, Spread
+from .units import geometric_mean
+from .verdict import STALLED, stalled
 
 M = TypeVar("M", bound=Measured)
 
@@ -39,11 +41,6 @@ def quotients(rows: Sequence[M], over: str, under: str, value: Callable[[M], flo
     ]
 
 
-def speedups(rows: Sequence[LayerRow], ours: str, theirs: str) -> list[float]:
-    """Step time of ``theirs`` over that of ``ours``, for each case that has both."""
-    return quotients([row for row in rows if row.mode == "step"], theirs, ours, lambda row: row.median)
-
-
 def milliseconds(value: float) -> str:
     """At least three digits, and no more than a tenth of a microsecond."""
     return f"{value:.{4 if value < 0.1 else 3 if value < 10 else 1}f}"
@@ -72,9 +69,28 @@ def opening(legend: str, absent: Mapping[str, str]) -> str:
 
 
 def closing(summary: str, rows: Sequence[Measured], absent: Mapping[str, str]) -> str:
-    """The text behind the last case: the summary, and the arms that were absent from some cases alone."""
+    """The text behind the last case: the arms that were absent from some cases alone, then the verdict."""
     others = [(row.arm, row.reason) for row in rows if row.status == "absent" and row.arm not in absent]
-    return "\n".join([*filter(None, [summary]), *_absences("absent from some cases", others)])
+    return "\n".join([*_absences("absent from some cases", others), *filter(None, [summary])])
+
+
+def memory(rows: Sequence[M], ours: str, theirs: str, what: str, value: Callable[[M], float | None]) -> list[str]:
+    """A number of bytes of ``ours`` over that of ``theirs``: mean and worst case; nothing where neither has it."""
+    found = quotients(rows, ours, theirs, value)
+    return [f"{what} {geometric_mean(found):.2f} (worst {max(found):.2f})"] if found else []
+
+
+def warning(rows: Sequence[Measured]) -> list[str]:
+    """A line where the machine stalled, to stand beside the verdict."""
+    found = stalled(rows)
+    if not found:
+        return []
+    return [
+        wrapped(
+            f"  {STALLED} in {len(found)} of {len({row.case for row in rows})} cases (repeats of one arm differ more "
+            f"than twofold; they are in no verdict): {'; '.join(found)}. Measure them again while nothing else runs."
+        )
+    ]
 
 
 def _absences(title: str, reasons: Iterable[tuple[str, str | None]]) -> list[str]:

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from ..cases import FLOOR, Case, ModelCase
+from ..layers.arm import LayerArm
+from ..layers.arms import arms as layer_arms
+from ..model.arms import ModelArm
+from ..model.arms import arms as model_arms
 from ..records.environment import Environment
 from ..records.rows import LayerRow, Measured, ModelRow, shown
-from ..records.tables import PAIRS, speedups, two_digits
+from ..records.tables import PAIRS, two_digits
 from ..records.units import geometric_mean, readable_bytes
+from ..records.verdict import STALLED, Duel, duels, stalled, steady, verdict
 
 # The arm that stands last and bold, and the one beside it: PEFT with adapters in the base's dtype.
 OURS, PEFT, FULL = "fastlora", "peft-same", "full"
+
+_MARKS = "≈: within noise of fastlora; ?: the machine stalled"
+_LAYERS = (
+    "a step (forward and backward) over the frozen layer's, so 1.00 is free; M tokens, K → N the layer's inputs and "
+    "outputs, R the rank; kept: for the backward, beyond x; peak: the most that a step holds"
+)
+_BRIEF = "a step over the frozen layer's, so 1.00 is free; M tokens, K → N the layer's inputs and outputs, R the rank"
+_MODELS = "tokens/s of whole training steps; R the rank; noise: one arm timed twice"
 
 
 def machine(environment: Environment) -> str:
@@ -36,14 +49,18 @@ def provenance(environment: Environment) -> str:
 def layers_in_brief(rows: Sequence[LayerRow]) -> str:
     """Steps of single layers over the frozen layer's: fastlora, PEFT, and the fastest LoRA of the other arms."""
     lines = [_line(["layer", "M", "K → N", "R", OURS, PEFT, "best other"]), _line(["---"] * 3 + ["--:"] * 4)]
+    named = []
     for case in dict.fromkeys(row.case for row in rows if not row.case.is_host):
         steps = {row.arm: row for row in rows if row.case == case and row.mode == "step"}
         others = [(row.ratio, arm) for arm, row in steps.items() if row.ratio and arm not in (FLOOR, FULL)]
         ratio, best = min((other for other in others if OURS not in other[1]), default=(None, ""))
         cells = [_setting(case, case.layer), str(case.m), f"{case.k} → {case.widths}", str(case.r)]
-        cells += [_ratio(steps.get(OURS), bold=True), _ratio(steps.get(PEFT)), f"{best} {two_digits(ratio)}".strip()]
+        cells += [_ratio(steps.get(OURS), bold=True), _ratio(steps.get(PEFT), beside=steps.get(OURS))]
+        cells.append(f"{best} {two_digits(ratio)}".strip())
+        named.append(best)
         lines.append(_line(cells))
-    return "\n".join([*lines, "", *_notes(rows), *_host_overhead(rows)]).strip()
+    legend = _legend(_BRIEF, layer_arms(), [OURS, PEFT, *dict.fromkeys(named)])
+    return "\n".join([*lines, "", legend, *_notes(rows), *_host_overhead(rows)]).strip()
 
 
 def layers(rows: Sequence[LayerRow]) -> str:
@@ -63,12 +80,12 @@ def layers(rows: Sequence[LayerRow]) -> str:
         cells = [case.layer, str(case.m), f"{case.k} → {case.widths}", str(case.r), case.dtype, f"{case.dropout:g}"]
         cells.append("-" if floor is None or floor.ms is None else f"{floor.ms.p50:.3g}")
         cells.append("-" if floor is None or floor.theory is None else f"{floor.theory:.3f}")
-        cells += [_ratio(steps.get((case, arm)), bold=arm == OURS) for arm in arms]
+        cells += [_ratio(steps.get((case, arm)), bold=arm == OURS, beside=steps.get((case, OURS))) for arm in arms]
         pair = [steps.get((case, name)) for name in (OURS, PEFT)]
         cells.append(" / ".join(readable_bytes(row.kept_bytes if row else None) for row in pair))
         cells.append(" / ".join(readable_bytes(row.peak_bytes if row else None) for row in pair))
         lines.append(_line(cells))
-    return "\n".join([*lines, "", *_notes(rows)]).strip()
+    return "\n".join([*lines, "", _legend(_LAYERS, layer_arms(), arms), *_notes(rows)]).strip()
 
 
 def host(rows: Sequence[LayerRow]) -> str:
@@ -97,9 +114,9 @@ def models_in_brief(rows: Sequence[ModelRow]) -> str:
     for case in dict.fromkeys(row.case for row in rows):
         group = {row.arm: row for row in rows if row.case == case}
         cells = [_setting(case, f"{case.model}, R = {case.r}"), f"{case.batch} × {case.sequence}"]
-        cells += [_tokens(group.get(arm), bold=arm == OURS) for arm in arms]
+        cells += [_tokens(group.get(arm), bold=arm == OURS, beside=group.get(OURS)) for arm in arms]
         lines.append(_line([*cells, " / ".join(_peak(group.get(arm)) for arm in arms), _repeat(group.values())]))
-    return "\n".join(lines)
+    return "\n".join([*lines, "", _legend(_MODELS, model_arms(), arms), *_stalled(rows), *_gains(rows)])
 
 
 def models(rows: Sequence[ModelRow]) -> str:
@@ -112,9 +129,9 @@ def models(rows: Sequence[ModelRow]) -> str:
         group = {row.arm: row for row in rows if row.case == case}
         cells = [case.model, f"{case.batch} × {case.sequence}", str(case.r), case.dtype, f"{case.dropout:g}"]
         cells.append("on" if case.checkpointing else "off")
-        cells += [_tokens(group.get(arm), bold=arm == OURS) for arm in arms]
+        cells += [_tokens(group.get(arm), bold=arm == OURS, beside=group.get(OURS)) for arm in arms]
         lines.append(_line([*cells, _repeat(group.values()), " / ".join(_peak(group.get(arm)) for arm in arms)]))
-    return "\n".join(lines)
+    return "\n".join([*lines, "", _legend(_MODELS, model_arms(), arms), *_stalled(rows), *_gains(rows)])
 
 
 def memory(rows: Sequence[ModelRow]) -> str:
@@ -140,12 +157,23 @@ def absences(rows: Sequence[Measured]) -> str:
     return "\n".join(f"- {', '.join(f'`{arm}`' for arm in names)} absent: {reason}" for reason, names in arms.items())
 
 
+def _legend(columns: str, known: Mapping[str, LayerArm] | Mapping[str, ModelArm], arms: Sequence[str]) -> str:
+    """What the columns and the arms in them are."""
+    named = "; ".join(f"`{arm}`: {known[arm].about}" for arm in arms if arm in known)
+    return f"- columns: {columns}; {_MARKS}\n- arms: {named}"
+
+
+def _gains(rows: Sequence[ModelRow]) -> list[str]:
+    found = duels(rows, OURS, PEFT)
+    return [f"- `{OURS}` over `{PEFT}`, tokens/s, geometric mean: {verdict(found)}"] if found else []
+
+
 def _notes(rows: Sequence[LayerRow]) -> list[str]:
-    return [*_noise(rows), *_speedups(rows), *_wall(rows)]
+    return [*_noise(rows), *_stalled(rows), *_speedups(rows), *_wall(rows)]
 
 
 def _noise(rows: Sequence[LayerRow]) -> list[str]:
-    steps = [row for row in rows if row.mode == "step" and not row.case.is_host]
+    steps = [row for row in rows if row.mode == "step" and not row.case.is_host and steady(row)]
     noise = [row.noise for row in steps if row.arm == FLOOR and row.noise is not None]
     lines = [f"- noise: the frozen layer's second timing lay within {max(noise):.1%} of its first"] if noise else []
     ours = {row.case: row for row in steps if row.arm == OURS and row.ms is not None}
@@ -160,15 +188,16 @@ def _noise(rows: Sequence[LayerRow]) -> list[str]:
     return lines
 
 
+def _stalled(rows: Sequence[Measured]) -> list[str]:
+    found = stalled(rows)
+    return [f"- ?: {STALLED} while these ran, and they are in no mean: {'; '.join(found)}"] if found else []
+
+
 def _speedups(rows: Sequence[LayerRow]) -> list[str]:
     lines = []
     for ours, theirs in PAIRS:
-        ratios = speedups([row for row in rows if not row.case.is_host], ours, theirs)
-        if ratios:
-            lines.append(
-                f"- `{theirs}` over `{ours}`, step: {geometric_mean(ratios):.2f}× (geometric mean of "
-                f"{len(ratios)} cases, worst {min(ratios):.2f}×)"
-            )
+        if found := duels([row for row in rows if not row.case.is_host], ours, theirs):
+            lines.append(f"- `{theirs}` over `{ours}`, step, geometric mean: {verdict(found)}")
     return lines
 
 
@@ -204,20 +233,28 @@ def _setting(case: Case | ModelCase, name: str) -> str:
     return ", ".join([*setting, *(["checkpointing"] if isinstance(case, ModelCase) and case.checkpointing else [])])
 
 
-def _ratio(row: LayerRow | None, bold: bool = False) -> str:
-    return _cell(row, None if row is None or row.ratio is None else f"{row.ratio:.2f}", bold)
+def _ratio(row: LayerRow | None, bold: bool = False, beside: LayerRow | None = None) -> str:
+    return _cell(row, None if row is None or row.ratio is None else f"{row.ratio:.2f}", bold, beside)
 
 
-def _tokens(row: ModelRow | None, bold: bool) -> str:
+def _tokens(row: ModelRow | None, bold: bool, beside: ModelRow | None) -> str:
     tokens = None if row is None else row.tokens_per_second
-    return _cell(row, None if tokens is None else f"{tokens:,.0f}", bold)
+    return _cell(row, None if tokens is None else f"{tokens:,.0f}", bold, beside)
 
 
-def _cell(row: Measured | None, number: str | None, bold: bool) -> str:
-    """The number, or the status that stands for it; a dash where the arm was absent."""
-    if number is None:
+def _cell(row: Measured | None, number: str | None, bold: bool, beside: Measured | None) -> str:
+    """The number, or the status that stands for it; a dash where the arm was absent.
+
+    ``?`` where the machine stalled, ``≈`` where it and the row beside it are within noise.
+    """
+    if row is None or number is None:
         return "-" if row is None or row.status in ("ok", "absent") else row.status
-    return f"**{number}**" if bold else number
+    if not steady(row):
+        return f"{number}?"
+    if bold:
+        return f"**{number}**"
+    close = beside is not None and beside.ms is not None and row.ms is not None and not Duel(beside, row).apart
+    return f"{number} ≈" if close else number
 
 
 def _repeat(rows: Iterable[ModelRow]) -> str:

@@ -26,8 +26,9 @@ from benchmarks.measure.failures import failures_into
 from benchmarks.records import environment
 from benchmarks.records.files import read
 from benchmarks.records.rows import STATUSES, LayerRow, Spread
-from benchmarks.records.tables import WIDTH, speedups
+from benchmarks.records.tables import WIDTH
 from benchmarks.records.units import geometric_mean
+from benchmarks.records.verdict import duels
 from fastlora.clock import Clock, shuffled
 from fastlora.ops import mlp as ops_mlp
 
@@ -723,8 +724,8 @@ def timed(arm, p50, **changes):
 
 def test_speedups_are_peft_over_fastlora():
     rows = [timed(FLOOR, 2.0), timed("peft-same", 6.0), timed("fastlora", 3.0)]
-    assert speedups(rows, "fastlora", "peft-same") == [2.0]
-    assert speedups(rows, "fastlora", "peft-fp32") == []
+    assert [duel.gain for duel in duels(rows, "fastlora", "peft-same")] == [2.0]
+    assert duels(rows, "fastlora", "peft-fp32") == []
 
 
 def test_every_line_of_the_table_fits_the_screen():

@@ -89,14 +89,18 @@ def test_a_layer_table_holds_the_numbers():
     cells += ["1.50", "3.00", "**1.25**", "1.0 KiB / 2.0 KiB", "3.0 MiB / 4.0 MiB"]
     assert table[2] == f"| {' | '.join(cells)} |"
     assert "- noise: the frozen layer's second timing lay within 1.0% of its first" in table
-    assert "- `peft-same` over `fastlora`, step: 2.40× (geometric mean of 1 cases, worst 2.40×)" in table
+    assert (
+        "- `peft-same` over `fastlora`, step, geometric mean: 2.40 (faster in 1, slower in 0, within noise in 0; "
+        "worst 2.40)" in table
+    )
+    assert "; `plain`: F.linear(x, w, bias)" in f"; {table[5].removeprefix('- arms: ')}"
 
 
 def test_a_model_table_names_the_best_and_who_ran_out():
     rows = [model("peft-same", 90.0), model("fastlora", 100.4)]
     rows.append(replace(ModelRow.of(MODEL, "full"), status="oom", reason="out of memory"))
     table = markdown.models(rows).splitlines()
-    assert table[2] == ("| gpt2 | 2 × 128 | 8 | fp32 | 0 | off | 90 | oom | **100** | - | 1.0 MiB / oom / 1.0 MiB |")
+    assert table[2] == ("| gpt2 | 2 × 128 | 8 | fp32 | 0 | off | 90 ≈ | oom | **100** | - | 1.0 MiB / oom / 1.0 MiB |")
     assert "| fastlora | 100 | 3.9 KiB | 400 B | 800 B | 2.0 KiB | 1.0 MiB |" in markdown.memory(rows)
 
 
@@ -106,7 +110,9 @@ def test_a_layer_table_in_brief_names_the_best_of_the_others():
     table = markdown.layers_in_brief(rows).splitlines()
     assert table[2] == "| gpt2.attn, bf16 | 256 | 768 → 2304 | 8 | **1.25** | 3.00 | plain 1.50 |"
     assert table[3] == "| gpt2.attn, bf16, dropout 0.1 | 256 | 768 → 2304 | 8 | **1.25** | - | - |"
-    assert markdown.layers(rows).splitlines()[5:] == table[5:]
+    assert markdown.layers(rows).splitlines()[7:] == table[7:]
+    assert table[5].startswith("- columns: a step over the frozen layer's")
+    assert "`peft-same`: PEFT, adapters in the base's dtype; `plain`: " in table[6]
 
 
 def test_a_model_table_in_brief_says_what_is_missing():
@@ -114,7 +120,7 @@ def test_a_model_table_in_brief_says_what_is_missing():
     rows = [model("full", 90.0, case, noise=0.01), model("fastlora", 100.4, case), model("peft-fp32", 80.0, case)]
     rows.append(replace(ModelRow.of(case, "peft-same"), status="oom", reason="out of memory"))
     assert markdown.models_in_brief(rows).splitlines()[2] == (
-        "| gpt2, R = 8, fp32, checkpointing | 2 × 128 | 90 | oom | **100** | 1.0 MiB / oom / 1.0 MiB | 1.0% |"
+        "| gpt2, R = 8, fp32, checkpointing | 2 × 128 | 90 ≈ | oom | **100** | 1.0 MiB / oom / 1.0 MiB | 1.0% |"
     )
 
 
@@ -124,6 +130,16 @@ def test_the_tables_of_the_readme_have_at_most_seven_columns(results):
     assert len(tables) > 8
     assert {line.count("|") - 1 for line in tables} == {7}
     assert "[cpu](cpu/README.md)" in section
+
+
+def test_a_case_in_which_the_machine_stalled_is_marked_and_in_no_mean():
+    stalled = CASE._replace(m=512)
+    rows = [*LAYERS, layer("peft-same", 60.0, stalled)]
+    rows.append(replace(layer("fastlora", 2.5, stalled), wall_ms=Spread(2.0, 2.5, 4.1)))
+    table = markdown.layers_in_brief(rows)
+    assert "| gpt2.attn, bf16 | 512 | 768 → 2304 | 8 | 1.25? | 30.00 | peft-same 30.00 |" in table
+    assert "worst 2.40; the machine stalled in 1 more)" in table
+    assert f"- ?: the machine stalled while these ran, and they are in no mean: {stalled}" in table.splitlines()
 
 
 def test_forced_arms_are_shown_where_they_ran_something_else():
