@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import math
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +17,7 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 
 from ..cases import C, Profile, branches_of
-from ..records import environment
+from ..records import environment, plots
 from ..records.files import LOCAL, RESULTS, ResultFile
 from ..records.rows import Row
 from .failures import DeviceLostError
@@ -57,7 +60,8 @@ def add_arm_option(parser: argparse.ArgumentParser, about: str, choices: Iterabl
 class Run(Generic[C]):
     """One call of a measuring subcommand.
 
-    ``settings`` are the options' effect, axes aside: they go into the file, and a resumed run must have the same.
+    ``settings`` are the options' effect, axes aside: they go into the file, and a resumed run must have the same. A
+    ``narrowed`` one is less than its profile, or more.
     """
 
     command: str
@@ -66,12 +70,15 @@ class Run(Generic[C]):
     profile: Profile[C]
     cases: Sequence[C]
     settings: dict[str, Any]
+    narrowed: bool = False
 
     @property
     def path(self) -> Path:
-        """Where its rows go."""
+        """Where its rows go: a narrowed run has a file of its own, one for the same options."""
         path: Path | None = self.args.json
-        return path or LOCAL / environment.slug(self.device) / f"{self.command}-{self.args.profile}.jsonl"
+        asked = json.dumps([self.settings, list(map(str, self.cases))], sort_keys=True).encode()
+        part = f"-part-{hashlib.sha256(asked).hexdigest()[:6]}" if self.narrowed else ""
+        return path or LOCAL / environment.slug(self.device) / f"{self.command}-{self.args.profile}{part}.jsonl"
 
     def measure(
         self,
@@ -94,6 +101,9 @@ class Run(Generic[C]):
             raise StopError(2, str(error)) from None
         except OSError as error:
             raise StopError(2, f"{self.path} cannot be written: {error.strerror}; --json PATH names another") from None
+        plots.discard(self.path)
+        if file.aside:
+            print(f"the results that were in {self.path} are in {file.aside} now", file=sys.stderr)
         progress = Progress([work(case) for case in self.cases])
         rows: list[R] = []
         with file:
@@ -123,6 +133,7 @@ class Run(Generic[C]):
         if self.args.publish:
             folder = RESULTS / environment.slug(self.device)
             folder.mkdir(parents=True, exist_ok=True)
+            plots.discard(folder / self.path.name)
             written = [Path(shutil.copy(file, folder)) for file in written]
         print("\n".join(f"wrote {file}" for file in written))
         return written
@@ -148,13 +159,14 @@ def start(
             f"--device cuda: torch sees no CUDA device here; `python -m benchmarks {command} --device cpu` runs on "
             "this machine's CPU",
         )
-    if args.publish and not (whole and all(values is None for values in axes.values())):
+    narrowed = not (whole and all(values is None for values in axes.values()))
+    if args.publish and narrowed:
         raise StopError(2, "--publish takes a whole profile: drop the options that select or shorten")
     profile = profiles[device.type].get(args.profile)
     if profile is None:
         there = ", ".join(profiles[device.type])
         raise StopError(2, f"--profile {args.profile} is not for --device {device.type}: expected one of {there}")
-    return Run(command, args, device, profile, profile.cases(**axes), dict(settings))
+    return Run(command, args, device, profile, profile.cases(**axes), dict(settings), narrowed)
 
 
 def listing(profiles: Mapping[str, Mapping[str, Profile[C]]], sections: Mapping[str, Mapping[str, str]]) -> str:

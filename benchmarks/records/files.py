@@ -40,7 +40,10 @@ class Results(NamedTuple):
 
 
 class ResultFile:
-    """A run being written, case by case. An unfinished one of the same name is put aside as ``NAME.unfinished``.
+    """A run being written, case by case.
+
+    What was there is put aside, an unfinished run as ``NAME.unfinished``, a finished one as ``NAME.previous``:
+    ``aside`` is that path, None where there was nothing to lose.
 
     Raises:
         ValueError: ``path`` holds something else than results, or, to be resumed, results of another run.
@@ -49,11 +52,12 @@ class ResultFile:
     def __init__(self, path: Path, environment: Environment, resume: bool = False) -> None:
         before = None
         self.finished: dict[str, list[Row]] = {}
+        self.aside: Path | None = None
         if path.exists() and not _is_cut_off(path):
             if resume:
                 before = read(path)
-            elif _is_unfinished(path):
-                path.replace(path.with_name(f"{path.name}.unfinished"))
+            elif suffix := _aside(path):
+                self.aside = path.replace(path.with_name(path.name + suffix))
         if before:
             if differing := differences(before.environment, environment):
                 raise ValueError(
@@ -94,14 +98,17 @@ def _is_cut_off(path: Path) -> bool:
     return not first[1] and (not first[0] or first[0].startswith(_START))
 
 
-def _is_unfinished(path: Path) -> bool:
-    """True where cases are missing; raises ValueError for anything but results, of any version."""
+def _aside(path: Path) -> str | None:
+    """The suffix under which a file is put aside, None without a case; ValueError for what are no results at all."""
     content = path.read_bytes()
     parse(content[: content.index(b"\n") + 1] if b"\n" in content else content, str(path))
     try:
-        return not read(path).complete
+        results = read(path)
     except ValueError:
-        return False
+        return ".previous"
+    if not results.cases:
+        return None
+    return ".previous" if results.complete else ".unfinished"
 
 
 def read(path: Path) -> Results:

@@ -77,11 +77,24 @@ def save(path: Path) -> list[Path]:
         return []
     written = []
     for suffix, figure in zip(CAPTIONS, figures, strict=True):
-        if figure is not None:
-            picture = path.with_name(f"{path.stem}{suffix}.png")
+        picture = path.with_name(f"{path.stem}{suffix}.png")
+        if figure is None:
+            _remove(picture)
+        else:
             figure.savefig(picture, dpi=150, metadata={"Software": None, _DIGEST: digest(path)})
             written.append(picture)
     return written
+
+
+def discard(path: Path) -> None:
+    """Removes the pictures beside a result file that is about to change; a file that is no picture of ours stays."""
+    for suffix in CAPTIONS:
+        _remove(path.with_name(f"{path.stem}{suffix}.png"))
+
+
+def _remove(picture: Path) -> None:
+    if picture.is_file() and _DIGEST.encode() + b"\0" in picture.read_bytes():
+        picture.unlink()
 
 
 def digest(path: Path) -> str:

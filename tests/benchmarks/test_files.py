@@ -214,7 +214,7 @@ def test_resuming_another_run_is_refused_and_leaves_the_file(tmp_path):
     assert path.read_bytes() == before
 
 
-def test_results_of_another_version_are_written_over_but_not_resumed(tmp_path):
+def test_results_of_another_version_are_put_aside_and_not_resumed(tmp_path):
     path = tmp_path / "rows.jsonl"
     old = '{"record": "environment", "time": "long ago"}\n{"record": "row"}\n'
     path.write_text(old)
@@ -224,18 +224,26 @@ def test_results_of_another_version_are_written_over_but_not_resumed(tmp_path):
     with ResultFile(path, described()) as file:
         file.append("first", [LAYER], {})
     assert read(path).rows == [LAYER]
+    assert path.with_name("rows.jsonl.previous").read_text() == old
 
 
-def test_an_unfinished_run_is_put_aside_and_a_finished_one_written_over(tmp_path):
+def test_what_was_there_is_put_aside(tmp_path):
     path = tmp_path / "rows.jsonl"
     with ResultFile(path, described()) as file:
         file.append("first", [LAYER], {})
     unfinished = path.read_bytes()
     with ResultFile(path, described(cases=1)) as file:
         file.append("first", [LAYER], {})
-    assert path.with_name("rows.jsonl.unfinished").read_bytes() == unfinished
-    ResultFile(path, described()).__exit__(None, None, None)
-    assert path.with_name("rows.jsonl.unfinished").read_bytes() == unfinished
+    aside = path.with_name("rows.jsonl.unfinished")
+    assert file.aside == aside
+    assert aside.read_bytes() == unfinished
+    finished = path.read_bytes()
+    for nothing_done in range(2):
+        file = ResultFile(path, described())
+        file.__exit__(None, None, None)
+        assert (file.aside is None) == (nothing_done > 0)
+        assert aside.read_bytes() == unfinished
+        assert path.with_name("rows.jsonl.previous").read_bytes() == finished
 
 
 @pytest.mark.parametrize("resume", [False, True])

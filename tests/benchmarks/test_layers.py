@@ -632,6 +632,21 @@ def test_publish_copies_a_finished_run(tmp_path, monkeypatch):
     assert written.read_bytes() == (tmp_path / "local" / "cpu" / "layers-quick.jsonl").read_bytes()
 
 
+def test_a_narrowed_run_has_a_file_of_its_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runner, "LOCAL", tmp_path)
+    whole = tmp_path / "cpu" / "layers-quick.jsonl"
+    whole.parent.mkdir()
+    whole.write_text("the whole profile")
+    short = ["--device", "cpu", *TINY, "--dtype", "fp32", "--dropout", "0", "--arm", "plain", "--mode"]
+    for mode in ("forward", "step", "step"):
+        assert main([*short, mode]) == 0
+    parts = sorted(path.name for path in whole.parent.glob("layers-quick-part-*.jsonl*"))
+    assert len(parts) == 3
+    assert [name.removesuffix(".previous") in parts for name in parts] == [True] * 3
+    assert whole.read_text() == "the whole profile"
+    assert f"are in {tmp_path}" in capsys.readouterr().err
+
+
 SHORT = [*TINY, "--dtype", "fp32", "bf16", "--dropout", "0", "--arm", "plain", "--mode", "step"]
 
 

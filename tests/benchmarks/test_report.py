@@ -198,6 +198,19 @@ def test_every_picture_is_drawn_and_carries_its_source(results):
         assert image.open(picture).text["Description"] == plots.digest(source)
 
 
+def test_no_picture_of_other_rows_stays(results):
+    pytest.importorskip("matplotlib")
+    path = results / "cpu" / "layers-quick.jsonl"
+    drawn = plots.save(path)
+    foreign = path.with_name("layers-quick-memory.png")
+    foreign.write_bytes(b"not ours")
+    path.write_bytes(write(results / "other", "layers", [LAYERS]).read_bytes())
+    assert plots.save(path) == [path.with_name("layers-quick.png")]
+    assert [picture.exists() for picture in drawn] == [True, False]
+    plots.discard(path)
+    assert sorted(results.glob("cpu/*.png")) == [foreign]
+
+
 def test_a_gpu_result_silences_the_missing_gpu_line(results):
     path = results / "cpu" / "layers-quick.jsonl"
     folder = results / "nvidia-h200"
