@@ -2,7 +2,8 @@
 
 A is before, B is after. Both are result files, or one is a git revision, which stands for the other's path as committed
 there; what exists as a file is a file. A row regresses in one of three ways. Broken: it was ok and is not any more.
-Slower: its median exceeds the one before by more than the band, and the p20-p80 ranges do not overlap. Larger: a
+Slower: its median exceeds the one before by more than the band, the p20-p80 ranges do not overlap, and the machine did
+not stall: the repeats of neither differ more than twofold. Larger: a
 layer's kept or peak bytes, or a model's peak bytes, grew by more than 1 %: memory is counted, not timed. The reverse of
 each is an improvement. The band is the largest of --threshold and twice the noise of either run, which is the row's own
 or, if larger, the median over the run: two timings may agree by luck. Runs on different days drift as a whole: --by
@@ -30,6 +31,8 @@ from ..records.environment import Environment, differences
 from ..records.files import parse
 from ..records.rows import LayerRow, Measured, Spread
 from ..records.units import geometric_mean, readable_bytes
+from ..records.verdict import STALLED, steady
+from .states import states
 
 HELP = "compare two result files, or one with what was committed; regressions end with exit status 1"
 
@@ -136,7 +139,12 @@ def run(args: argparse.Namespace) -> int:
     old, new = ({name: side.environment.get(name) for name in _MATTERS} for side in whole)
     if differing := differences(old, new):
         lines.append(f"environment: {_first(differing, 10)}")
-    print("\n".join([*lines, *_drift(floor, args.by), _summary(pairs)]))
+    timed = ([row for _, row in side.rows.values() if row.ms is not None] for side in whole)
+    lines += [
+        *_drift(floor, args.by),
+        *states(timed, [side.environment for side in whole], layers and args.by == "time"),
+    ]
+    print("\n".join([*lines, _summary(pairs)]))
     return 1 if any(pair.verdict == REGRESSION for pair in pairs) else 0
 
 
@@ -171,7 +179,8 @@ def _content(name: str, other: str) -> tuple[str, bytes]:
             raise StopError(2, f"neither {name} nor {other} is a file: expected two of them, or one and a revision")
         neither = f"{name} is neither a file nor a git revision where {other} lies"
         commit = _git(twin, neither, "rev-parse", "--verify", f"{name}^{{commit}}").decode().strip()
-        return f"{other} at {name}", _git(twin, f"{other} is not in {name}", "show", f"{commit}:./{twin.name}")
+        missing = f"{other} is not committed at {name}, as local results never are: give the file of an earlier run"
+        return f"{other} at {name}", _git(twin, missing, "show", f"{commit}:./{twin.name}")
     except OSError as error:
         raise StopError(2, f"{name} cannot be read: {error}") from None
 
@@ -180,7 +189,9 @@ def _git(file: Path, otherwise: str, *arguments: str) -> bytes:
     """Standard output of git in the file's folder; where it fails, its words after ours."""
     done = subprocess.run(["git", *arguments], capture_output=True, cwd=file.parent, check=False)
     if done.returncode:
-        raise StopError(2, f"{otherwise} (git: {done.stderr.decode(errors='replace').strip()})")
+        words = done.stderr.decode(errors="replace").strip()
+        # What git says of a path that it has not is longer, and of its own terms.
+        raise StopError(2, otherwise if arguments[0] == "show" else f"{otherwise} (git: {words})")
     return done.stdout
 
 
@@ -239,7 +250,9 @@ def _judge(pair: Pair, old: Measured, new: Measured) -> None:
         slower = pair.after.p50 > pair.before.p50
         low, high = (pair.before, pair.after) if slower else (pair.after, pair.before)
         what = "slower" if slower else "faster"
-        if high.p20 > low.p80:
+        if not (steady(old) and steady(new)):
+            pair.found.append((NOTE, f"{what}, but {STALLED}"))
+        elif high.p20 > low.p80:
             pair.found.append((REGRESSION if slower else IMPROVEMENT, what))
         else:
             pair.found.append((NOTE, f"{what}, but the ranges overlap"))

@@ -302,6 +302,24 @@ def test_only_changes_prints_the_flagged_rows(before: Path, tmp_path: Path, caps
     assert all("plain" in row for row in rows)
 
 
+def test_where_the_machine_stalled_nothing_is_judged_and_it_is_said(before: Path, tmp_path: Path, capsys: Any) -> None:
+    stalled = [replace(row, wall_ms=Spread(10.0, 24.0, 90.0)) for row in layer_rows()]
+    assert run(before, write(tmp_path / "stalled.jsonl", stalled)) == 0
+    out = capsys.readouterr().out
+    assert out.count("slower, but the machine stalled") == len(stalled)
+    states = f"rows in which the machine stalled 0 → {len(stalled)}, repeats spread by 2% → 333%"
+    assert f"the machines were in different states ({states})" in out
+    assert "--by ratio" in out
+
+
+@pytest.mark.parametrize(("load", "differs"), [(0.1, False), (0.9, False), (1.9, True)])
+def test_loads_that_differ_are_said(load: float, differs: bool, tmp_path: Path, capsys: Any) -> None:
+    quiet = write(tmp_path / "quiet.jsonl", layer_rows(), load_average=0.1, cpu_count=2)
+    other = write(tmp_path / "other.jsonl", layer_rows(), load_average=load, cpu_count=2)
+    assert run(quiet, other) == 0
+    assert (f"load 0.1 on 2 cores → {load:.1f} on 2 cores" in capsys.readouterr().out) == differs
+
+
 def test_environments_are_told_apart(before: Path, tmp_path: Path, capsys: Any) -> None:
     after = write(tmp_path / "after.jsonl", layer_rows(), threads=64, commit="abcdef0123", settings={"rounds": 3})
     assert run(before, after) == 0
@@ -408,7 +426,7 @@ def test_a_revision_from_before_the_fields_had_their_names_is_read(repository: P
 def test_a_revision_without_the_file_is_refused(repository: Path) -> None:
     other = write(repository.with_name("other.jsonl"), layer_rows())
     said = refused("older", other)
-    assert f"{other} is not in older (git: " in said
+    assert said == f"{other} is not committed at older, as local results never are: give the file of an earlier run"
     assert "newest is neither a file nor a git revision" in refused(repository, "newest")
 
 
