@@ -1,4 +1,4 @@
-"""``python -m benchmarks [SUBCOMMAND]``: one module per subcommand, ``layers`` by default."""
+"""What LoRA costs, with fastlora and without. Options without a subcommand are those of ``layers``."""
 
 from __future__ import annotations
 
@@ -28,9 +28,14 @@ DEFAULT = "layers"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status. Unknown names raise SystemExit(2), listing the known ones."""
+    """Runs the command line; returns the exit status.
+
+    Raises SystemExit: 2 for unknown names, listing the known ones; 0 behind the help, which no arguments ask for, too.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+    if not arguments:
+        arguments = ["--help"]
+    elif arguments[0].startswith("-") and arguments[0] not in ("-h", "--help"):
         arguments.insert(0, DEFAULT)
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)

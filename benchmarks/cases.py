@@ -13,6 +13,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
+from .names import suggestion
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MODES = ("forward", "backward", "step")
 HOST_LAYER = "host"
@@ -124,9 +126,10 @@ def branches_of(name: str) -> tuple[str, ...]:
 
 
 def _unknown(name: str) -> str:
+    near = suggestion(name, [*LAYERS, *GROUPS, *MLPS])
     return (
-        f"unknown layer {name!r}: expected KxN, such as 4096x14336, or one of {', '.join(LAYERS)}; of layers of one "
-        f"input KxN+N, or one of {', '.join(GROUPS)}; of MLPs one of {', '.join(MLPS)}; behind each, if wanted, "
+        f"unknown layer {name!r}: {near}expected KxN, such as 4096x14336, or one of {', '.join(LAYERS)}; of layers of "
+        f"one input KxN+N, or one of {', '.join(GROUPS)}; of MLPs one of {', '.join(MLPS)}; behind each, if wanted, "
         f"{' or '.join(VARIANTS)}"
     )
 

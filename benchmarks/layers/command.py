@@ -13,7 +13,7 @@ from fastlora.clock import Clock
 from ..cases import DTYPES, FLOOR, GROUPS, LAYERS, MLPS, MODES, PROFILES, VARIANTS, Case
 from ..measure import runner
 from ..measure.failures import AbsentError
-from ..measure.runner import Doing, layer_name, positive, probability
+from ..measure.runner import Doing, layer_name, one_of, positive, probability
 from ..records import plots
 from ..records.rows import LayerRow
 from ..records.tables import closing, opening
@@ -41,10 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     axes.add_argument("--tokens", dest="m", nargs="+", type=positive, metavar="M", help="tokens")
     axes.add_argument("--rank", dest="r", nargs="+", type=positive, metavar="R", help="ranks")
-    axes.add_argument("--dtype", nargs="+", choices=DTYPES, help="dtypes of the base")
+    axes.add_argument(
+        "--dtype", nargs="+", type=one_of(DTYPES), metavar="NAME", help=f"dtypes of the base: {', '.join(DTYPES)}"
+    )
     axes.add_argument("--dropout", nargs="+", type=probability, metavar="P", help="dropout")
     runner.add_arm_option(parser, "only these; the floor always runs", choices=arms())
-    parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES, help="only these modes")
+    parser.add_argument(
+        "--mode", nargs="+", type=one_of(MODES), default=MODES, metavar="NAME", help=f"only these of {', '.join(MODES)}"
+    )
     parser.add_argument("--rounds", type=positive, metavar="N", help="timings of each arm in each mode")
     parser.add_argument("--list", action="store_true", help="list profiles, layers and arms, and stop")
 

@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 
 from ..cases import C, Profile, branches_of
+from ..names import suggestion
 from ..records import environment, plots
 from ..records.files import LOCAL, RESULTS, ResultFile
 from ..records.rows import Row
@@ -39,7 +40,9 @@ def add_arguments(
     parser: argparse.ArgumentParser, profiles: Sequence[str] = ("quick", "full")
 ) -> argparse._MutuallyExclusiveGroup:
     """The options of every measuring subcommand; returns the group that says where results go."""
-    parser.add_argument("--profile", choices=profiles, default="quick", help="which cases; see --list")
+    parser.add_argument(
+        "--profile", type=one_of(profiles), default="quick", metavar="NAME", help=f"{', '.join(profiles)}; see --list"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where (default: cuda if there is one)")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--json", type=Path, metavar="PATH", help="write the rows here (JSON Lines)")
@@ -53,7 +56,8 @@ def add_arguments(
 def add_arm_option(parser: argparse.ArgumentParser, about: str, choices: Iterable[str] | None = None) -> None:
     """``--arm NAME ...``, and its former name ``--provider``."""
     for option, text in (("--arm", about), ("--provider", argparse.SUPPRESS)):
-        parser.add_argument(option, dest="arm", nargs="+", choices=choices, metavar="NAME", help=text)
+        kind = str if choices is None else one_of(choices)
+        parser.add_argument(option, dest="arm", nargs="+", type=kind, metavar="NAME", help=text)
 
 
 @dataclass
@@ -179,6 +183,19 @@ def listing(profiles: Mapping[str, Mapping[str, Profile[C]]], sections: Mapping[
         width = max(map(len, known))
         lines += [title, *(f"  {name:<{width}}  {about}" for name, about in known.items())]
     return "\n".join(lines)
+
+
+def one_of(names: Iterable[str]) -> Callable[[str], str]:
+    """The type of an option that takes one of these names; an unknown one is told the nearest."""
+    known = list(names)
+
+    def named(text: str) -> str:
+        if text not in known:
+            expected = f"{suggestion(text, known)}expected one of {', '.join(known)}"
+            raise argparse.ArgumentTypeError(f"unknown name {text!r}: {expected}")
+        return text
+
+    return named
 
 
 def positive(text: str) -> int:

@@ -16,6 +16,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..names import suggestion
+
 _SEED = 0
 
 # RoBERTa's lowest ids mean padding and the like.
@@ -91,7 +93,8 @@ def architecture_named(name: str) -> Architecture:
     if cut is None or whole is None or int(cut[2]) > whole.layers:
         known = ", ".join(f"{name} ({whole.layers})" for name, whole in ARCHITECTURES.items())
         raise ValueError(
-            f"unknown model {name!r}: expected one of {known}, or NAME-Nlayers for fewer layers than these"
+            f"unknown model {name!r}: {suggestion(name, ARCHITECTURES)}expected one of {known}, or "
+            "NAME-Nlayers for fewer layers than these"
         )
     return replace(whole, layers=int(cut[2]), about=f"{whole.about}, {cut[2]} of {whole.layers} layers")
 

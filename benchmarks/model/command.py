@@ -11,7 +11,7 @@ from fastlora.clock import Clock
 from ..cases import DTYPES, ModelCase, Profile, Sweep
 from ..layers.arm import absent
 from ..measure import runner
-from ..measure.runner import Doing, StopError, positive, probability
+from ..measure.runner import Doing, StopError, one_of, positive, probability
 from ..records import plots
 from ..records.rows import ModelRow
 from ..records.tables import closing, opening
@@ -120,7 +120,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     axes.add_argument("--batch", nargs="+", type=positive, metavar="B", help="sequences a step")
     axes.add_argument("--sequence", nargs="+", type=positive, metavar="S", help="tokens a sequence")
     axes.add_argument("--rank", dest="r", nargs="+", type=positive, metavar="R", help="ranks")
-    axes.add_argument("--dtype", nargs="+", choices=DTYPES, help="dtypes of the base")
+    axes.add_argument(
+        "--dtype", nargs="+", type=one_of(DTYPES), metavar="NAME", help=f"dtypes of the base: {', '.join(DTYPES)}"
+    )
     axes.add_argument("--dropout", nargs="+", type=probability, metavar="P", help="dropout of the adapters")
     axes.add_argument("--checkpointing", nargs="+", choices=_SWITCH, help="activation checkpointing")
     runner.add_arm_option(parser, "only these", choices=arms())

@@ -13,7 +13,7 @@ import torch
 
 from ..cases import Profile
 from ..measure import runner
-from ..measure.runner import Doing
+from ..measure.runner import Doing, one_of
 from ..records.rows import ClaimRow
 from . import computed, measured
 from .claims import DIFFERS, ERROR, HOLDS, MEASURED, NOT_MEASURED, Claim, Lab
@@ -60,7 +60,7 @@ PROFILES = {device: {name: _profile(lab) for name, lab in labs.items()} for devi
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The subcommand's options."""
     runner.add_arguments(parser)
-    parser.add_argument("--claim", nargs="+", choices=CLAIMS, metavar="NAME", help="only these; see --list")
+    parser.add_argument("--claim", nargs="+", type=one_of(CLAIMS), metavar="NAME", help="only these; see --list")
     parser.add_argument("--list", action="store_true", help="list profiles and claims, and stop")
 
 

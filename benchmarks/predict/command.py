@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..cases import DTYPES, GROUPS, LAYERS, MLPS, MODES, Case
-from ..measure.runner import layer_name, number, positive
+from ..measure.runner import layer_name, number, one_of, positive
 from .cost import DESIGNS, TOGETHER, Device, Kernel, Problem, designs, gemm, in_whole_waves, kernels, minimum
 
 HELP = "predict what each design costs over the frozen layer, from FLOPs and bytes"
@@ -116,13 +116,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     axes.add_argument("--layer", nargs="+", type=_layer, metavar="NAME", help="named layers, KxN, or KxN+N")
     axes.add_argument("--tokens", nargs="+", type=positive, default=[8192], metavar="M", help="tokens (default: 8192)")
     axes.add_argument("--rank", nargs="+", type=positive, metavar="R", help="ranks")
-    parser.add_argument("--design", nargs="+", choices=_KNOWN, default=list(_KNOWN), help="only these")
-    parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES, help="only these")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="dtype of base and adapters (default: bf16)")
+    parser.add_argument(
+        "--design",
+        nargs="+",
+        type=one_of(_KNOWN),
+        default=list(_KNOWN),
+        metavar="NAME",
+        help=f"only these of {', '.join(_KNOWN)}",
+    )
+    parser.add_argument(
+        "--mode", nargs="+", type=one_of(MODES), default=MODES, metavar="NAME", help=f"only these of {', '.join(MODES)}"
+    )
+    parser.add_argument(
+        "--dtype",
+        type=one_of(DTYPES),
+        default="bf16",
+        metavar="NAME",
+        help=f"of base and adapters: {', '.join(DTYPES)} (default: bf16)",
+    )
     parser.add_argument(
         "--device",
-        type=str.lower,
-        choices=DEVICES,
+        type=lambda text: one_of(DEVICES)(text.lower()),
         default="h200",
         metavar="NAME",
         help=f"{', '.join(DEVICES)} (default: h200)",

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Rewrites pictures, pages and what lies between the markers; the same results give the same bytes."""
     try:
-        text = args.readme.read_text(encoding="utf-8")
+        text = _text(args.readme)
         folders = devices(args.results)
         if not folders:
             raise ValueError(f"--results {args.results}: expected FOLDER/<device>/*.jsonl, found none")
@@ -51,6 +51,12 @@ def run(args: argparse.Namespace) -> int:
         path.write_text(content, encoding="utf-8")
     print("\n".join(f"wrote {path}" for path in (*written, *rendered)))
     return 0
+
+
+def _text(readme: Path) -> str:
+    if not readme.is_file():
+        raise ValueError(f"--readme {readme}: expected a file that is there and holds {START} and {END}")
+    return readme.read_text(encoding="utf-8")
 
 
 def replace_between_markers(text: str, body: str) -> str:

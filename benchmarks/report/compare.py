@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 from ..cases import FLOOR, MODES, Case
 from ..measure.runner import StopError, add_arm_option, number, positive
+from ..names import suggestion
 from ..records.environment import Environment, differences
 from ..records.files import parse
 from ..records.rows import LayerRow, Measured, Spread
@@ -120,7 +121,8 @@ def run(args: argparse.Namespace) -> int:
     for option, facet in _FACETS.items():
         known = dict.fromkeys(str(facet(row)) for row in rows)
         if unknown := [str(value) for value in getattr(args, option) or () if str(value) not in known]:
-            raise StopError(2, f"--{option} {' '.join(unknown)}: in neither run; expected of {', '.join(known)}")
+            expected = f"{suggestion(unknown[0], known)}expected of {', '.join(known)}"
+            raise StopError(2, f"--{option} {' '.join(unknown)}: in neither run; {expected}")
     layers = all(isinstance(row, LayerRow) for row in rows)
     if args.by == "ratio" and not layers:
         raise StopError(2, "--by ratio: only layers have a frozen floor; leave it out to compare models by time")

@@ -595,6 +595,32 @@ def test_unknown_names_list_the_known_ones(option, capsys):
     assert all(name in message for name in known.get(option, ("bf16", "fp16", "fp32")))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "near"),
+    [
+        (["--layer", "roberta"], "roberta-base.query or roberta-base.fc or roberta-large.query"),
+        (["--dtype", "bfloat16"], "bf16"),
+        (["--arm", "peft"], "peft-fp32 or peft-same"),
+        (["--profile", "smal"], "small"),
+        (["model", "--model", "gpt2-tinny"], "gpt2-tiny"),
+        (["paper", "--claim", "check-point"], "checkpoint"),
+        (["predict", "--device", "H20"], "h200"),
+    ],
+)
+def test_a_mistyped_name_is_told_the_nearest(arguments, near, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert f"did you mean {near}" in capsys.readouterr().err
+
+
+def test_without_arguments_there_is_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    assert all(f"    {name} " in said for name in ("layers", "model", "paper", "predict", "compare", "report"))
+
+
 @pytest.mark.parametrize("value", ["1", "-0.1", "nan", "some"])
 def test_a_dropout_that_is_none_is_told_what_was_expected(value, capsys):
     with pytest.raises(SystemExit):

@@ -232,6 +232,12 @@ def test_report_without_its_markers_changes_nothing(text, results, tmp_path, cap
     assert report.START in capsys.readouterr().err
 
 
+def test_report_into_no_file_says_what_it_must_hold(results, tmp_path, capsys):
+    nowhere = tmp_path / "new" / "README.md"
+    assert main(["report", "--readme", str(nowhere), "--results", str(results)]) == 2
+    assert f"--readme {nowhere}: expected a file that is there and holds {report.START}" in capsys.readouterr().err
+
+
 def test_report_without_results_changes_nothing(tmp_path, capsys):
     readme, nowhere = tmp_path / "README.md", tmp_path / "nowhere"
     text = f"{report.START}\nwhat was measured\n{report.END}\n"

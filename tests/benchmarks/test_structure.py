@@ -18,6 +18,7 @@ FLOORS = (
     {"measure"},
     {"records"},
     {"cases"},
+    {"names"},
 )
 FILES = {module_of(file): file for file in (ROOT / "benchmarks").rglob("*.py") if file.name != "__init__.py"}
 
