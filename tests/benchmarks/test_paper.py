@@ -251,7 +251,7 @@ def test_the_command_writes_a_readable_file_and_resumes(tmp_path, capsys, monkey
     assert main(command) == 0
     out = capsys.readouterr().out
     assert "✓ once merged, one matrix product  [section 4.1]" in out
-    assert "2 claims: ✓ holds 2\n" in out
+    assert "The paper's own arithmetic, 1 in all: ✓ 1 holds\nMeasured here, 1 in all: ✓ 1 holds\n" in out
     results = read(path)
     assert results.complete
     assert results.environment["command"] == "paper"
@@ -289,4 +289,18 @@ def test_markdown_escapes_and_keeps_every_row():
     assert "| ✓ | a \\| b | Table 2 | 0.3M | 294,912 | computed, holds |" in page
     assert "| · | c | Table 3 | 1M | - | not measured |" in page
     assert "- **c** (Table 3): no data" in page
-    assert "2 claims: ✓ holds 1, · not measured 1." in page
+    assert "\n- The paper's own arithmetic, 1 in all: ✓ 1 holds\n- Measured here, 1 in all: · 1 not measured\n" in page
+
+
+def test_a_figure_that_the_paper_s_formulas_do_not_give_is_not_one_that_was_not_reproduced():
+    rows = [
+        ClaimRow("a", "Table 2", "0.3M", "0.4M", "computed", DIFFERS, "the sum"),
+        ClaimRow("b", "Table 3", "25 %", "3 %", "measured", DIFFERS, "on this machine"),
+    ]
+    assert paper.summary(rows) == [
+        "The paper's own arithmetic, 1 in all: ≠ 1 the paper's figure is another",
+        "Measured here, 1 in all: ≠ 1 not reproduced",
+    ]
+    text = paper.render(rows)
+    assert "0.4M  (computed, the paper's figure is another)" in text
+    assert "3 %  (measured, not reproduced)" in text
