@@ -75,6 +75,7 @@ setup(
         "fastlora.backends",
         "fastlora.kernels",
         "fastlora.loralib",
+        "fastlora.measure",
         "fastlora.ops",
         "fastlora.peft",
         "fastlora.tune",

@@ -4,6 +4,7 @@ from .adapters.inject import inject
 from .adapters.merging import merge_adapter, merge_and_unload, unmerge_adapter
 from .adapters.model import AdapterStatus, adapter_status, delete_adapter, disable, enable, set_adapter, unload
 from .adapters.saving import load_adapter, save_adapter
+from .measure import measure
 from .module import LoRALinear
 from .module_group import LoRALinearGroup
 from .ops.base import StoredWeight
@@ -36,6 +37,7 @@ __all__ = [
     "lora_linear",
     "lora_linear_group",
     "lora_swiglu_mlp",
+    "measure",
     "merge_adapter",
     "merge_and_unload",
     "merged",

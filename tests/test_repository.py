@@ -25,15 +25,15 @@ LEDGER = ROOT / "benchmarks" / "HARDWARE.md"
 # Top to bottom: a file imports from its own folder and from lower floors, and wings never name each other.
 FLOORS: tuple[set[str], ...] = (
     {"__main__"},
-    {"info", "merge", "module_group", "parallel", "tune", "while_merged"},
+    {"info", "measure", "merge", "module_group", "parallel", "tune", "while_merged"},
     {"module", "adapters", "peft", "loralib"},
     {"gated"},
     {"mergeable", "accuracy", "siblings"},
     {"ownership", "quantised"},
     {"ops"},
     {"backends"},
-    {"error_rule"},
-    {"kernels", "atomic", "clock", "dtypes", "eager", "start", "text", "variables"},
+    {"described", "error_rule"},
+    {"kernels", "atomic", "clock", "dtypes", "eager", "memory", "start", "text", "variables"},
 )
 
 # Files that import an optional dependency as they load, and so are imported inside functions only.
@@ -144,6 +144,7 @@ def test_public_names() -> None:
         "lora_linear",
         "lora_linear_group",
         "lora_swiglu_mlp",
+        "measure",
         "merge_adapter",
         "merge_and_unload",
         "merged",
@@ -175,9 +176,10 @@ def test_imports_go_down_only(module: str) -> None:
 
 
 def test_nothing_is_measured_inside_of_a_step() -> None:
-    """The clock is for the tuner, and for the benchmarks: nothing that a step runs imports it."""
-    timing = {name for name, file in MODULES.items() if "fastlora.clock" in imported_modules(file, package_of(file))}
-    assert {part_of(module) for module in timing} <= {"tune"}
+    """The clock is for the tuner, for ``measure`` and for the benchmarks: nothing that a step runs imports it."""
+    meters = {"fastlora.clock", "fastlora.memory"}
+    metered = {name for name, file in MODULES.items() if meters & imported_modules(file, package_of(file))}
+    assert {part_of(module) for module in metered} == {"measure", "tune"}
 
 
 def test_no_import_cycles() -> None:

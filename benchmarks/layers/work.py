@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from fastlora.clock import Work
+from fastlora.memory import allocation
 
 from ..cases import COPIES
-from ..measure.memory import allocation
 from .arm import Built, outputs
 from .operands import Operands, Together, frozen_tensors
 

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from fastlora.adapters.layer import AdaptedConv1D, AdaptedLinear
 from fastlora.clock import Work
+from fastlora.memory import allocation, stored_bytes
 
 from ..cases import COPIES, ModelCase
 from ..layers.arm import choice
-from ..measure.memory import allocation, stored_bytes
 from .architectures import architecture_named, build, parameter_count, random_batch
 from .arms import FULL, ModelArm
 

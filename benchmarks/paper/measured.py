@@ -19,8 +19,8 @@ from torch.utils.flop_counter import flop_registry
 import fastlora
 from fastlora.accuracy import compare
 from fastlora.clock import Work
+from fastlora.memory import stored_bytes
 
-from ..measure.memory import stored_bytes
 from .claims import FOOTNOTE_5, MEASURED, Claim, Finding, Lab, NotMeasuredError
 from .lab import RANK, decoder, interleaved, milliseconds, require_accurate, require_ok
 from .models import DECODERS, Decoder, adapt, count, trained_parameters

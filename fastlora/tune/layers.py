@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,12 +15,13 @@ from ..adapters.config import AdapterConfig
 from ..adapters.layer import AdaptedLinear, features, parts_of
 from ..adapters.matching import ALL_LINEAR
 from ..adapters.plan import plan
+from ..described import read_described
 from ..dtypes import FLOATING, HALF
 from ..loralib import Linear, MergedLinear
 from ..mergeable import Mergeable
 from ..module import LoRALinear
 from ..quantised import dense_dtype, is_quantised, quantised_as
-from ..text import dtype_name, listed, shown
+from ..text import dtype_name
 
 _SHAPE = "the layers themselves, with --layer K N"
 _DORA = "it has use_dora"
@@ -197,50 +196,23 @@ def of_config(
             transformers builds; or transformers is missing.
     """
     options = AdapterConfig(ALL_LINEAR, r)
-    file = Path(path)
-    file = file / "config.json" if file.is_dir() else file
-    described = _read(file)
+    described = read_described(path, f", or give {_SHAPE}")
+    import transformers
+
     try:
-        import transformers
-    except ImportError as error:
-        raise ValueError(
-            f"{file} is read by transformers, which cannot be imported ({error}): pip install transformers, or give "
-            f"{_SHAPE}"
-        ) from error
-    kind, known, version = str(described["model_type"]), transformers.CONFIG_MAPPING, transformers.__version__
-    if kind not in known:
-        near = get_close_matches(kind, known.keys()) or ["llama", "gpt2", "bert"]
-        raise ValueError(
-            f"{file} has model_type {shown(kind)}: expected one that transformers {version} knows, such as "
-            f"{listed(near)}. Install a newer transformers (code of the model's own is not run), or give {_SHAPE}"
-        )
-    try:
-        config = known[kind].from_dict(described)
         with torch.device("meta"):
-            model = transformers.AutoModel.from_config(config, attn_implementation="eager", trust_remote_code=False)
+            model = transformers.AutoModel.from_config(
+                described.config(), attn_implementation="eager", trust_remote_code=False
+            )
         planned = plan(model, options, "default")
     except Exception as error:  # a value of the file may break anything in there
         why = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(
-            f"transformers {version} builds no {kind} with linear layers from {file} ({why}): mend the file, or give "
-            f"{_SHAPE}"
+            f"transformers {transformers.__version__} builds no {described.model_type} with linear layers from "
+            f"{described.file} ({why}): mend the file, or give {_SHAPE}"
         ) from error
     layers = (
         Layer(*features(layer.module), r, dtype, adapter_dtype, dropout, layer.module.bias is not None)
         for layer in planned.layers
     )
     return list(dict.fromkeys(layers))
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """Reads a config.json, without what would have other code or another kind of weight take part."""
-    expected = f"expected the config.json of a model of transformers, or the folder that holds it, or {_SHAPE}"
-    try:
-        described = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read ({error.strerror}): {expected}") from error
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}): {expected}") from error
-    if not isinstance(described, dict) or "model_type" not in described:
-        raise ValueError(f"{file} has no model_type: {expected}")
-    return {key: value for key, value in described.items() if key not in ("auto_map", "quantization_config")}

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 
 import fastlora
 from benchmarks.__main__ import main
-from benchmarks.measure.memory import allocation
 from benchmarks.paper import command as paper
 from benchmarks.paper import computed, measured, models
 from benchmarks.paper.claims import DIFFERS, ERROR, HOLDS, MEASURED, NOT_MEASURED, Claim, Finding, Lab, printed
@@ -18,6 +17,7 @@ from benchmarks.paper.computed import counted
 from benchmarks.paper.models import DECODERS, Decoder, adapt, build, count
 from benchmarks.records.files import read
 from benchmarks.records.rows import ClaimRow, from_json
+from fastlora.memory import allocation
 
 CPU = torch.device("cpu")
 TINY = Lab(CPU, "tiny", "tiny", batch=2, sequence=8, rounds=2, seconds=0.0, inputs=((2, 3), (1, 128)), width=32)
