@@ -292,6 +292,15 @@ def hooked(model: nn.Module) -> nn.Module:
     return model
 
 
+class Params4bit(nn.Parameter):
+    """Named as bitsandbytes' own."""
+
+
+def four_bit(model: nn.Module) -> nn.Module:
+    model.base_model.model.second.base_layer.weight = Params4bit(torch.zeros(3), requires_grad=False)
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "batch", "options", "error", "words"),
     [
@@ -301,6 +310,7 @@ def hooked(model: nn.Module) -> nn.Module:
         (adapted, x, {"steps": 5}, ValueError, "steps must be at least 6"),
         (lambda: nn.Linear(K, 5), x, {}, ValueError, "pass what get_peft_model returned"),
         (lambda: wrapped(adapted()), x, {}, ValueError, "model is a OptimizedModule.* before it is wrapped"),
+        (lambda: four_bit(adapted()), x, {"backward": False}, ValueError, r"second has a 4-bit .* anew"),
         (lambda: hooked(adapted()), x, {}, ValueError, "lora_A.* has a hook that runs after its gradient"),
         (lambda: adapted().to("meta"), x, {}, ValueError, "on the meta device"),
         (adapted, lambda: x().to("meta"), {}, ValueError, r"argument 0 of batch is on meta .* \.to\('cpu'\)"),
@@ -373,11 +383,13 @@ def test_the_command_measures_a_model_of_a_config(
     numbers, page = tmp_path / "numbers.json", tmp_path / "page.md"
     arguments = ["--model", file, *SMALL, "--json", str(numbers), "--markdown", str(page)]
     assert command.main(arguments) == 0
-    assert command.main([*arguments, "--forward"]) == 0
+    assert command.main([*arguments, "--forward", "--mlp"]) == 0
     printed = capsys.readouterr().out
     assert "LlamaForCausalLM: 24 tokens, forward and backward, float32 base, float32 adapters, dropout" in printed
     assert "LlamaForCausalLM: 24 tokens, forward alone, float32 base, float32 adapters, no dropout" in printed
     assert "7 calls ran on fastlora, 0 on PEFT's own forward" in printed
+    assert "4 calls ran on fastlora, 0 on PEFT's own forward" in printed
+    assert "1 gated MLPs as one product each" in printed
     assert (
         "fastlora is not faster for this model here: 1.00 to 1.00 of PEFT's speed, within the noise of 0 %" in printed
     )
