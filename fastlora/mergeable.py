@@ -13,7 +13,7 @@ from .dtypes import wide_of
 from .ops.norms import forget_norms
 from .ownership import why_not_mergeable
 from .quantised import dense_weight, is_quantised
-from .text import dtype_name
+from .text import dtype_name, with_article
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -275,7 +275,7 @@ class Mergeable(nn.Module):
         """What a message calls the layer, which does not know its name in a model: class and shape."""
         holder = self._holder
         shape = (holder.out_features, holder.in_features) if is_quantised(holder) else holder.weight.shape
-        return f"a {type(self).__name__} {list(shape)}"
+        return f"{with_article(type(self).__name__)} {list(shape)}"
 
     @torch.inference_mode(False)
     @torch.no_grad()

@@ -25,6 +25,11 @@ def class_name(value: object) -> str:
     return f"{kind.__module__}.{kind.__name__}" if kind.__name__ in _COMMON else kind.__name__
 
 
+def with_article(name: str) -> str:
+    """Writes ``a`` or ``an`` before the name of a class."""
+    return f"{'an' if name[:1] in 'AEIO' else 'a'} {name}"
+
+
 def shown(value: Any, most: int = 80) -> str:
     """Writes a value as Python does, cut after ``most`` characters."""
     text = repr(value)

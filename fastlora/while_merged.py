@@ -16,6 +16,7 @@ from .ops.dtensor import is_sharded
 from .ownership import check_untied, why_not_mergeable
 from .peft import merging as peft_merging
 from .quantised import is_quantised, why_not_stored
+from .text import with_article
 
 
 class _Part(Protocol):
@@ -56,7 +57,7 @@ class _OwnPart:
         return None if is_quantised(self.holder) else why_not_mergeable(self.holder)
 
     def merge(self, keep: Keep) -> None:
-        self.layer._fold_in(self.name or f"a {type(self.layer).__name__}", keep)
+        self.layer._fold_in(self.name or with_article(type(self.layer).__name__), keep)
 
     def unmerge(self) -> object:
         # Unloaded in the block, it is a plain layer again.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import fastlora
 from fastlora import LoRALinear, loralib
 from fastlora.mergeable import Mergeable, Update, folded
+from fastlora.text import with_article
 from tests.adapters.tiny_models import fill
 
 
@@ -230,7 +231,7 @@ def test_what_is_not_finite_is_not_merged(name: str, value: float) -> None:
         for adapter in (layer.lora_A, layer.lora_B):
             (adapter if isinstance(adapter, Tensor) else adapter["default"]).fill_(value)
     with pytest.raises(
-        ValueError, match=rf"the weight of a {type(layer).__name__} \[.*\] merged is not finite in float32"
+        ValueError, match=rf"the weight of {with_article(type(layer).__name__)} \[.*\] merged is not finite in float32"
     ):
         layer.merge()
     assert not layer.merged

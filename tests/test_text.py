@@ -5,11 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastlora.text import dtype_name, listed, nearest, shown, shown_names, starred, suggestion
+from fastlora.text import dtype_name, listed, nearest, shown, shown_names, starred, suggestion, with_article
 
 
 def test_dtypes_are_written_without_torch() -> None:
     assert [dtype_name(dtype) for dtype in (torch.bfloat16, torch.float32)] == ["bfloat16", "float32"]
+
+
+def test_articles() -> None:
+    assert [with_article(name) for name in ("AdaptedLinear", "LoRALinear")] == ["an AdaptedLinear", "a LoRALinear"]
 
 
 @pytest.mark.parametrize("length", [8, 9, 10, 100])

@@ -103,9 +103,10 @@ def inject(
     """Puts an adapter beside every matching linear layer of a model, in place; from then on the adapter alone trains.
 
     Each layer computes ``y = x Wᵀ + scale · D(x) Aᵀ Bᵀ + bias``. It stays the same object with the same Parameters
-    under the same names, so ties and hooks survive, and a checkpoint of the base loads with ``strict=False``. Called
-    again with another ``adapter_name``, the model gets one more adapter on the same base, not active until
-    :func:`set_adapter`; the first one is active at once.
+    under the same names, so ties and hooks survive, and a checkpoint of the base loads with ``strict=False``. Make the
+    optimiser afterwards: an older one has no adapter in it, and moves none, without an error. Called again with another
+    ``adapter_name``, the model gets one more adapter on the same base, not active until :func:`set_adapter`; the first
+    one is active at once.
 
     Args:
         model: any torch model; its ``nn.Linear`` layers, transformers' ``Conv1D`` and bitsandbytes' ``Linear4bit`` and

@@ -17,6 +17,7 @@ from fastlora import loralib, mergeable, start
 from fastlora.accuracy import assert_close_to_oracle
 from fastlora.adapters.config import AdapterConfig
 from fastlora.merge import merge_folders
+from fastlora.text import with_article
 from tests.adapters.tiny_models import IDS, adapted, run, toy
 
 K, N = 12, 10
@@ -55,7 +56,7 @@ def test_training_while_merged_is_said_once_for_each_merge(kind: str, caplog: py
     for layer in (layers[0], *layers):
         layer(torch.randn(shape))
     (message,) = said(caplog)
-    assert message.startswith(f"a {type(layers[0]).__name__} [")
+    assert message.startswith(f"{with_article(type(layers[0]).__name__)} [")
     assert "was called in training mode with gradients enabled while its adapter is merged" in message
     layers[0].unmerge()(torch.randn(shape))
     assert said(caplog) == []
