@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 COMMANDS = {
     "info": "what is installed here, which kernels would run, and why no others",
     "measure": "what fastlora does for a model's training step here, in time and memory",
@@ -14,8 +12,7 @@ COMMANDS = {
 
 def listing() -> str:
     """Makes the text that ``python -m fastlora`` prints."""
-    there = {name: what for name, what in COMMANDS.items() if importlib.util.find_spec(f"{__package__}.{name}")}
-    lines = [f"  {name:<10}{what}" for name, what in there.items()]
+    lines = [f"  {name:<10}{what}" for name, what in COMMANDS.items()]
     return "\n".join(["usage: python -m fastlora.COMMAND [--help]", "", *lines])
 
 

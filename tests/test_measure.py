@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -449,3 +450,15 @@ def test_bad_arguments(argument: str, words: str, capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit):
         command.main(["--model", "config.json", argument])
     assert words in capsys.readouterr().err
+
+
+def test_the_command_leaves_out_a_warning_of_bitsandbytes() -> None:
+    printed = run_python(
+        "import logging, runpy, sys\n"
+        "sys.argv[1:] = ['--help']\n"
+        "try:\n"
+        "    runpy.run_module('fastlora.measure', run_name='__main__')\n"
+        "except SystemExit:\n"
+        "    print(logging.getLogger('bitsandbytes.backends.cpu.ops').level)\n"
+    )
+    assert printed.splitlines()[-1] == str(logging.ERROR)

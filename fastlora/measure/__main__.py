@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -120,4 +121,6 @@ def _append(file: Path, section: str) -> None:
 
 
 if __name__ == "__main__":
+    # bitsandbytes, which PEFT imports, warns of a kernel for CPUs that is not installed; nothing here needs it.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     sys.exit(main())

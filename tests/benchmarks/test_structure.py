@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from graphlib import TopologicalSorter
 
 import pytest
+
+import benchmarks
 
 from ..test_repository import ROOT, imported_modules, module_of, package_of
 
@@ -45,3 +48,8 @@ def test_imports_go_down_only(module: str) -> None:
 
 def test_no_import_cycles() -> None:
     TopologicalSorter({module: ours(module) for module in FILES}).prepare()
+
+
+def test_a_warning_of_bitsandbytes_is_left_out() -> None:
+    assert benchmarks.__name__ == "benchmarks"
+    assert logging.getLogger("bitsandbytes.backends.cpu.ops").level == logging.ERROR
