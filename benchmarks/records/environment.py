@@ -165,6 +165,12 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
+def machine(environment: Environment) -> str:
+    """The name of the machine it ran on."""
+    name: str = environment["device_name"]
+    return f"{name} ({environment['threads']} threads)" if environment["device"] == "cpu" else name
+
+
 def slug(device: torch.device) -> str:
     """The device's folder under ``results/``: ``cpu``, or the GPU's name, such as ``nvidia-h200``."""
     return "cpu" if device.type == "cpu" else slug_of(device_name(device))

@@ -11,6 +11,7 @@ from typing import TypeVar
 from ..measure.runner import StopError
 from ..paper import command as paper
 from ..records import plots
+from ..records.environment import machine
 from ..records.files import RESULTS, Results, read
 from ..records.rows import ClaimRow, LayerRow, Measured, ModelRow, Row
 from . import markdown
@@ -20,7 +21,7 @@ START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
 NO_GPU = "No GPU result yet: `make publish` on a machine with one adds its tables here."
 
 # The pictures that the README shows, by suffix.
-_BRIEF = ("", "-throughput")
+_BRIEF = ("-glance",)
 
 # The profiles that the README may show, the first that is there; else what `benchmarks.hardware` brought back.
 _PROFILES = ("quick", "full")
@@ -86,7 +87,7 @@ def readme_section(folders: dict[Path, Runs], relative_to: Path) -> str:
     on_gpu = any(_first(runs).environment["device"] == "cuda" for runs in folders.values())
     sections = [] if on_gpu else [NO_GPU]
     for folder, runs in folders.items():
-        sections.append(f"**{markdown.machine(_first(runs).environment)}**")
+        sections.append(f"**{machine(_first(runs).environment)}**")
         for command in ("layers", "model"):
             known = {path.stem: path for path in runs}
             names = (*(f"{command}-{profile}" for profile in _PROFILES), f"hardware-{command}")
@@ -101,7 +102,7 @@ def readme_section(folders: dict[Path, Runs], relative_to: Path) -> str:
 
 def page(runs: Runs) -> str:
     """Everything that was measured on one device."""
-    sections = [f"# {markdown.machine(_first(runs).environment)}", "Rendered by `python -m benchmarks report`."]
+    sections = [f"# {machine(_first(runs).environment)}", "Rendered by `python -m benchmarks report`."]
     for path, results in runs.items():
         sections += [f"## {path.stem}", *_section(path, results, path.parent, brief=False)]
     return "\n\n".join(sections) + "\n"

@@ -27,12 +27,6 @@ _BRIEF = "a step over the frozen layer's, so 1.00 is free; M tokens, K → N the
 _MODELS = "tokens/s of whole training steps; R the rank; noise: one arm timed twice"
 
 
-def machine(environment: Environment) -> str:
-    """The name of the machine it ran on."""
-    name: str = environment["device_name"]
-    return f"{name} ({environment['threads']} threads)" if environment["device"] == "cpu" else name
-
-
 def provenance(environment: Environment) -> str:
     """One line: command, profile, commit, day, software."""
     packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items() if version)

@@ -16,7 +16,7 @@ from benchmarks.layers.arms import HOST_ARMS, arms
 from benchmarks.layers.case import run_case
 from benchmarks.layers.operands import make_operands
 from benchmarks.measure.failures import AbsentError
-from benchmarks.records import plots
+from benchmarks.records import styles
 from fastlora.clock import Clock
 
 pytestmark = pytest.mark.usefixtures("no_interpreter")
@@ -136,7 +136,7 @@ def outcome(row):
 
 
 def test_every_arm_has_a_mark_of_its_own_in_pictures():
-    marks = [plots._STYLES[name] for name in arms() if name not in (FLOOR, *HOST_ARMS)]
+    marks = [styles.STYLES[name] for name in arms() if name not in (FLOOR, *HOST_ARMS)]
     assert len({(mark.colour, mark.marker) for mark in marks}) == len(marks)
 
 

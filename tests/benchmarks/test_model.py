@@ -28,7 +28,7 @@ from benchmarks.model.command import MODEL_PROFILES
 from benchmarks.model.gate import ModelGate
 from benchmarks.model.table import render_case, render_summary
 from benchmarks.model.training import Training, keep_imports
-from benchmarks.records import plots
+from benchmarks.records import styles
 from benchmarks.records.files import read
 from benchmarks.records.rows import ModelRow, Spread, from_json
 from benchmarks.records.tables import WIDTH, quotients
@@ -271,7 +271,7 @@ def test_an_mlp_as_one_product_keeps_less(monkeypatch):
 
 
 def test_every_arm_has_a_mark_of_its_own_in_pictures():
-    marks = [plots._STYLES[name] for name in arms()]
+    marks = [styles.STYLES[name] for name in arms()]
     assert len({(mark.colour, mark.marker) for mark in marks}) == len(marks)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.__main__ import main
 from benchmarks.cases import FLOOR, Case, ModelCase
-from benchmarks.records import environment, plots
+from benchmarks.records import environment, glance, plots
 from benchmarks.records.files import RESULTS, ResultFile
 from benchmarks.records.rows import ClaimRow, LayerRow, ModelRow, Spread
 from benchmarks.report import command as report
@@ -188,14 +188,38 @@ def test_every_picture_is_drawn_and_carries_its_source(results):
     pytest.importorskip("matplotlib")
     drawn = [picture for path in sorted(results.glob("cpu/*.jsonl")) for picture in plots.save(path)]
     assert [picture.name for picture in drawn] == [
+        "layers-quick-glance.png",
         "layers-quick.png",
         "layers-quick-by-tokens.png",
+        "model-quick-glance.png",
         "model-quick-throughput.png",
         "model-quick-memory.png",
     ]
     for picture in drawn:
         source = results / "cpu" / f"{'-'.join(picture.stem.split('-')[:2])}.jsonl"
         assert image.open(picture).text["Description"] == plots.digest(source)
+
+
+def test_a_glance_has_the_numbers_the_machine_and_no_bar_where_it_stalled():
+    pytest.importorskip("matplotlib")
+    other = CASE._replace(m=512)
+    stalled = [layer("peft-same", 6.0, other), replace(layer("fastlora", 2.5, other), wall_ms=Spread(2.0, 2.5, 5.0))]
+    drawn = glance.at_a_glance([*LAYERS, *stalled], "the machine's name")
+    (panel,) = drawn.axes
+    assert [text.get_text().strip() for text in panel.texts] == ["1.50", "3.00", "1.25"]
+    assert len(panel.patches) == 3
+    assert [label.get_text().endswith("(the machine stalled)") for label in panel.get_yticklabels()] == [False, True]
+    assert drawn.legends[0].get_title().get_text().endswith(", the machine's name")
+    assert [text.get_text() for text in drawn.legends[0].get_texts()] == ["plain", "peft-same", "fastlora"]
+    assert glance.at_a_glance(LAYERS[:3], "") is None
+
+
+def test_no_mark_hides_another():
+    pytest.importorskip("matplotlib")
+    rows = [replace(row, ratio=2.0) for row in LAYERS if row.arm != FLOOR and row.ratio]
+    (panel,) = plots.ratio_by_layer(rows, "a machine").axes
+    marks = [tuple(line.get_xydata()[0]) for line in panel.lines if line.get_label() in {row.arm for row in rows}]
+    assert len(set(marks)) == len(marks) == len(rows)
 
 
 def test_no_picture_of_other_rows_stays(results):
@@ -205,8 +229,8 @@ def test_no_picture_of_other_rows_stays(results):
     foreign = path.with_name("layers-quick-memory.png")
     foreign.write_bytes(b"not ours")
     path.write_bytes(write(results / "other", "layers", [LAYERS]).read_bytes())
-    assert plots.save(path) == [path.with_name("layers-quick.png")]
-    assert [picture.exists() for picture in drawn] == [True, False]
+    assert plots.save(path) == drawn[:2]
+    assert [picture.exists() for picture in drawn] == [True, True, False]
     plots.discard(path)
     assert sorted(results.glob("cpu/*.png")) == [foreign]
 

@@ -132,8 +132,10 @@ def test_tables_and_pictures_are_rendered(folder: Path) -> None:
     assert page.startswith(f"# {stand_in.NAME}\n")
     pictures = sorted((folder / "results" / "gpu").glob("*.png"))
     assert {picture.name for picture in pictures} == {
+        "layers-quick-glance.png",
         "layers-quick.png",
         "layers-quick-by-tokens.png",
+        "model-quick-glance.png",
         "model-quick-throughput.png",
         "model-quick-memory.png",
     }
