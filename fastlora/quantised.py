@@ -13,7 +13,6 @@ bitsandbytes is never imported here: where nobody has, no layer is of these kind
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Hashable
 from typing import Any, TypeAlias
@@ -295,21 +294,15 @@ def _kind_of(layer: nn.Module) -> type:
 def _kinds(*, four: bool = False) -> tuple[type, ...]:
     """bitsandbytes' layers, or those of 4 bits alone; none where it was never imported."""
     library = sys.modules.get("bitsandbytes")
-    return () if library is None else _kinds_of(library.nn, four)
-
-
-@functools.cache
-def _kinds_of(nn: Any, four: bool) -> tuple[type, ...]:
-    of_four = (nn.Linear4bit, nn.LinearNF4, nn.LinearFP4)
-    return of_four if four else (*of_four, nn.Linear8bitLt)
+    if library is None:
+        return ()
+    kinds = library.nn
+    of_four = (kinds.Linear4bit, kinds.LinearNF4, kinds.LinearFP4)
+    return of_four if four else (*of_four, kinds.Linear8bitLt)
 
 
 def _too_old() -> Reason | None:
-    return _why_too_old(sys.modules["bitsandbytes"].__version__)
-
-
-@functools.cache
-def _why_too_old(version: str) -> Reason | None:
+    version: str = sys.modules["bitsandbytes"].__version__
     parts = tuple(int(part) for part in version.split(".")[:2])
     if parts < OLDEST:
         return f"bitsandbytes {version} is too old: pip install 'bitsandbytes>={'.'.join(map(str, OLDEST))}'"
