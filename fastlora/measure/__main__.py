@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _measured(options: argparse.Namespace) -> Measurement:
     from .build import build, random_batch
 
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -79,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dtype", choices=_DTYPES, default="bf16", help="of the base; default: bf16")
     parser.add_argument("--steps", type=_count, metavar="N", default=STEPS, help=f"timed, of each; default: {STEPS}")
+    parser.add_argument("--threads", type=_count, metavar="N", help="of torch on a CPU; default: torch's own number")
     parser.add_argument("--forward", action="store_true", help="the forward alone, in eval mode")
     parser.add_argument("--mlp", action="store_true", help="gated MLPs as one product, as patch_peft(mlp=True)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number there")
@@ -112,7 +115,7 @@ def _section(options: argparse.Namespace, measured: Measurement) -> str:
     return f"## {heading}\n\n```\n$ {command}\n{measured}\n```\n"
 
 
-_SAID = ("model", "layers", "tokens", "batch", "rank", "dropout", "dtype", "steps")
+_SAID = ("model", "layers", "tokens", "batch", "rank", "dropout", "dtype", "steps", "threads")
 
 
 def _append(file: Path, section: str) -> None:

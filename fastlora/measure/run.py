@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends import dispatch
+from ..backends import dispatch, dropout_cpu
 from ..backends.machine import machine_of
 from ..clock import Clock, no_garbage_collection, shuffled
 from ..memory import Allocation, allocation
@@ -133,7 +133,13 @@ def _kernels(report: PatchReport, subject: _Subject, drops: bool) -> tuple[str, 
     for request, count in report.requests.items():
         chosen = dispatch.explain_request(request._replace(m=tokens, dropout=drops))
         counted[f"{chosen.chosen or 'none'} at {tokens} tokens, {chosen.why}"] += count
-    return tuple(f"{kernel} ({count} layers)" for kernel, count in counted.most_common())
+    kernels = [f"{kernel} ({count} layers)" for kernel, count in counted.most_common()]
+    if drops and subject.device.type == "cpu":
+        built = dropout_cpu.is_built()
+        kernels.append(
+            "dropout by " + ("the CPU code" if built else "torch's operators, slower: the CPU code is not built")
+        )
+    return tuple(kernels)
 
 
 def _check_devices(subject: _Subject) -> None:
@@ -165,5 +171,5 @@ def _words(subject: _Subject, arms: Arms) -> str:
 
 def _machine(device: torch.device) -> str:
     machine = machine_of(device)
-    threads = f", {machine.threads} threads" if machine.threads else ""
+    threads = f", {machine.threads} thread{'s' * (machine.threads != '1')}" if machine.threads else ""
     return f"{machine.device} ({machine.capability}{threads}), torch {machine.torch}"
