@@ -18,15 +18,21 @@ from collections.abc import Sequence
 import torch
 from corpus import python_reference
 from torch import nn
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import fastlora
 from fastlora.peft import count_calls
 
-# bitsandbytes, which PEFT imports, warns of a kernel for CPUs that is not installed; nothing here needs it.
+# bitsandbytes, which the Trainer imports, warns of a kernel for CPUs that is not installed; nothing here needs it.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training  # noqa: E402
+from transformers import (  # noqa: E402
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 CONTEXT = 127
 

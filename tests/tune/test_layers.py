@@ -217,7 +217,8 @@ def test_a_quantised_base_is_left_out() -> None:
     model.base_model.model.first.base_layer.__class__ = Linear4bit
     assert of_model(model) == [SECOND]
     model.base_model.model.second.base_layer.__class__ = Linear4bit
-    with pytest.raises(ValueError, match=r"2 × base_layer is a tests\.tune\.test_layers\.Linear4bit, not nn\.Linear or Conv1D itself"):
+    said = r"2 × base_layer is a tests\.tune\.test_layers\.Linear4bit, not nn\.Linear or Conv1D itself"
+    with pytest.raises(ValueError, match=said):
         of_model(model)
 
 
