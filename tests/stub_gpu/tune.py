@@ -322,6 +322,8 @@ def _begin(script: str, cache: Path, out: Path) -> None:
 
 def command(script: str, cache: Path, out: Path, arguments: Sequence[str]) -> None:
     """The command, for a process of its own."""
+    # A suite that a shell started in the background inherits an ignored Ctrl-C; the command at a terminal does not.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     _begin(script, cache, out)
     sys.exit(command_line.main(arguments, python=PYTHON, case_seconds=Script.parse(script).case_seconds))
 
