@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .dtypes import HALF
 from .ops.base import StoredWeight
 
 Reason: TypeAlias = str
@@ -32,7 +33,7 @@ OLDEST = (0, 49)
 _FEW_TOKENS = 1536
 
 # What it makes 4-bit weights dense in.
-_DENSE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DENSE_DTYPES = (torch.float32, *HALF)
 
 
 def is_quantised(layer: nn.Module) -> bool:

@@ -46,15 +46,18 @@ def adapted(
     *targets: str,
     conv1d: bool = False,
     bias: bool = True,
+    bias_trains: bool = False,
     dtype: torch.dtype = torch.float32,
     autocast_adapter_dtype: bool = True,
     **options: Any,
 ) -> PeftModel:
-    """A PEFT model around :class:`Net`, its adapter awake, in training mode."""
+    """A PEFT model around :class:`Net`, its adapter awake, in training mode; ``bias_trains``: the first base's too."""
     torch.manual_seed(3)
     net = Net(conv1d, bias).to(dtype)
     model = get_peft_model(net, config(*targets, **options), autocast_adapter_dtype=autocast_adapter_dtype)
     wake(model)
+    if bias_trains:
+        first(model).base_layer.bias.requires_grad_()
     return model.train()
 
 
