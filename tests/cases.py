@@ -178,15 +178,17 @@ def assert_matches_reference(
         assert_close_to_oracle(tensor, oracle=oracle[name], baseline=baseline[name], name=name)
 
 
-def check_against_reference(operands: Operands, dropout_p: float = 0.0, dy: Tensor | None = None) -> None:
+def check_against_reference(
+    operands: Operands, dropout_p: float = 0.0, dy: Tensor | None = None, scale: float = SCALE
+) -> None:
     """Forward and every gradient of one call against the reference."""
     dropout = upcoming_dropout(dropout_p)
     operands = operands.leaves()
-    y = operands(dropout_p=dropout_p)
+    y = operands(dropout_p=dropout_p, scale=scale)
     dy = gradient_of(y) if dy is None else dy
     y.backward(dy)
     actual = {"y": y} | {name: t.grad for name, t in operands.named().items()}
-    assert_matches_reference(actual, operands, dy, dropout=dropout)
+    assert_matches_reference(actual, operands, dy, scale=scale, dropout=dropout)
 
 
 def _step(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -44,7 +45,8 @@ pytestmark = pytest.mark.small_calls
 
 
 def is_small(y: Tensor) -> bool:
-    return y.grad_fn is not None and type(y.grad_fn).__name__ in ("AddmmBackward0", "ViewBackward0")
+    names = ("AddmmBackward0", "AddBackward0", "ViewBackward0")
+    return y.grad_fn is not None and type(y.grad_fn).__name__ in names
 
 
 @pytest.mark.parametrize("lead", [(5,), (), (2, 3)], ids=["2d", "1d", "3d"])
@@ -52,7 +54,7 @@ def is_small(y: Tensor) -> bool:
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
 def test_small_calls_of_every_dtype(dtypes: tuple[torch.dtype, torch.dtype], p: float, lead: tuple[int, ...]) -> None:
     operands = make(lead=lead, k=48, n=40, r=8, dtype=dtypes[0], adapter_dtype=dtypes[1])
-    assert is_small(operands.leaves()(dropout_p=p)) is (dtypes[0] is dtypes[1])
+    assert is_small(operands.leaves()(dropout_p=p))
     check_against_reference(operands, p)
 
 
@@ -63,19 +65,74 @@ def test_larger_calls_are_the_verbs(p: float) -> None:
         assert is_small(make(m, 256, 8, 8).leaves()(dropout_p=p)) is small
 
 
+def are_wide(y: Tensor) -> bool:
+    """Whether the low-rank products were float32 beside a 16-bit base."""
+    return type(y.grad_fn).__name__ == "AddBackward0"
+
+
+HALVES = {name: pair for name, pair in DTYPES.items() if pair[0].itemsize == 2}
+half_dtypes = pytest.mark.parametrize("dtypes", HALVES.values(), ids=HALVES)
+
+
+@half_dtypes
+@pytest.mark.parametrize("p", [0.0, 0.25], ids=["no_dropout", "dropout"])
+@pytest.mark.parametrize(("k", "n"), [(256, 8), (8, 256)], ids=["wide_x", "wide_y"])
+def test_low_rank_products_are_float32_of_so_few_tokens(
+    k: int, n: int, p: float, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    most = (library._WIDE_DROPPED if p else library._WIDE) // 256
+    for m, wide in ((most, True), (most + 1, False)):
+        operands = make(m, k, n, 8, dtype=dtypes[0], adapter_dtype=dtypes[1])
+        assert are_wide(operands.leaves()(dropout_p=p)) is wide
+        check_against_reference(operands, p)
+
+
+@half_dtypes
+def test_low_rank_products_are_float32_of_so_little_work(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    m, k, n = 16, 96, 32
+    r = (library._WIDE_WORK if dtypes[1] is torch.float32 else library._WIDE_WORK_CAST) // ((k + n) * (m + 16))
+    for rank, wide in ((r, True), (r + 1, False)):
+        y = make(m, k, n, rank, dtype=dtypes[0], adapter_dtype=dtypes[1]).leaves()()
+        assert are_wide(y) is wide
+
+
+@half_dtypes
+def test_low_rank_products_are_in_the_dtype_that_is_fast_without_onednn(
+    dtypes: tuple[torch.dtype, torch.dtype],
+) -> None:
+    """Of 16-bit adapters, which would have to be cast."""
+    for m, wide in ((16, False), (17, True)):
+        y = make(m, 32, 24, 8, dtype=dtypes[0], adapter_dtype=dtypes[1]).leaves()()
+        assert are_wide(y) is (wide or dtypes[1] is torch.float32)
+
+
+@half_dtypes
+def test_float32_low_rank_products_are_no_less_accurate(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """At scale 1 too, where z is not multiplied, and at other ranks than oneDNN's of 16 bits."""
+    for r, scale in ((8, 1.0), (8, 0.3), (1, 1.7), (12, 1.0)):
+        operands = make(64, 96, 40, r, dtype=dtypes[0], adapter_dtype=dtypes[1])
+        assert are_wide(operands.leaves()(scale=scale))
+        check_against_reference(operands, scale=scale)
+
+
 def assert_not_small(operands: Operands) -> None:
     assert not is_small(operands.leaves()())
 
 
 def test_where_small_calls_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half precision that oneDNN may read out of bounds, autocast, another kernel forced."""
-    half = make(4, 48, 40, 8, dtype=torch.bfloat16)
-    assert_not_small(make(4, 48, 40, 6, dtype=torch.bfloat16))
-    assert_not_small(half._replace(x=torch.cat([half.x, half.x], 1)[:, :48]))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert_not_small(make(4, 48, 40, 8))
+    assert is_small(make(4096, 48, 40, 8, dtype=torch.bfloat16).leaves()())
+    assert_not_small(make(4096, 48, 40, 6, dtype=torch.bfloat16))
+    assert_not_small(make(4096, 48, 40, 8, dtype=torch.bfloat16, adapter_dtype=torch.float32))
+    for adapter_dtype in (torch.bfloat16, torch.float32):
+        half = make(4, 48, 40, 8, dtype=torch.bfloat16, adapter_dtype=adapter_dtype)
+        assert_not_small(half._replace(x=torch.cat([half.x, half.x], 1)[:, :48]))
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert_not_small(make(4, 48, 40, 8, dtype=dtype))
     monkeypatch.setenv("FASTLORA_BACKEND", "reference")
-    assert_not_small(make(4, 48, 40, 8))
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_not_small(make(4, 48, 40, 8, dtype=dtype))
 
 
 def test_second_derivatives_are_right() -> None:
@@ -126,30 +183,63 @@ def test_keeps_what_the_verbs_keep() -> None:
     assert {t.shape for t in saved if t.untyped_storage().data_ptr() not in ours} == {torch.Size((9, 8))}
 
 
+@half_dtypes
+@pytest.mark.parametrize("p", [0.0, 0.25], ids=["no_dropout", "dropout"])
+def test_keeps_little_for_float32_products(p: float, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """At most 256 kB of x, or of x masked and the mask; z; and a and b in float32 where they are not."""
+    most = library._WIDE_DROPPED if p else library._WIDE
+    operands = make(8, most // 8, 40, 1, dtype=dtypes[0], adapter_dtype=dtypes[1]).leaves("lora_a", "lora_b", "x")
+    ours = {t.untyped_storage().data_ptr() for t in operands.named().values()}
+    saved: dict[int, int] = {}
+
+    def keep(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in ours:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        assert are_wide(operands(dropout_p=p))
+    cast = 0 if dtypes[1] is torch.float32 else 4 * (operands.lora_a.numel() + operands.lora_b.numel())
+    assert sum(saved.values()) == (256 << 10) + 4 * 8 + cast
+
+
+def on_meta(operands: Operands, name: str) -> Operands:
+    return operands._replace(**{name: operands.named()[name].to("meta")})
+
+
 BAD: dict[str, Callable[[Operands], Operands]] = {
     "x of another width": lambda o: o._replace(x=o.x[:, :-1]),
     "x of no dimension": lambda o: o._replace(x=o.x[0, 0]),
     "x of integers": lambda o: o._replace(x=o.x.long()),
     "x of another dtype": lambda o: o._replace(x=o.x.double()),
+    "x of half of it": lambda o: o._replace(x=o.x.half()),
     "x no tensor": lambda o: o._replace(x=[1.0]),
     "a weight of one dimension": lambda o: o._replace(weight=o.weight[0]),
-    "a weight of another dtype": lambda o: o._replace(weight=o.weight.bfloat16()),
+    "a weight of another dtype": lambda o: o._replace(weight=o.weight.double()),
+    "a weight of no dimension": lambda o: o._replace(weight=o.weight[0, 0]),
+    "lora_a of no dimension": lambda o: o._replace(lora_a=o.lora_a[0, 0]),
     "lora_a of one dimension": lambda o: o._replace(lora_a=o.lora_a[0]),
     "lora_a of rank 0": lambda o: o._replace(lora_a=o.lora_a[:0], lora_b=o.lora_b[:, :0]),
     "lora_a of another rank": lambda o: o._replace(lora_a=o.lora_a[1:]),
     "lora_b of one row": lambda o: o._replace(lora_b=o.lora_b[:1]),
     "lora_b of one dimension": lambda o: o._replace(lora_b=o.lora_b[0]),
-    "lora_b of another dtype": lambda o: o._replace(lora_b=o.lora_b.bfloat16()),
-    "adapters of half precision on float32": lambda o: o._replace(lora_a=o.lora_a.half(), lora_b=o.lora_b.half()),
+    "lora_b of no dimension": lambda o: o._replace(lora_b=o.lora_b[0, 0]),
+    "lora_b of another dtype": lambda o: o._replace(lora_b=o.lora_b.double()),
+    "adapters of another half precision": lambda o: o._replace(lora_a=o.lora_a.half(), lora_b=o.lora_b.half()),
+    "adapters of integers": lambda o: o._replace(lora_a=o.lora_a.long(), lora_b=o.lora_b.long()),
     "a bias of one element": lambda o: o._replace(bias=o.bias[:1]),
     "a bias of no dimension": lambda o: o._replace(bias=o.bias[0]),
     "a bias of another dtype": lambda o: o._replace(bias=o.bias.double()),
-}
+} | {f"{name} on the meta device": functools.partial(on_meta, name=name) for name in Operands._fields}
 
 
+@pytest.mark.parametrize("dtypes", [DTYPES[name] for name in ("fp32", "bf16", "bf16_fp32_adapters")], ids=str)
 @pytest.mark.parametrize("change", BAD.values(), ids=BAD)
-def test_errors_are_the_same(change: Callable[[Operands], Operands], monkeypatch: pytest.MonkeyPatch) -> None:
-    operands = change(make(4, 48, 40, 8))
+def test_errors_are_the_same(
+    change: Callable[[Operands], Operands], dtypes: tuple[torch.dtype, torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operands = change(make(4, 48, 40, 8, dtype=dtypes[0], adapter_dtype=dtypes[1]))
 
     def error() -> str:
         with pytest.raises((TypeError, RuntimeError, ValueError)) as info:
