@@ -4,7 +4,8 @@
 //
 // x and out [rows, columns], elements of 2, 4 or 8 bytes, row strides in elements; out may be x. Bytes: one read of x and
 // one write of out, below the cost of Philox's fourteen multiplications for eight elements, which the compiler makes
-// vectors of. Used by the library kernel wherever it masks on a CPU.
+// vectors of. A second pair of x and out may share the bits: in the backward the mask is on t a and on x. Used by the
+// library kernel wherever it masks on a CPU.
 #include <cstdint>
 #include <cstring>
 #include <thread>
@@ -30,15 +31,24 @@ constexpr int COLUMNS = CALLS * COLUMNS_PER_CALL;
 // Starting a thread takes about what masking this many elements does.
 constexpr int64_t ELEMENTS_PER_THREAD = 1 << 18;
 
+struct Pair {
+  const char* x;
+  int64_t x_stride;
+  char* out;
+  int64_t out_stride;
+
+  Pair from_row(int64_t row, int32_t element) const {
+    return {x + row * x_stride * element, x_stride, out + row * out_stride * element, out_stride};
+  }
+};
+
 struct Task {
   const int64_t* seed;
   int32_t threshold;
   uint32_t first_row;
   int64_t rows, columns;
-  const char* x;
-  int64_t x_stride;
-  char* out;
-  int64_t out_stride;
+  int pairs;
+  Pair pair[2];
 };
 
 // The lanes of columns 8 call to 8 call + COLUMNS - 1 of a row. Each 32-bit word in 64 bits, whose low half multiplies
@@ -73,53 +83,64 @@ FASTLORA_INLINE void make_lanes(const int64_t* seed, uint32_t row, uint32_t call
   std::memcpy(lanes, words, sizeof words);
 }
 
-template <class Bits>
+template <class Bits, int PAIRS>
 FASTLORA_INLINE void mask_rows(const Task& task) {
   const int16_t threshold = static_cast<int16_t>(task.threshold);
   // All bits set, or none.
   const auto kept = [=](int16_t lane) { return static_cast<Bits>(-static_cast<int16_t>(lane >= threshold)); };
   for (int64_t i = 0; i < task.rows; ++i) {
-    const Bits* x = reinterpret_cast<const Bits*>(task.x) + i * task.x_stride;
-    Bits* out = reinterpret_cast<Bits*>(task.out) + i * task.out_stride;
     for (int64_t first = 0; first < task.columns; first += COLUMNS) {
       int16_t lanes[COLUMNS];
       make_lanes(task.seed, task.first_row + static_cast<uint32_t>(i), static_cast<uint32_t>(first / COLUMNS_PER_CALL),
                  lanes);
       const int64_t left = task.columns - first;
-      // The whole block apart: its length is known, so it becomes vectors.
-      if (left >= COLUMNS) {
-        for (int j = 0; j < COLUMNS; ++j) out[first + j] = x[first + j] & kept(lanes[j]);
-      } else {
-        for (int j = 0; j < left; ++j) out[first + j] = x[first + j] & kept(lanes[j]);
+      for (int of = 0; of < PAIRS; ++of) {
+        const Pair& pair = task.pair[of];
+        const Bits* x = reinterpret_cast<const Bits*>(pair.x) + i * pair.x_stride + first;
+        Bits* out = reinterpret_cast<Bits*>(pair.out) + i * pair.out_stride + first;
+        // The whole block apart: its length is known, so it becomes vectors.
+        if (left >= COLUMNS) {
+          for (int j = 0; j < COLUMNS; ++j) out[j] = x[j] & kept(lanes[j]);
+        } else {
+          for (int j = 0; j < left; ++j) out[j] = x[j] & kept(lanes[j]);
+        }
       }
     }
   }
 }
 
-FASTLORA_VECTORS void mask2(const Task& task) { mask_rows<uint16_t>(task); }
-FASTLORA_VECTORS void mask4(const Task& task) { mask_rows<uint32_t>(task); }
-FASTLORA_VECTORS void mask8(const Task& task) { mask_rows<uint64_t>(task); }
+FASTLORA_VECTORS void mask2(const Task& task) {
+  task.pairs == 1 ? mask_rows<uint16_t, 1>(task) : mask_rows<uint16_t, 2>(task);
+}
+FASTLORA_VECTORS void mask4(const Task& task) {
+  task.pairs == 1 ? mask_rows<uint32_t, 1>(task) : mask_rows<uint32_t, 2>(task);
+}
+FASTLORA_VECTORS void mask8(const Task& task) {
+  task.pairs == 1 ? mask_rows<uint64_t, 1>(task) : mask_rows<uint64_t, 2>(task);
+}
 
 }  // namespace
 
 // Grows with every change of a function; fastlora/backends/dropout_cpu.py refuses a library of another one.
-FASTLORA_API int32_t fastlora_cpu_abi() { return 1; }
+FASTLORA_API int32_t fastlora_cpu_abi() { return 2; }
 
-// ``element`` is 2, 4 or 8 bytes; ``threads`` the most to use. Returns when out is written.
+// ``element`` is 2, 4 or 8 bytes; ``x2`` and ``out2`` null without a second pair; ``threads`` the most to use. Returns when
+// out is written.
 FASTLORA_API void fastlora_cpu_mask(const int64_t* seed, int32_t threshold, int64_t first_row, int64_t rows,
                                     int64_t columns, int32_t element, const void* x, int64_t x_stride, void* out,
-                                    int64_t out_stride, int32_t threads) {
+                                    int64_t out_stride, const void* x2, int64_t x2_stride, void* out2,
+                                    int64_t out2_stride, int32_t threads) {
   const auto mask = element == 2 ? mask2 : element == 4 ? mask4 : mask8;
+  const Pair one{static_cast<const char*>(x), x_stride, static_cast<char*>(out), out_stride};
+  const Pair two{static_cast<const char*>(x2), x2_stride, static_cast<char*>(out2), out2_stride};
   const auto rows_from = [&](int64_t first, int64_t last) {
     return Task{seed,
                 threshold,
                 static_cast<uint32_t>(first_row + first),
                 last - first,
                 columns,
-                static_cast<const char*>(x) + first * x_stride * element,
-                x_stride,
-                static_cast<char*>(out) + first * out_stride * element,
-                out_stride};
+                x2 == nullptr ? 1 : 2,
+                {one.from_row(first, element), x2 == nullptr ? two : two.from_row(first, element)}};
   };
   int64_t parts = rows * columns / ELEMENTS_PER_THREAD;
   parts = parts < threads ? parts : threads;

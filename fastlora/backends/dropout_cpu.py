@@ -14,14 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI = 1
+ABI = 2
 LIBRARY = Path(__file__).parent.with_name("libfastlora_cpu.so")
 
 # Fewer elements are one thread's in any case.
 _ONE_THREAD = 1 << 18
 
 
-def masked(x: Tensor, seed: Tensor, threshold: int, first_row: int, out: Tensor | None) -> Tensor | None:
+def masked(
+    x: Tensor, seed: Tensor, threshold: int, first_row: int, out: Tensor | None, beside: Tensor | None = None
+) -> Tensor | None:
     """keep ⊙ x of x [rows, columns] on a CPU, in ``out`` or a new tensor; None where there is no library.
 
     Args:
@@ -30,6 +32,7 @@ def masked(x: Tensor, seed: Tensor, threshold: int, first_row: int, out: Tensor 
         threshold: the smallest signed 16-bit lane that keeps.
         first_row: the row of the mask that is for the first of x.
         out: [rows, columns] in the dtype of x, rows contiguous, x itself or no memory of x.
+        beside: another [rows, columns] in the dtype of x, rows contiguous, masked in place by the same bits.
     """
     mask = _mask()
     if mask is None:
@@ -40,9 +43,10 @@ def masked(x: Tensor, seed: Tensor, threshold: int, first_row: int, out: Tensor 
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
     rows, columns = x.shape
     threads = 1 if rows * columns <= _ONE_THREAD else torch.get_num_threads()
+    also = (None, 0) if beside is None else (beside.data_ptr(), beside.stride(0))
     mask(
         seed.data_ptr(), threshold, first_row, rows, columns, x.element_size(),
-        x.data_ptr(), x.stride(0), out.data_ptr(), out.stride(0), threads,
+        x.data_ptr(), x.stride(0), out.data_ptr(), out.stride(0), *also, *also, threads,
     )  # fmt: skip
     return out
 
@@ -67,6 +71,6 @@ def _mask() -> Callable[..., None] | None:
     except (OSError, AttributeError):
         return None
     i32, i64, pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
-    mask.argtypes = (pointer, i32, i64, i64, i64, i32, pointer, i64, pointer, i64, i32)
+    mask.argtypes = (pointer, i32, i64, i64, i64, i32, *4 * (pointer, i64), i32)
     mask.restype = None
     return mask  # type: ignore[no-any-return]

@@ -100,6 +100,21 @@ def _kept_product(z: Tensor, b_rn: Tensor, dropout: Dropout) -> Tensor:
     return product
 
 
+def _kept_product_and_grad(
+    t: Tensor, a: Tensor, x: Tensor, dropout: Dropout, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """keep ⊙ (t a), and tᵀ D(x) in ``dtype``: the bits of the mask are made once for both."""
+    product = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if dropout.at_once(x):
+        masked = masks.kept_both(dropout, x, torch.mm(t, a, out=product))
+        return product, _as(torch.mm(t.T, masked), dtype).mul_(dropout.rescale)
+    grad = torch.zeros(a.shape, dtype=wide_of(x.dtype), device=x.device)
+    for rows in dropout.chunks(x):
+        masked = masks.kept_both(dropout, x[rows], torch.mm(t[rows], a, out=product[rows]), rows.start)
+        grad.add_(torch.mm(t[rows].T, masked), alpha=dropout.rescale)
+    return product, _as(grad, dtype)
+
+
 def rank_grad(
     p: Tensor, q: Tensor, *, dtype: torch.dtype, dropout: Dropout | None = None, narrow: bool | None = None
 ) -> Tensor:
@@ -158,16 +173,16 @@ def gradients(
     t = torch.mm(dy, b)
     if scale != 1:
         t.mul_(scale)
-    dropout = None
-    rescale = 1.0
-    if p.seed is None:
+    dropout = None if p.seed is None else Dropout(p.dropout_p, p.seed)
+    rescale = 1.0 if dropout is None else dropout.rescale
+    dx: Tensor | None = None
+    if dropout is None:
         dx = None if last else torch.mm(t, a)
         da = torch.mm(t.T, x)
-    else:
-        dropout = Dropout(p.dropout_p, p.seed)
-        dx = None if last else _kept_product(t, a, dropout)
+    elif last:
         da = rank_grad(t, x, dtype=adapter_dtype, dropout=dropout)
-        rescale = dropout.rescale
+    else:
+        dx, da = _kept_product_and_grad(t, a, x, dropout, adapter_dtype)
     db = _rank_grad_on_cpu(dy, z, narrow)
     if adapter_dtype is not dtype:
         da, db = da.to(adapter_dtype), db.to(adapter_dtype)
@@ -252,7 +267,7 @@ def gradients_group(
         dx = torch.mm(t, torch.cat(a_s))
         das = list(_rank_grad(t, x, adapter_dtypes.pop(), None).split([a.shape[0] for a in a_s]))
     else:
-        dx, das = _masked_sum(products, ts, a_s), _masked_grads(products, ts, x)
+        dx, das = _masked_sum_and_grads(products, ts, a_s)
     dbs = []
     for p, dy, z in zip(products, dys, zs, strict=True):
         dx.addmm_(dy, p.w)  # type: ignore[arg-type]
@@ -260,29 +275,25 @@ def gradients_group(
     return dx, das, dbs
 
 
-def _masked_grads(products: Sequence[Product], ts: Sequence[Tensor], x: Tensor) -> list[Tensor]:
-    """tᵢᵀ Dᵢ(x) of each product, a few rows of x for all of them at a time."""
+def _masked_sum_and_grads(
+    products: Sequence[Product], ts: Sequence[Tensor], a_s: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """Σ D'ᵢ(tᵢ aᵢ), and tᵢᵀ Dᵢ(x) of each product: a few rows for all of them at a time, each mask made once."""
+    x = products[0].x
     wide = wide_of(x.dtype)
-    grads = [torch.zeros(t.shape[1], x.shape[1], dtype=wide, device=x.device) for t in ts]
+    total = x.new_zeros(x.shape)
+    grads = [torch.zeros(a.shape, dtype=wide, device=x.device) for a in a_s]
     for rows in _chunks(x):
-        for p, t, grad in zip(products, ts, grads, strict=True):
-            dropout = p.mask_x
-            part = _rank_grad(t[rows], _kept_rows(dropout, x, rows), wide, None)
-            grad.add_(part, alpha=1.0 if dropout is None else dropout.rescale)
-    return [grad.to(p.a.dtype) for p, grad in zip(products, grads, strict=True)]
-
-
-def _masked_sum(products: Sequence[Product], ts: Sequence[Tensor], a_s: Sequence[Tensor]) -> Tensor:
-    """Σ D'ᵢ(tᵢ aᵢ), a few rows at a time."""
-    m, k = products[0].x.shape
-    total = products[0].x.new_zeros(m, k)
-    for p, t, a in zip(products, ts, a_s, strict=True):
-        if (dropout := p.mask_x) is None:
-            total.addmm_(t, a)
-            continue
-        for rows in dropout.chunks(total):
-            total[rows].add_(masks.kept_(dropout, torch.mm(t[rows], a), rows.start), alpha=dropout.rescale)
-    return total
+        for p, t, a, grad in zip(products, ts, a_s, grads, strict=True):
+            masked, t_rows, rescale = x[rows], t[rows], 1.0
+            if (dropout := p.mask_x) is None:
+                total[rows].addmm_(t_rows, a)
+            else:
+                product, rescale = torch.mm(t_rows, a), dropout.rescale
+                masked = masks.kept_both(dropout, masked, product, rows.start)
+                total[rows].add_(product, alpha=rescale)
+            grad.add_(_rank_grad(t_rows, masked, wide, None), alpha=rescale)
+    return total, [grad.to(p.a.dtype) for p, grad in zip(products, grads, strict=True)]
 
 
 # Elements of x up to which torch's own nodes are faster than a Function, for all that they add an [M, K] gradient more;

@@ -24,14 +24,19 @@ def kept_(dropout: Dropout, x: Tensor, first_row: int = 0) -> Tensor:
     return _kept(dropout, x, first_row, x)
 
 
+def kept_both(dropout: Dropout, x: Tensor, product: Tensor, first_row: int = 0) -> Tensor:
+    """:func:`kept` of x, and :func:`kept_` of a product of its shape and dtype, by bits that are made once."""
+    return _kept(dropout, x, first_row, None, product)
+
+
 def factors(dropout: Dropout, x: Tensor) -> Tensor:
     """What D multiplies x [M, C] by, 0 or 1 / (1 - p), in the dtype of x."""
     return kept_(dropout, x.new_full(x.shape, dropout.rescale))
 
 
-def _kept(dropout: Dropout, x: Tensor, first_row: int, out: Tensor | None) -> Tensor:
+def _kept(dropout: Dropout, x: Tensor, first_row: int, out: Tensor | None, beside: Tensor | None = None) -> Tensor:
     if x.is_cpu:
-        masked = dropout_cpu.masked(x, dropout.seed, dropout.threshold, first_row, out)
+        masked = dropout_cpu.masked(x, dropout.seed, dropout.threshold, first_row, out, beside)
         if masked is not None:
             return masked
     by_kernel = not x.is_cpu and first_use.objection_to_masks(x.device) is None
@@ -39,6 +44,8 @@ def _kept(dropout: Dropout, x: Tensor, first_row: int, out: Tensor | None) -> Te
     # On bits, which a CPU does ten times faster than ``where``.
     bits = _BITS[x.element_size()]
     mask = make(dropout, first_row, *x.shape).to(bits)
+    if beside is not None:
+        beside.view(bits).bitwise_and_(mask)
     words = x.view(bits)
     return (words.bitwise_and(mask) if out is None else words.bitwise_and_(mask)).view(x.dtype)
 

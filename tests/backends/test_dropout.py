@@ -145,6 +145,10 @@ def test_kept_is_the_mask_applied(
     expected = torch.where(dropout(0.3).keep(rows, columns, first), x, 0)
     before = x.clone()
     assert torch.equal(masks.kept(dropout(0.3), x, first), expected)
+    product = torch.randn(rows, columns).to(dtype)
+    expected_product = torch.where(dropout(0.3).keep(rows, columns, first), product, 0)
+    assert torch.equal(masks.kept_both(dropout(0.3), x, product, first), expected)
+    assert torch.equal(product, expected_product)
     assert torch.equal(x, before)
     x = x.contiguous()
     assert masks.kept_(dropout(0.3), x, first).data_ptr() == x.data_ptr()
@@ -158,8 +162,11 @@ def test_kept_zeroes_what_is_not_finite() -> None:
 
 def test_kept_in_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    x = torch.ones(1000, 801)
-    assert torch.equal(masks.kept(dropout(0.3), x, 7), dropout(0.3).keep(1000, 801, 7).float())
+    x, expected = torch.ones(1000, 801), dropout(0.3).keep(1000, 801, 7).float()
+    assert torch.equal(masks.kept(dropout(0.3), x, 7), expected)
+    product = x.clone()
+    assert torch.equal(masks.kept_both(dropout(0.3), x, product, 7), expected)
+    assert torch.equal(product, expected)
 
 
 def test_a_library_of_another_abi_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

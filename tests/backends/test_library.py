@@ -195,7 +195,8 @@ def test_many_chunks(form: Kernel, chunk: int, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("fastlora.backends.dropout._CHUNK", {"cpu": chunk})
     for on_product in (True, False):
         check_product(form, make(), 0.25, on_product)
-    check_gradients(form, make(), 0.25)
+    for dtype, adapter_dtype in PAIRS.values():
+        check_gradients(form, make(r=8, dtype=dtype, adapter_dtype=adapter_dtype), 0.25)
 
 
 @pytest.mark.parametrize("chunk", [1, 100, 1000])

@@ -285,13 +285,18 @@ def test_x_is_read_once_by_the_adapters_in_each_direction(monkeypatch: pytest.Mo
 def test_masks_of_a_few_rows_at_a_time(dtypes: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(dropout._CHUNK, "cpu", 10 * K)
     rows: list[int] = []
-    kept = masks.kept
+    kept, kept_both = masks.kept, masks.kept_both
 
     def noted(mask: dropout.Dropout, x: Tensor, first_row: int = 0) -> Tensor:
         rows.append(first_row)
         return kept(mask, x, first_row)
 
+    def noted_both(mask: dropout.Dropout, x: Tensor, product: Tensor, first_row: int = 0) -> Tensor:
+        rows.append(first_row)
+        return kept_both(mask, x, product, first_row)
+
     monkeypatch.setattr(masks, "kept", noted)
+    monkeypatch.setattr(masks, "kept_both", noted_both)
     check_against_the_oracle(group(*DTYPES[dtypes], dropout=True))
     # Both masks of some rows before those of the next, forward and backward.
     assert rows == 2 * [0, 0, 10, 10, 20, 20, 30, 30]
