@@ -51,6 +51,20 @@ def masked(
     return out
 
 
+def masked_row(row: Tensor, rows: int, seed: Tensor, threshold: int) -> Tensor | None:
+    """keep ⊙ a row [columns] for each of so many rows, contiguous, by one thread; None where there is no library."""
+    mask = _mask()
+    if mask is None:
+        return None
+    columns = row.numel()
+    out = row.new_empty((rows, columns))
+    mask(
+        seed.data_ptr(), threshold, 0, rows, columns, row.element_size(),
+        row.data_ptr(), 0, out.data_ptr(), columns, None, 0, None, 0, 1,
+    )  # fmt: skip
+    return out
+
+
 def is_built() -> bool:
     """Whether there is a library of this ABI."""
     return _mask() is not None

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..dtypes import wide_of
 from . import masks
-from .dropout import Dropout, draw_seed
+from .dropout import Dropout
 from .request import Kernel, Product, Together, new_middle, runs_anything, whole_rows
 
 
@@ -297,9 +297,9 @@ def _masked_sum_and_grads(
 
 
 # Elements of x up to which torch's own nodes are faster than a Function, for all that they add an [M, K] gradient more;
-# with dropout they keep the mask and the masked x, 64 kB each in float32 at most.
+# with dropout bytes of x, since they keep the mask and the masked x.
 _SMALL = 1 << 18
-_SMALL_DROPPED = 1 << 14
+_SMALL_DROPPED = 1 << 16
 # The same of x and of y where the low-rank products are float32 beside a base of 16 bits: 256 kB are kept at most.
 _WIDE = 1 << 16
 _WIDE_DROPPED = 1 << 15
@@ -312,7 +312,7 @@ _WITHOUT_ONEDNN = 1 << 12
 
 def is_small(x: Tensor, drops: bool) -> bool:
     """Whether x has so few elements that :func:`small` is the faster way."""
-    return x.numel() <= (_SMALL_DROPPED if drops else _SMALL)
+    return x.nbytes <= _SMALL_DROPPED if drops else x.numel() <= _SMALL
 
 
 def small(p: Product, drops: bool) -> Tensor | None:
@@ -330,14 +330,14 @@ def small(p: Product, drops: bool) -> Tensor | None:
     if half and _is_wide(p, drops):
         return _small_wide(p, drops)
     # Not by is_small: here a call of a function shows.
-    if not r or a.dtype is not dtype or x.numel() > (_SMALL_DROPPED if drops else _SMALL):
+    if not r or a.dtype is not dtype or (x.nbytes > _SMALL_DROPPED if drops else x.numel() > _SMALL):
         return None
     # Of 16 bits, only what oneDNN reads within its bounds: whole_rows, new_middle.
     if not dtype.is_floating_point or (half and (r % 8 or not x.is_contiguous())):
         return None
     # The base first: autograd goes backward through the newest nodes first, and is faster ending with dy w.
     y = F.linear(x, w, p.bias)  # type: ignore[arg-type]
-    z = F.linear(x * masks.factors(Dropout(p.dropout_p, draw_seed(x.device)), x) if drops else x, a)
+    z = F.linear(x * masks.factors(p.dropout_p, x) if drops else x, a)
     return y.addmm_(z, b.t(), alpha=p.scale)
 
 
@@ -360,7 +360,7 @@ def _small_wide(p: Product, drops: bool) -> Tensor | None:
     y = F.linear(p.x, p.w, p.bias)  # type: ignore[arg-type]
     x = p.x.float()
     if drops:
-        x = x * masks.factors(Dropout(p.dropout_p, draw_seed(x.device)), x)
+        x = x * masks.factors(p.dropout_p, x)
     z = F.linear(x, p.a.float())
     if p.scale != 1:
         z = z * p.scale

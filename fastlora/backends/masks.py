@@ -5,11 +5,13 @@ A mask made of torch operators takes 130 launches for each 16 million elements, 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from . import dropout_cpu, first_use, triton
-from .dropout import Dropout
+from .dropout import Dropout, draw_seed
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -29,9 +31,19 @@ def kept_both(dropout: Dropout, x: Tensor, product: Tensor, first_row: int = 0) 
     return _kept(dropout, x, first_row, None, product)
 
 
-def factors(dropout: Dropout, x: Tensor) -> Tensor:
-    """What D multiplies x [M, C] by, 0 or 1 / (1 - p), in the dtype of x."""
-    return kept_(dropout, x.new_full(x.shape, dropout.rescale))
+def factors(p: float, x: Tensor) -> Tensor:
+    """What D multiplies x [M, C] on a CPU by, 0 or 1 / (1 - p), in the dtype of x, by a seed that it draws."""
+    seed = draw_seed(x.device)
+    threshold, row = _factor_row(p, x.shape[1], x.dtype)
+    made = dropout_cpu.masked_row(row, x.shape[0], seed, threshold)
+    return kept_(Dropout(p, seed), row.repeat(x.shape[0], 1)) if made is None else made
+
+
+@functools.lru_cache(maxsize=256)
+def _factor_row(p: float, columns: int, dtype: torch.dtype) -> tuple[int, Tensor]:
+    # Kept, because with cold caches making them takes as long as the mask of a few tokens.
+    dropout = Dropout(p, torch.empty(0))
+    return dropout.threshold, torch.full((columns,), dropout.rescale, dtype=dtype, device="cpu")
 
 
 def _kept(dropout: Dropout, x: Tensor, first_row: int, out: Tensor | None, beside: Tensor | None = None) -> Tensor:

@@ -155,6 +155,27 @@ def test_kept_is_the_mask_applied(
     assert torch.equal(x, expected)
 
 
+@pytest.mark.parametrize("built", [True, False], ids=["library", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 40), (5, 127), (3, 128), (0, 40), (4, 0)])
+def test_factors_are_the_mask_over_what_is_kept(
+    built: bool, dtype: torch.dtype, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if built and not dropout_cpu.is_built():
+        pytest.skip("no library of CPU code is built here: python csrc/build.py")
+    if not built:
+        monkeypatch.setattr(dropout_cpu, "masked", lambda *_: None)
+        monkeypatch.setattr(dropout_cpu, "masked_row", lambda *_: None)
+    x = torch.randn(shape).to(dtype)
+    for _ in range(2):
+        mask = upcoming_dropout(0.3)
+        assert mask is not None
+        expected = torch.where(mask.keep(*shape), torch.tensor(mask.rescale, dtype=dtype), 0)
+        made = masks.factors(0.3, x)
+        assert torch.equal(made, expected)
+        assert made.dtype is dtype
+
+
 def test_kept_zeroes_what_is_not_finite() -> None:
     x = torch.full((3, 200), torch.nan)
     assert torch.equal(masks.kept(dropout(0.5), x).isnan(), dropout(0.5).keep(3, 200))

@@ -58,11 +58,15 @@ def test_small_calls_of_every_dtype(dtypes: tuple[torch.dtype, torch.dtype], p: 
     check_against_reference(operands, p)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("p", [0.0, 0.25], ids=["no_dropout", "dropout"])
-def test_larger_calls_are_the_verbs(p: float) -> None:
-    most = library._SMALL_DROPPED if p else library._SMALL
+def test_larger_calls_are_the_verbs(p: float, dtype: torch.dtype) -> None:
+    most = library._SMALL_DROPPED // dtype.itemsize if p else library._SMALL
+    r = 64  # so much that in 16 bits too it is the work of no float32 product
     for m, small in ((most // 256, True), (most // 256 + 1, False)):
-        assert is_small(make(m, 256, 8, 8).leaves()(dropout_p=p)) is small
+        operands = make(m, 256, 8, r, dtype=dtype)
+        assert is_small(operands.leaves()(dropout_p=p)) is small
+        check_against_reference(operands, p)
 
 
 def are_wide(y: Tensor) -> bool:
