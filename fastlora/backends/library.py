@@ -173,6 +173,7 @@ def gradients(
     t = torch.mm(dy, b)
     if scale != 1:
         t.mul_(scale)
+    # Its factor is not put into t: the verbs' bits, which compiled calls give, are these.
     dropout = None if p.seed is None else Dropout(p.dropout_p, p.seed)
     rescale = 1.0 if dropout is None else dropout.rescale
     dx: Tensor | None = None
@@ -260,7 +261,10 @@ def gradients_group(
     if dtype.itemsize == 2:
         dys = [whole_rows(dy) for dy in dys]
     a_s = [_as(p.a, dtype) for p in products]
-    ts = [torch.mm(dy, _as(p.b, dtype)).mul_(p.scale) for p, dy in zip(products, dys, strict=True)]
+    ts = []
+    for p, dy in zip(products, dys, strict=True):
+        scale = p.scale if (dropout := p.mask_x) is None else p.scale * dropout.rescale
+        ts.append(torch.mm(dy, _as(p.b, dtype)).mul_(scale))
     adapter_dtypes = {p.a.dtype for p in products}
     if len(adapter_dtypes) == 1 and all(p.seed is None for p in products):
         t = torch.cat(ts, dim=1)
@@ -278,21 +282,21 @@ def gradients_group(
 def _masked_sum_and_grads(
     products: Sequence[Product], ts: Sequence[Tensor], a_s: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
-    """Σ D'ᵢ(tᵢ aᵢ), and tᵢᵀ Dᵢ(x) of each product: a few rows for all of them at a time, each mask made once."""
+    """Σ keepᵢ ⊙ (tᵢ aᵢ), and tᵢᵀ (keepᵢ ⊙ x) of each product: a few rows for all at a time, each mask made once."""
     x = products[0].x
     wide = wide_of(x.dtype)
     total = x.new_zeros(x.shape)
     grads = [torch.zeros(a.shape, dtype=wide, device=x.device) for a in a_s]
     for rows in _chunks(x):
         for p, t, a, grad in zip(products, ts, a_s, grads, strict=True):
-            masked, t_rows, rescale = x[rows], t[rows], 1.0
+            masked, t_rows = x[rows], t[rows]
             if (dropout := p.mask_x) is None:
                 total[rows].addmm_(t_rows, a)
             else:
-                product, rescale = torch.mm(t_rows, a), dropout.rescale
+                product = torch.mm(t_rows, a)
                 masked = masks.kept_both(dropout, masked, product, rows.start)
-                total[rows].add_(product, alpha=rescale)
-            grad.add_(_rank_grad(t_rows, masked, wide, None), alpha=rescale)
+                total[rows].add_(product)
+            grad.add_(_rank_grad(t_rows, masked, wide, None))
     return total, [grad.to(p.a.dtype) for p, grad in zip(products, grads, strict=True)]
 
 
