@@ -20,7 +20,7 @@ from torch import Tensor
 from ..kernels.tiles import architecture
 from ..text import dtype_name
 from ..variables import warn_of_unknown
-from . import cuda, first_use, library, measured, reference, replay, triton, triton_skinny
+from . import cuda, first_use, library, library_small, measured, reference, replay, triton, triton_skinny
 from .dropout import Dropout
 from .request import Kernel, Product, Request, Together
 
@@ -177,7 +177,7 @@ def small_of(x: Tensor) -> Callable[[Product, bool], Tensor | None] | None:
 
 def is_small(x: Tensor, drops: bool) -> bool:
     """Whether a call with this input goes the kernel's own way with small ones, if nothing speaks against it."""
-    return small_of(x) is not None and library.is_small(x, drops)
+    return small_of(x) is not None and library_small.is_small(x, drops)
 
 
 @functools.cache

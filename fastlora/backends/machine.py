@@ -18,7 +18,11 @@ from . import cuda_abi, triton
 _PACKAGE = Path(__file__).parents[1]
 
 # The modules of this folder that make results; the others choose among them, or check them.
-_MAKERS = ("cuda", "cuda_abi", "dropout", "library", "masks", "replay", "request", "triton", "triton_skinny")
+_MAKERS = (
+    "cuda", "cuda_abi", "dropout",
+    "library", "library_group", "library_products", "library_small",
+    "masks", "replay", "request", "triton", "triton_skinny",
+)  # fmt: skip
 
 
 class Machine(NamedTuple):

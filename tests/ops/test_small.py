@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastlora import lora_linear
-from fastlora.backends import dispatch, library
+from fastlora.backends import dispatch, library_small
 from tests.cases import DTYPES, SCALE, Operands, check_against_reference, make, run
 
 # The tests of the verbs that look at results alone, once more with small calls.
@@ -61,7 +61,7 @@ def test_small_calls_of_every_dtype(dtypes: tuple[torch.dtype, torch.dtype], p: 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("p", [0.0, 0.25], ids=["no_dropout", "dropout"])
 def test_larger_calls_are_the_verbs(p: float, dtype: torch.dtype) -> None:
-    most = library._SMALL_DROPPED // dtype.itemsize if p else library._SMALL
+    most = library_small._SMALL_DROPPED // dtype.itemsize if p else library_small._SMALL
     r = 64  # so much that in 16 bits too it is the work of no float32 product
     for m, small in ((most // 256, True), (most // 256 + 1, False)):
         operands = make(m, 256, 8, r, dtype=dtype)
@@ -84,7 +84,7 @@ half_dtypes = pytest.mark.parametrize("dtypes", HALVES.values(), ids=HALVES)
 def test_low_rank_products_are_float32_of_so_few_tokens(
     k: int, n: int, p: float, dtypes: tuple[torch.dtype, torch.dtype]
 ) -> None:
-    most = (library._WIDE_DROPPED if p else library._WIDE) // 256
+    most = (library_small._WIDE_DROPPED if p else library_small._WIDE) // 256
     for m, wide in ((most, True), (most + 1, False)):
         operands = make(m, k, n, 8, dtype=dtypes[0], adapter_dtype=dtypes[1])
         assert are_wide(operands.leaves()(dropout_p=p)) is wide
@@ -94,7 +94,9 @@ def test_low_rank_products_are_float32_of_so_few_tokens(
 @half_dtypes
 def test_low_rank_products_are_float32_of_so_little_work(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     m, k, n = 16, 96, 32
-    r = (library._WIDE_WORK if dtypes[1] is torch.float32 else library._WIDE_WORK_CAST) // ((k + n) * (m + 16))
+    r = (library_small._WIDE_WORK if dtypes[1] is torch.float32 else library_small._WIDE_WORK_CAST) // (
+        (k + n) * (m + 16)
+    )
     for rank, wide in ((r, True), (r + 1, False)):
         y = make(m, k, n, rank, dtype=dtypes[0], adapter_dtype=dtypes[1]).leaves()()
         assert are_wide(y) is wide
@@ -191,7 +193,7 @@ def test_keeps_what_the_verbs_keep() -> None:
 @pytest.mark.parametrize("p", [0.0, 0.25], ids=["no_dropout", "dropout"])
 def test_keeps_little_for_float32_products(p: float, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     """At most 256 kB of x, or of x masked and the mask; z; and a and b in float32 where they are not."""
-    most = library._WIDE_DROPPED if p else library._WIDE
+    most = library_small._WIDE_DROPPED if p else library_small._WIDE
     operands = make(8, most // 8, 40, 1, dtype=dtypes[0], adapter_dtype=dtypes[1]).leaves("lora_a", "lora_b", "x")
     ours = {t.untyped_storage().data_ptr() for t in operands.named().values()}
     saved: dict[int, int] = {}
