@@ -21,10 +21,12 @@ _SMALL_DROPPED = 1 << 16
 # The same of x and of y where the low-rank products are float32 beside a base of 16 bits: 256 kB are kept at most.
 _WIDE = 1 << 16
 _WIDE_DROPPED = 1 << 15
-# Most elements of a and b, times M + 16: above it 16-bit products win. Adapters of 16 bits have to be cast and kept so,
-# which does not pay either where torch makes their products without oneDNN.
+# Most elements of float32 a and b, times M + 16: above it 16-bit products win.
 _WIDE_WORK = 1 << 23
-_WIDE_WORK_CAST = 3 << 18
+# Most tokens, and elements of a and b, where these are of 16 bits: they are cast and kept in float32, 64 kB at most. That
+# does not pay where torch makes their products without oneDNN.
+_CAST_TOKENS = 32
+_CAST = 1 << 14
 _WITHOUT_ONEDNN = 1 << 12
 
 
@@ -66,14 +68,14 @@ def _is_wide(p: Product, drops: bool) -> bool:
     most = _WIDE_DROPPED if drops else _WIDE
     if not a.numel() or a.dtype is not b.dtype or m * k > most or m * b.shape[0] > most or not x.is_contiguous():
         return False
-    work = (a.numel() + b.numel()) * (m + 16)
+    adapters = a.numel() + b.numel()
     if a.dtype is torch.float32:
-        return work <= _WIDE_WORK
-    return a.dtype is x.dtype and work <= _WIDE_WORK_CAST and m * a.numel() > _WITHOUT_ONEDNN
+        return adapters * (m + 16) <= _WIDE_WORK
+    return a.dtype is x.dtype and m <= _CAST_TOKENS and adapters <= _CAST and m * a.numel() > _WITHOUT_ONEDNN
 
 
 def _small_wide(p: Product, drops: bool) -> Tensor | None:
-    """:func:`small` with float32 low-rank products: oneDNN takes longer to begin a 16-bit product than these take."""
+    """:func:`small` with float32 low-rank products, whose operands are kept: oneDNN begins a 16-bit one more slowly."""
     # The base first, as in small.
     y = F.linear(p.x, p.w, p.bias)  # type: ignore[arg-type]
     x = p.x.float()
