@@ -23,8 +23,8 @@ _WIDE = 1 << 16
 _WIDE_DROPPED = 1 << 15
 # Most elements of float32 a and b, times M + 16: above it 16-bit products win.
 _WIDE_WORK = 1 << 23
-# Most tokens, and elements of a and b, where these are of 16 bits: they are cast and kept in float32, 64 kB at most. That
-# does not pay where torch makes their products without oneDNN.
+# Most tokens, and elements of a and b, where these are of 16 bits: they are cast and kept in float32, 64 kB at most.
+# It pays only where torch would leave their products to oneDNN.
 _CAST_TOKENS = 32
 _CAST = 1 << 14
 _WITHOUT_ONEDNN = 1 << 12
@@ -38,31 +38,39 @@ def is_small(x: Tensor, drops: bool) -> bool:
 def small(p: Product, drops: bool) -> Tensor | None:
     """y [M, N] of x [M, K] on a CPU in torch's own differentiable operators; None where the verbs are to be called.
 
-    At few tokens the time of a Python Function shows. x and z are kept, as the verbs' caller keeps them. Where it
-    ``drops``, it draws the seed.
+    At few tokens the time of a Python Function shows. x and z are kept, as the verbs' caller keeps them; beside 16 bits
+    perhaps in float32, x too. Where it ``drops``, it draws the seed.
     """
-    x, w, a, b = p.x, p.w, p.a, p.b
+    x, w, a, b, scale = p.x, p.w, p.a, p.b, p.scale
     # torch's operators say nothing where some operands are on the meta device.
     if not (w.is_cpu and a.is_cpu and b.is_cpu and a.dim() == 2 == b.dim()):  # type: ignore[union-attr]
         return None
     dtype, r = x.dtype, a.shape[0]
     half = dtype.itemsize == 2
-    if half and _is_wide(p, drops):
-        return _small_wide(p, drops)
-    # Not by is_small: here a call of a function shows.
-    if not r or a.dtype is not dtype or (x.nbytes > _SMALL_DROPPED if drops else x.numel() > _SMALL):
-        return None
-    # Of 16 bits, only what oneDNN reads within its bounds: whole_rows, new_middle.
-    if not dtype.is_floating_point or (half and (r % 8 or not x.is_contiguous())):
-        return None
+    wide = half and _is_wide(p, drops)
+    if not wide:
+        # Not by is_small: here a call of a function shows.
+        if not r or a.dtype is not dtype or (x.nbytes > _SMALL_DROPPED if drops else x.numel() > _SMALL):
+            return None
+        # Of 16 bits, only what oneDNN reads within its bounds: whole_rows, new_middle.
+        if not dtype.is_floating_point or (half and (r % 8 or not x.is_contiguous())):
+            return None
     # The base first: autograd goes backward through the newest nodes first, and is faster ending with dy w.
     y = F.linear(x, w, p.bias)  # type: ignore[arg-type]
-    z = F.linear(x * masks.factors(p.dropout_p, x) if drops else x, a)
-    return y.addmm_(z, b.t(), alpha=p.scale)
+    if wide:
+        x, a, b = x.float(), a.float(), b.float()
+    if drops:
+        x = x * masks.factors(p.dropout_p, x)
+    z = F.linear(x, a)
+    if not half or y.numel() > _WIDE:
+        return y.addmm_(z, b.t(), alpha=scale)
+    update = F.linear(z if scale == 1 else z * scale, b)
+    # Not left to add_, which broadcasts.
+    return y.add_(update) if y.shape == update.shape else None
 
 
 def _is_wide(p: Product, drops: bool) -> bool:
-    """Whether float32 low-rank products are faster beside the 16-bit product of x [M, K] and w."""
+    """Whether float32 low-rank products are faster beside the base's: oneDNN takes long to begin one of 16 bits."""
     x, a, b = p.x, p.a, p.b
     m, k = x.shape
     most = _WIDE_DROPPED if drops else _WIDE
@@ -72,18 +80,3 @@ def _is_wide(p: Product, drops: bool) -> bool:
     if a.dtype is torch.float32:
         return adapters * (m + 16) <= _WIDE_WORK
     return a.dtype is x.dtype and m <= _CAST_TOKENS and adapters <= _CAST and m * a.numel() > _WITHOUT_ONEDNN
-
-
-def _small_wide(p: Product, drops: bool) -> Tensor | None:
-    """:func:`small` with float32 low-rank products, whose operands are kept: oneDNN begins a 16-bit one more slowly."""
-    # The base first, as in small.
-    y = F.linear(p.x, p.w, p.bias)  # type: ignore[arg-type]
-    x = p.x.float()
-    if drops:
-        x = x * masks.factors(p.dropout_p, x)
-    z = F.linear(x, p.a.float())
-    if p.scale != 1:
-        z = z * p.scale
-    update = F.linear(z, p.b.float())
-    # Not left to add_, which broadcasts.
-    return y.add_(update) if y.shape == update.shape else None
