@@ -46,7 +46,7 @@ from fastlora.backends.request import Product, new_middle
 from fastlora.kernels import branches, philox, rank_grad, swiglu, tiles
 from fastlora.kernels.launch import Launch
 
-ARCHITECTURES = (80, 90, 100, 120, 0x942, 0x950, 0x1100)
+ARCHITECTURES = (80, 86, 89, 90, 100, 120, 0x942, 0x950, 0x1100)
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 

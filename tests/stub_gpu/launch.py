@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from tests.stub_gpu import build, stand_in
 
-ARCHITECTURES = (80, 90, 100, 120)
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 FAMILIES = ("triton", "cuda")
 
 BF16, FP16, FP32 = "bfloat16", "float16", "float32"
