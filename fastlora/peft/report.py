@@ -65,6 +65,10 @@ class PatchReport:
         """The kernel that would run, and why → the number of layers."""
         kernels: Counter[tuple[str, str]] = Counter()
         for request, count in self.requests.items():
-            explanation = dispatch.explain_request(request)
-            kernels[explanation.chosen or "nothing", explanation.why] += count
+            try:
+                explanation = dispatch.explain_request(request)
+            except RuntimeError as error:  # a setting that each call will refuse: a report is printed all the same
+                kernels["nothing", str(error)] += count
+            else:
+                kernels[explanation.chosen or "nothing", explanation.why] += count
         return kernels

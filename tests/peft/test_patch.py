@@ -97,6 +97,12 @@ def test_report_names_the_kernel_and_why() -> None:
     assert str(fastlora.patch_peft(model)) == "1 of 1 adapter layers patched"
 
 
+def test_report_is_printed_with_a_misspelt_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTLORA_BACKEND", "triton-seral")
+    line = str(fastlora.patch_peft(adapted())).splitlines()[1]
+    assert line.startswith("  2 run nothing at 2048 tokens, FASTLORA_BACKEND='triton-seral' is unknown: expected ")
+
+
 def test_report_names_what_a_table_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     report = fastlora.patch_peft(get_peft_model(Net(), config("first", "second")))
     monkeypatch.setattr(measured, "choice", lambda request: Choice("library:last", f"{request.k} -> {request.n}"))
