@@ -109,15 +109,18 @@ FASTLORA_INLINE void mask_rows(const Task& task) {
   }
 }
 
-FASTLORA_VECTORS void mask2(const Task& task) {
-  task.pairs == 1 ? mask_rows<uint16_t, 1>(task) : mask_rows<uint16_t, 2>(task);
+template <class Bits>
+FASTLORA_INLINE void mask(const Task& task) {
+  if (task.pairs == 1) {
+    mask_rows<Bits, 1>(task);
+  } else {
+    mask_rows<Bits, 2>(task);
+  }
 }
-FASTLORA_VECTORS void mask4(const Task& task) {
-  task.pairs == 1 ? mask_rows<uint32_t, 1>(task) : mask_rows<uint32_t, 2>(task);
-}
-FASTLORA_VECTORS void mask8(const Task& task) {
-  task.pairs == 1 ? mask_rows<uint64_t, 1>(task) : mask_rows<uint64_t, 2>(task);
-}
+
+FASTLORA_VECTORS void mask2(const Task& task) { mask<uint16_t>(task); }
+FASTLORA_VECTORS void mask4(const Task& task) { mask<uint32_t>(task); }
+FASTLORA_VECTORS void mask8(const Task& task) { mask<uint64_t>(task); }
 
 }  // namespace
 
@@ -131,6 +134,7 @@ FASTLORA_API void fastlora_cpu_mask(const int64_t* seed, int32_t threshold, int6
                                     int64_t out_stride, const void* x2, int64_t x2_stride, void* out2,
                                     int64_t out2_stride, int32_t threads) {
   const auto mask = element == 2 ? mask2 : element == 4 ? mask4 : mask8;
+  const int pairs = x2 == nullptr ? 1 : 2;
   const Pair one{static_cast<const char*>(x), x_stride, static_cast<char*>(out), out_stride};
   const Pair two{static_cast<const char*>(x2), x2_stride, static_cast<char*>(out2), out2_stride};
   const auto rows_from = [&](int64_t first, int64_t last) {
@@ -139,8 +143,8 @@ FASTLORA_API void fastlora_cpu_mask(const int64_t* seed, int32_t threshold, int6
                 static_cast<uint32_t>(first_row + first),
                 last - first,
                 columns,
-                x2 == nullptr ? 1 : 2,
-                {one.from_row(first, element), x2 == nullptr ? two : two.from_row(first, element)}};
+                pairs,
+                {one.from_row(first, element), pairs == 1 ? two : two.from_row(first, element)}};
   };
   int64_t parts = rows * columns / ELEMENTS_PER_THREAD;
   parts = parts < threads ? parts : threads;

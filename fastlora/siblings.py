@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .backends import dispatch
+from .backends.request import Product
 from .eager import is_eager
 from .ops import group as group_op
 from .ops.group import Branch
@@ -175,7 +176,7 @@ def _together(layer: nn.Module, x: Tensor, branch: Branch) -> Tensor | None:
             return y
         _close(opened)
     # Of few tokens on a CPU nothing is to be saved but the host's time.
-    if not _is_free(layer) or not _fits(x, branch) or dispatch.is_small(x, branch.dropout_p > 0):
+    if not _is_free(layer) or not _fits(x, branch) or dispatch.is_small(Product(x, *branch)):  # type: ignore[arg-type]
         return None
     parts = {}
     for name, member in members.items():

@@ -175,9 +175,9 @@ def small_of(x: Tensor) -> Callable[[Product, bool], Tensor | None] | None:
     return _library("lora_matmul").small if x.is_cpu and _environment.get(_NAME, _AUTO) in _LIBRARY else None
 
 
-def is_small(x: Tensor, drops: bool) -> bool:
-    """Whether a call with this input goes the kernel's own way with small ones, if nothing speaks against it."""
-    return small_of(x) is not None and library_small.is_small(x, drops)
+def is_small(p: Product) -> bool:
+    """Whether a call, x [..., K], goes the kernel's own way with small ones, if nothing speaks against it."""
+    return small_of(p.x) is not None and library_small.is_small(p, p.dropout_p > 0)
 
 
 @functools.cache

@@ -175,7 +175,7 @@ def gradients(
     t = torch.mm(dy, b)
     if scale != 1:
         t.mul_(scale)
-    # Its factor is not put into t: the verbs' bits, which compiled calls give, are these.
+    # t stays without its factor, so that results equal, bit for bit, those of the verbs, which compiled code calls.
     dropout = None if p.seed is None else Dropout(p.dropout_p, p.seed)
     rescale = 1.0 if dropout is None else dropout.rescale
     dx: Tensor | None = None

@@ -32,8 +32,9 @@ def lora_linear(
 ) -> Tensor:
     """A linear layer with a low-rank update: ``y = x Wᵀ + scale · D(x) Aᵀ Bᵀ + bias``.
 
-    D is dropout on the adapter's input alone, recomputed in the backward and never stored. x and the rank-R middle are
-    all that is kept for backward. Gradients flow to every argument that asks for one, ``weight`` and ``bias`` included.
+    D is dropout on the adapter's input alone, recomputed in the backward and not stored. x and the rank-R middle are
+    all that is kept for backward, but of few tokens on a CPU (README, "Limits"). Gradients flow to every argument that
+    asks for one, ``weight`` and ``bias`` included.
 
     Args:
         x: input [..., K], bfloat16, float16, float32 or float64. On DTensors see :mod:`fastlora.ops.dtensor`.

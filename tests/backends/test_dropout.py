@@ -176,6 +176,16 @@ def test_factors_are_the_mask_over_what_is_kept(
         assert made.dtype is dtype
 
 
+def test_factors_first_made_in_inference_mode_serve_training() -> None:
+    masks._factor_row.cache_clear()
+    with torch.inference_mode():
+        masks.factors(0.3, torch.ones(1, 56))
+    x = torch.ones(1, 56, requires_grad=True)
+    (x * masks.factors(0.3, x)).sum().backward()
+    assert x.grad is not None
+    assert set(x.grad.unique().tolist()) <= {0.0, torch.tensor(dropout(0.3).rescale).item()}
+
+
 def test_kept_zeroes_what_is_not_finite() -> None:
     x = torch.full((3, 200), torch.nan)
     assert torch.equal(masks.kept(dropout(0.5), x).isnan(), dropout(0.5).keep(3, 200))

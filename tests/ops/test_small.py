@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastlora import lora_linear
 from fastlora.backends import dispatch, library_small
+from fastlora.backends.request import Product
 from tests.cases import DTYPES, SCALE, Operands, check_against_reference, make, run
 
 # The tests of the verbs that look at results alone, once more with small calls.
@@ -61,7 +62,7 @@ def test_small_calls_of_every_dtype(dtypes: tuple[torch.dtype, torch.dtype], p: 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("p", [0.0, 0.25], ids=["no_dropout", "dropout"])
 def test_larger_calls_are_the_verbs(p: float, dtype: torch.dtype) -> None:
-    most = library_small._SMALL_DROPPED // dtype.itemsize if p else library_small._SMALL
+    most = library_small._SMALL_DROPPED_BYTES // dtype.itemsize if p else library_small._SMALL
     r = 64  # so much that in 16 bits too it is the work of no float32 product
     for m, small in ((most // 256, True), (most // 256 + 1, False)):
         operands = make(m, 256, 8, r, dtype=dtype)
@@ -121,6 +122,17 @@ def test_float32_low_rank_products_are_no_less_accurate(dtypes: tuple[torch.dtyp
         operands = make(30, 96, 40, r, dtype=dtypes[0], adapter_dtype=dtypes[1])
         assert are_wide(operands.leaves()(scale=scale))
         check_against_reference(operands, scale=scale)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25], ids=["no_dropout", "dropout"])
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+def test_a_group_knows_which_calls_are_small(dtypes: tuple[torch.dtype, torch.dtype], p: float) -> None:
+    """Those alone are not grouped."""
+    for m, k, n, r in ((1, 48, 40, 8), (64, 48, 40, 8), (300, 96, 40, 8), (40, 1000, 2000, 16), (3000, 96, 8, 64)):
+        operands = make(lead=(1, m), k=k, n=n, r=r, dtype=dtypes[0], adapter_dtype=dtypes[1])
+        small = is_small(operands.leaves()(dropout_p=p))
+        x, w, a, b, bias = operands
+        assert dispatch.is_small(Product(x, w, a, b, SCALE, bias, p)) is small
 
 
 def assert_not_small(operands: Operands) -> None:
