@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import nn
 
 from .. import gated, siblings
-from ..siblings import Groups
+from ..grouping import Chosen, Groups, choose
 from .layer import AdaptedLinear
 from .model import adapted_layers
 from .unmatched import Unmatched
@@ -17,7 +17,7 @@ from .unmatched import Unmatched
 class Grouping(NamedTuple):
     """What a model is to compute together: groups found now, whether they were asked for by names, and gated MLPs."""
 
-    chosen: siblings.Chosen
+    chosen: Chosen
     asked: bool
     mlps: dict[str, nn.Module]
     unmatched: tuple[Unmatched, ...] = ()
@@ -38,7 +38,7 @@ def find(model: nn.Module, groups: Groups, mlp: bool, planned: Collection[nn.Mod
         kept = groups == "auto" and _is_asked_for(layer)
         return bare(layer) or ("it is in a group that was asked for by names" if kept else None)
 
-    chosen = siblings.choose(model, groups, unfit)
+    chosen = choose(model, groups, unfit)
     mlps = gated.find(model, bare) if mlp else {}
     idle = (Unmatched("mlp", True, gated.why_none(model)),) if mlp and not mlps else ()
     return Grouping(chosen, groups != "auto", mlps, idle)

@@ -20,9 +20,9 @@ from torch import nn
 
 from .. import gated, siblings
 from ..backends.request import Request
+from ..grouping import Groups, choose
 from ..mergeable import Mergeable
 from ..ownership import unwrapped
-from ..siblings import Groups
 from ..text import listed
 from . import calls
 from .reasons import variant
@@ -181,7 +181,7 @@ def _patch(
                 layer.__class__ = wanted[type(layer)]
                 calls.name_layer(layer, name)
         calls.forget_warnings()
-        chosen = siblings.choose(model, groups, _unfit)
+        chosen = choose(model, groups, _unfit)
         trainable = tuple(name for name, layer in patched.items() if layer.base_layer.weight.requires_grad)
         running = (patched | already).values()
         requests = Counter(request for layer in running if (request := _request(layer)))
