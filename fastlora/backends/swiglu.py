@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..eager import is_eager
 from . import first_use, triton
-from .first_use import Gated
+from .first_use_checks import Gated
 from .replay import replay
 
 _aten = torch.ops.aten

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from fastlora.backends import dispatch, first_use, library, masks, swiglu, triton, triton_skinny
 from fastlora.backends.dropout import Dropout
-from fastlora.backends.first_use import Gated, GroupVariant, Variant
+from fastlora.backends.first_use_checks import Gated, GroupVariant, Variant
 from fastlora.backends.request import Product, Request
 from fastlora.kernels import (
     group_grad,

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from fastlora.accuracy import assert_close_to_oracle
 from fastlora.backends import first_use, reference
 from fastlora.backends import swiglu as backend
-from fastlora.backends.first_use import Gated
+from fastlora.backends.first_use_checks import Gated
 from fastlora.kernels import swiglu
 from tests.cases import DTYPES
 
