@@ -86,10 +86,7 @@ def gradients_group(
     if dtype.itemsize == 2:
         dys = [whole_rows(dy) for dy in dys]
     a_s = [as_dtype(p.a, dtype) for p in products]
-    ts = []
-    for p, dy in zip(products, dys, strict=True):
-        scale = p.scale if (dropout := p.mask_x) is None else p.scale * dropout.rescale
-        ts.append(torch.mm(dy, as_dtype(p.b, dtype)).mul_(scale))
+    ts = [torch.mm(dy, as_dtype(p.b, dtype)).mul_(p.scale) for p, dy in zip(products, dys, strict=True)]
     adapter_dtypes = {p.a.dtype for p in products}
     if len(adapter_dtypes) == 1 and all(p.seed is None for p in products):
         t = torch.cat(ts, dim=1)
@@ -107,19 +104,23 @@ def gradients_group(
 def _masked_sum_and_grads(
     products: Sequence[Product], ts: Sequence[Tensor], a_s: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
-    """Σ keepᵢ ⊙ (tᵢ aᵢ), and tᵢᵀ (keepᵢ ⊙ x) of each product: a few rows for all at a time, each mask made once."""
+    """Σ D'ᵢ(tᵢ aᵢ), and tᵢᵀ Dᵢ(x) of each product: a few rows for all of them at a time, each mask made once.
+
+    tᵢ is without the factor of its mask, as in ``library_products.gradients``: where x needs no gradient the verbs give
+    the same bits.
+    """
     x = products[0].x
     wide = wide_of(x.dtype)
     total = x.new_zeros(x.shape)
     grads = [torch.zeros(a.shape, dtype=wide, device=x.device) for a in a_s]
     for rows in _chunks(x):
         for p, t, a, grad in zip(products, ts, a_s, grads, strict=True):
-            masked, t_rows = x[rows], t[rows]
+            masked, t_rows, rescale = x[rows], t[rows], 1.0
             if (dropout := p.mask_x) is None:
                 total[rows].addmm_(t_rows, a)
             else:
-                product = torch.mm(t_rows, a)
+                product, rescale = torch.mm(t_rows, a), dropout.rescale
                 masked = masks.kept_both(dropout, masked, product, rows.start)
-                total[rows].add_(product)
-            grad.add_(unmasked_rank_grad(t_rows, masked, wide))
+                total[rows].add_(product, alpha=rescale)
+            grad.add_(unmasked_rank_grad(t_rows, masked, wide), alpha=rescale)
     return total, [grad.to(p.a.dtype) for p, grad in zip(products, grads, strict=True)]

@@ -302,6 +302,22 @@ def test_masks_of_a_few_rows_at_a_time(dtypes: str, monkeypatch: pytest.MonkeyPa
     assert rows == 2 * [0, 0, 10, 10, 20, 20, 30, 30]
 
 
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+def test_with_dropout_adapters_have_the_same_bits_whether_x_asks_or_not(
+    dtypes: tuple[torch.dtype, torch.dtype],
+) -> None:
+    """As under gradient checkpointing, where the first layer's x begins to ask."""
+
+    def gradients(x_asks: bool) -> list[Tensor]:
+        torch.manual_seed(4)
+        g = group(*dtypes, dropout=True)
+        g.x.requires_grad_(x_asks)
+        ys = g()
+        return list(torch.autograd.grad(ys, [*g.a_s, *g.bs], dys_of(ys)))
+
+    assert all(torch.equal(*pair) for pair in zip(gradients(True), gradients(False), strict=True))
+
+
 def test_tracing_runs_the_branches_one_by_one() -> None:
     g = group()
     with Reads(g.x):
