@@ -16,12 +16,9 @@ from .request import Product
 
 # Elements of x up to which torch's own nodes are faster than a Function, for all that they add an [M, K] gradient more.
 _SMALL = 1 << 18
-# Bytes of x with dropout, where they keep the mask and the masked x.
-_SMALL_DROPPED_BYTES = 1 << 16
-# Elements of x and of y up to which the low-rank products are float32 beside a base of 16 bits: 256 kB of x, or of the
-# mask and the masked x, are kept at most.
-_WIDE = 1 << 16
-_WIDE_DROPPED = 1 << 15
+# Elements of x up to which more than x and z may be kept for that: with dropout the mask and the masked x, beside a
+# base of 16 bits x in float32, or these two. PEFT keeps the same, of any size. y has no more for float32 products.
+_KEPT = 1 << 17
 # Most elements of float32 a and b, times M + 16: above it 16-bit products win.
 _WIDE_WORK = 1 << 23
 # Most tokens, and elements of a and b, where these are of 16 bits: they are cast and kept in float32, 64 kB at most.
@@ -36,9 +33,9 @@ _ADDED = 1 << 16
 def is_small(p: Product, drops: bool) -> bool:
     """Whether :func:`small` takes a call of such sizes and dtypes, x being [..., K]."""
     x = p.x
-    if x.dtype.itemsize == 2 and _is_wide(p, drops):
+    if x.dtype.itemsize == 2 and _is_wide(p):
         return True
-    return p.a.dtype is x.dtype and (x.nbytes <= _SMALL_DROPPED_BYTES if drops else x.numel() <= _SMALL)
+    return p.a.dtype is x.dtype and x.numel() <= (_KEPT if drops else _SMALL)
 
 
 def small(p: Product, drops: bool) -> Tensor | None:
@@ -53,10 +50,10 @@ def small(p: Product, drops: bool) -> Tensor | None:
         return None
     dtype, r = x.dtype, a.shape[0]
     half = dtype.itemsize == 2
-    wide = half and _is_wide(p, drops)
+    wide = half and _is_wide(p)
     if not wide:
         # Not by is_small: here a call of a function shows.
-        if not r or a.dtype is not dtype or (x.nbytes > _SMALL_DROPPED_BYTES if drops else x.numel() > _SMALL):
+        if not r or a.dtype is not dtype or x.numel() > (_KEPT if drops else _SMALL):
             return None
         # Of 16 bits, only what oneDNN reads within its bounds: whole_rows, new_middle. dy is read as nn.Linear's is.
         if not dtype.is_floating_point or (half and (r % 8 or not x.is_contiguous())):
@@ -68,22 +65,21 @@ def small(p: Product, drops: bool) -> Tensor | None:
     if drops:
         x = x * masks.factors(p.dropout_p, x)
     z = F.linear(x, a)
-    if not half or y.numel() > _ADDED:
+    if not wide and (not half or y.numel() > _ADDED):
         return y.addmm_(z, b.t(), alpha=scale)
     update = F.linear(z if scale == 1 else z * scale, b)
     # Not left to add_, which broadcasts.
     return y.add_(update) if y.shape == update.shape else None
 
 
-def _is_wide(p: Product, drops: bool) -> bool:
+def _is_wide(p: Product) -> bool:
     """Whether float32 low-rank products are faster beside the base's: oneDNN takes long to begin one of 16 bits."""
     x, a, b = p.x, p.a, p.b
     elements, k = x.numel(), x.shape[-1]
-    most = _WIDE_DROPPED if drops else _WIDE
-    if not a.numel() or not k or a.dtype is not b.dtype or elements > most or not x.is_contiguous():
+    if not a.numel() or not k or a.dtype is not b.dtype or elements > _KEPT or not x.is_contiguous():
         return False
     m, adapters = elements // k, a.numel() + b.numel()
-    if m * b.shape[0] > most:
+    if m * b.shape[0] > _KEPT:
         return False
     if a.dtype is torch.float32:
         return adapters * (m + 16) <= _WIDE_WORK

@@ -62,7 +62,7 @@ def test_small_calls_of_every_dtype(dtypes: tuple[torch.dtype, torch.dtype], p: 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("p", [0.0, 0.25], ids=["no_dropout", "dropout"])
 def test_larger_calls_are_the_verbs(p: float, dtype: torch.dtype) -> None:
-    most = library_small._SMALL_DROPPED_BYTES // dtype.itemsize if p else library_small._SMALL
+    most = library_small._KEPT if p else library_small._SMALL
     r = 64  # so much that in 16 bits too it is the work of no float32 product
     for m, small in ((most // 256, True), (most // 256 + 1, False)):
         operands = make(m, 256, 8, r, dtype=dtype)
@@ -88,7 +88,7 @@ def are_wide(y: Tensor) -> bool:
 @pytest.mark.parametrize("p", [0.0, 0.25], ids=["no_dropout", "dropout"])
 @pytest.mark.parametrize(("k", "n"), [(256, 8), (8, 256)], ids=["wide_x", "wide_y"])
 def test_float32_adapters_stay_so_up_to_these_elements(k: int, n: int, p: float, dtype: torch.dtype) -> None:
-    most = (library_small._WIDE_DROPPED if p else library_small._WIDE) // 256
+    most = library_small._KEPT // 256
     for m, wide in ((most, True), (most + 1, False)):
         operands = make(m, k, n, 8, dtype=dtype, adapter_dtype=FP32)
         assert are_wide(operands.leaves()(dropout_p=p)) is wide
@@ -206,8 +206,8 @@ def test_keeps_what_the_verbs_keep() -> None:
 @half_dtypes
 @pytest.mark.parametrize("p", [0.0, 0.25], ids=["no_dropout", "dropout"])
 def test_keeps_little_for_float32_products(p: float, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
-    """x, or x masked and the mask: 256 kB at most; z; a and b in float32 where they are not, 64 kB at most."""
-    most = library_small._WIDE_DROPPED if p else library_small._WIDE
+    """x, or x masked and the mask, 512 kB each at most; z; a and b in float32 where they are not, 64 kB at most."""
+    most = library_small._KEPT
     m = 8 if dtypes[1] is FP32 else 32
     operands = make(m, most // m, 40, 1, dtype=dtypes[0], adapter_dtype=dtypes[1]).leaves("lora_a", "lora_b", "x")
     ours = {t.untyped_storage().data_ptr() for t in operands.named().values()}
@@ -222,7 +222,7 @@ def test_keeps_little_for_float32_products(p: float, dtypes: tuple[torch.dtype, 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         assert are_wide(operands(dropout_p=p))
     cast = 0 if dtypes[1] is torch.float32 else 4 * (operands.lora_a.numel() + operands.lora_b.numel())
-    assert sum(saved.values()) == (256 << 10) + 4 * m + cast
+    assert sum(saved.values()) == (2 if p else 1) * (512 << 10) + 4 * m + cast
     assert cast <= 64 << 10
 
 
