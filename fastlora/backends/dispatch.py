@@ -177,7 +177,7 @@ def small_of(x: Tensor) -> Callable[[Product, bool], Tensor | None] | None:
 
 def is_small(p: Product) -> bool:
     """Whether a call, x [..., K], goes the kernel's own way with small ones, if nothing speaks against it."""
-    return small_of(p.x) is not None and library_small.is_small(p, p.dropout_p > 0)
+    return small_of(p.x) is not None and library_small.is_small(p)
 
 
 @functools.cache

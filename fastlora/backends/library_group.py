@@ -17,7 +17,7 @@ from torch import Tensor
 from ..dtypes import wide_of
 from . import masks
 from .dropout import Dropout
-from .library_products import as_dtype, product_last, unmasked_rank_grad
+from .library_products import as_dtype, product_last, rank_grad
 from .request import Product, new_middle, whole_rows
 
 
@@ -91,13 +91,13 @@ def gradients_group(
     if len(adapter_dtypes) == 1 and all(p.seed is None for p in products):
         t = torch.cat(ts, dim=1)
         dx = torch.mm(t, torch.cat(a_s))
-        das = list(unmasked_rank_grad(t, x, adapter_dtypes.pop()).split([a.shape[0] for a in a_s]))
+        das = list(rank_grad(t, x, dtype=adapter_dtypes.pop()).split([a.shape[0] for a in a_s]))
     else:
         dx, das = _masked_sum_and_grads(products, ts, a_s)
     dbs = []
     for p, dy, z in zip(products, dys, zs, strict=True):
         dx.addmm_(dy, p.w)  # type: ignore[arg-type]
-        dbs.append(unmasked_rank_grad(dy, z, p.b.dtype))
+        dbs.append(rank_grad(dy, z, dtype=p.b.dtype))
     return dx, das, dbs
 
 
@@ -122,5 +122,5 @@ def _masked_sum_and_grads(
                 product, rescale = torch.mm(t_rows, a), dropout.rescale
                 masked = masks.kept_both(dropout, masked, product, rows.start)
                 total[rows].add_(product, alpha=rescale)
-            grad.add_(unmasked_rank_grad(t_rows, masked, wide), alpha=rescale)
+            grad.add_(rank_grad(t_rows, masked, dtype=wide), alpha=rescale)
     return total, [grad.to(p.a.dtype) for p, grad in zip(products, grads, strict=True)]

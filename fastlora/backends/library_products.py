@@ -125,9 +125,9 @@ def rank_grad(
     in more than one chunk comes second.
     """
     if dropout is None:
-        return unmasked_rank_grad(p, q, dtype, narrow)
+        return _rank_grad(p, q, dtype, narrow)
     if dropout.at_once(q):
-        return unmasked_rank_grad(p, masks.kept(dropout, q), dtype, narrow).mul_(dropout.rescale)
+        return _rank_grad(p, masks.kept(dropout, q), dtype, narrow).mul_(dropout.rescale)
     wide = wide_of(q.dtype)
     grad = torch.zeros(p.shape[1], q.shape[1], dtype=wide, device=q.device)
     for rows in dropout.chunks(q):
@@ -135,8 +135,7 @@ def rank_grad(
     return grad.to(dtype)
 
 
-def unmasked_rank_grad(p: Tensor, q: Tensor, dtype: torch.dtype, narrow: bool | None = None) -> Tensor:
-    """:func:`rank_grad` without a mask."""
+def _rank_grad(p: Tensor, q: Tensor, dtype: torch.dtype, narrow: bool | None) -> Tensor:
     if q.is_cpu:
         grad = _rank_grad_on_cpu(p, q, narrow)
     elif q.is_cuda and dtype is torch.float32 and q.dtype is not dtype:

@@ -30,12 +30,12 @@ _WITHOUT_ONEDNN = 1 << 12
 _ADDED = 1 << 16
 
 
-def is_small(p: Product, drops: bool) -> bool:
-    """Whether :func:`small` takes a call of such sizes and dtypes, x being [..., K]."""
+def is_small(p: Product) -> bool:
+    """Whether :func:`small` takes a call of such sizes and dtypes, x being [..., K]; in training."""
     x = p.x
     if x.dtype.itemsize == 2 and _is_wide(p):
         return True
-    return p.a.dtype is x.dtype and x.numel() <= (_KEPT if drops else _SMALL)
+    return p.a.dtype is x.dtype and x.numel() <= (_KEPT if p.dropout_p > 0 else _SMALL)
 
 
 def small(p: Product, drops: bool) -> Tensor | None:
