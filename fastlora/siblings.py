@@ -1,9 +1,9 @@
 """Sibling layers of one input, such as q, k and v: the first that is called computes all, the others take their part.
 
-Which layers are siblings is settled before a model runs (``grouping``, :func:`form`). A sibling takes its part in its
-own forward, so that its hooks fire, and only on proof that it would compute the same: the same x, unchanged; the same
-grad mode, autocast and hooks on saved tensors; the same branch, unchanged. Otherwise it computes alone. One group at
-most is open at a time in each thread.
+Which layers are siblings is settled before a model runs (``sibling_names``, :func:`form`). A sibling takes its part in
+its own forward, so that its hooks fire, and only on proof that it would compute the same: the same x, unchanged; the
+same grad mode, autocast and hooks on saved tensors; the same branch, unchanged. Otherwise it computes alone. One group
+at most is open at a time in each thread.
 """
 
 from __future__ import annotations

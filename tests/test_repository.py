@@ -28,7 +28,7 @@ FLOORS: tuple[set[str], ...] = (
     {"info", "measure", "merge", "module_group", "parallel", "tune", "while_merged"},
     {"module", "adapters", "peft", "loralib"},
     {"gated"},
-    {"mergeable", "accuracy", "siblings", "grouping"},
+    {"mergeable", "accuracy", "siblings", "sibling_names"},
     {"ownership", "quantised"},
     {"ops"},
     {"backends"},

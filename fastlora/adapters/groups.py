@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import nn
 
 from .. import gated, siblings
-from ..grouping import Chosen, Groups, choose
+from ..sibling_names import Chosen, Groups, choose
 from .layer import AdaptedLinear
 from .model import adapted_layers
 from .unmatched import Unmatched

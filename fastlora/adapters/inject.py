@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from .. import gated
 from ..gated import GatedMLP
-from ..grouping import Groups
 from ..mergeable import base_weight
 from ..ops.norms import forget_norms, row_norms, zero_row
+from ..sibling_names import Groups
 from ..start import is_above_full, start_adapter, start_bias
 from ..text import listed, starred
 from . import groups as grouping

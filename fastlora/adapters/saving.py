@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..grouping import Groups
 from ..ownership import owner_of, unwrapped
+from ..sibling_names import Groups
 from ..text import shown_names
 from . import groups as grouping
 from . import sharded, unmatched

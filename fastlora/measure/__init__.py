@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..grouping import Groups
+from ..sibling_names import Groups
 
 if TYPE_CHECKING:
     from .report import Measurement

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from .. import siblings
 from ..adapters.layer import AdaptedLinear
-from ..grouping import Groups
 from ..module import LoRALinear
 from ..peft import PatchReport, patch_peft, unpatch_peft
+from ..sibling_names import Groups
 from ..text import listed
 
 _WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule")

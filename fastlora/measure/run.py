@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from ..backends import dispatch, dropout_cpu
 from ..backends.machine import machine_of
 from ..clock import Clock, no_garbage_collection, shuffled
-from ..grouping import Groups
 from ..memory import Allocation, allocation
 from ..peft import Calls, PatchReport, count_calls
+from ..sibling_names import Groups
 from ..text import dtype_name, listed
 from .arms import Arms, both_ways, check, unchanged
 from .batch import Batch, batch_of, loss_of

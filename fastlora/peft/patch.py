@@ -20,9 +20,9 @@ from torch import nn
 
 from .. import gated, siblings
 from ..backends.request import Request
-from ..grouping import Groups, choose
 from ..mergeable import Mergeable
 from ..ownership import unwrapped
+from ..sibling_names import Groups, choose
 from ..text import listed
 from . import calls
 from .reasons import variant
